@@ -1,0 +1,52 @@
+# The targets set up what they need in .venv; a change of pyproject.toml or constraints.txt sets it
+# up again. pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) are honoured.
+
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up down test test-slow lint format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY) ## Run the whole line once: sample pictures, search, registry, fleet, inspection
+	@$(BIN)/python -m apt_ray.demo run
+
+up: $(READY) ## The same, and leave the servers up; prints their addresses
+	@$(BIN)/python -m apt_ray.demo up
+
+down: $(READY) ## Stop the servers of `make up`
+	@$(BIN)/python -m apt_ray.demo down
+
+test: $(READY) ## Run the tests (PYTEST_ARGS="-k name" and the like)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(READY) ## Run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(READY) ## Check style, types and the rules of who imports whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Format the code and mend what can be mended by itself
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## Stop the servers and remove the environment, the demo's files and all caches
+	@if [ -f .demo/state.json ]; then $(BIN)/python -m apt_ray.demo down; fi
+	rm -rf .venv .demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { \
+		echo "apt-ray needs Python 3.10 to 3.13; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,331 @@
+"""The command line for people without a cluster: `apt-ray`, or `python -m apt_ray`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from apt_ray.config import BUILTIN, NOISE_LADDER, BackboneSpec, FitSettings
+from apt_ray.errors import AptError
+
+if TYPE_CHECKING:
+    from apt_ray.backbone import FrozenCLIP
+    from apt_ray.evaluation import Result
+
+# The heavy modules are imported inside the commands, so that `--help` answers at once.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except AptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="apt-ray",
+        description="Find defects in pictures of products, from a handful of good pictures.",
+        epilog="Start with `apt-ray sample --out data`, then"
+        " `apt-ray fit --data data/washer --out washer.safetensors`.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    sample = _command(
+        commands, "sample", _sample, "draw three product categories with defects to try things on"
+    )
+    sample.add_argument("--out", type=Path, required=True, help="folder to create")
+    sample.add_argument("--seed", type=int, default=0, help="other seeds draw other pictures")
+
+    fit = _command(commands, "fit", _fit, "learn one product from good pictures")
+    fit.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of the product: good pictures directly in it, in good/ or in train/good/",
+    )
+    fit.add_argument("--out", type=Path, required=True, help="prompt set to write (.safetensors)")
+    fit.add_argument("--shots", type=_count, default=4, help="good pictures to learn from (4)")
+    fit.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="set the threshold from the good pictures that are not learned from;"
+        " with 19 of them a false-alarm rate of 5%% is certified",
+    )
+    _add_settings(fit)
+    _add_backbone(fit)
+
+    inspect = _command(commands, "inspect", _inspect, "look for defects in pictures")
+    inspect.add_argument("prompt_set", type=Path, help="file that `fit` wrote")
+    inspect.add_argument("images", type=Path, nargs="+", help="pictures, or folders of pictures")
+    inspect.add_argument("--out", type=Path, help="folder for overlay pictures")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    inspect.add_argument("--device", default="cpu", help="torch device (cpu)")
+
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "measure on labelled test pictures, over several seeds"
+    )
+    evaluate.add_argument(
+        "--data", type=Path, required=True, help="folder of products in MVTec AD or plain layout"
+    )
+    evaluate.add_argument(
+        "--categories", nargs="+", default=[], metavar="NAME", help="only these products"
+    )
+    evaluate.add_argument("--shots", type=_count, default=4, help="support images a fit (4)")
+    evaluate.add_argument(
+        "--seeds", type=_seeds, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
+    )
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON")
+    _add_settings(evaluate)
+    _add_backbone(evaluate)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """One flag for each field of FitSettings, with its description and default."""
+    group = command.add_argument_group("settings of the fit", "the defaults need no tuning")
+    for name, field in FitSettings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "seed" and command.prog.endswith("evaluate"):
+            continue
+        group.add_argument(
+            flag,
+            dest=f"fit_{name}",
+            type={int: int, float: float}[field.annotation],  # type: ignore[index]
+            choices=NOISE_LADDER if name == "noise_strength" else None,
+            metavar=None if name == "noise_strength" else name.split("_")[-1].upper(),
+            help=f"{field.description} ({field.default})",
+        )
+
+
+def _add_backbone(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("backbone", "the frozen vision-language model")
+    group.add_argument(
+        "--backbone", default=BUILTIN, help="'builtin', or a CLIP ViT of open_clip, e.g. ViT-B-16"
+    )
+    group.add_argument("--pretrained", help="pretrained tag of open_clip, or a checkpoint file")
+    group.add_argument(
+        "--quick-gelu",
+        action=argparse.BooleanOptionalAction,
+        help="whether a checkpoint file was trained with QuickGELU (OpenAI's were)",
+    )
+    group.add_argument("--input-size", type=_count, help="pixels a side (the model's native size)")
+    group.add_argument("--device", default="cpu", help="torch device (cpu)")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _settings(options: argparse.Namespace) -> FitSettings:
+    given = {name: getattr(options, f"fit_{name}", None) for name in FitSettings.model_fields}
+    return FitSettings.parse({name: value for name, value in given.items() if value is not None})
+
+
+def _backbone(options: argparse.Namespace) -> FrozenCLIP:
+    from apt_ray.backbone import load_backbone
+
+    spec = BackboneSpec.parse(
+        {
+            "name": options.backbone,
+            "pretrained": options.pretrained,
+            "quick_gelu": options.quick_gelu,
+            "input_size": options.input_size,
+        }
+    )
+    return load_backbone(spec, device=options.device)
+
+
+@contextmanager
+def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, as a callback that takes (done, total)."""
+    with tqdm(desc=text, leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from apt_ray.data.samples import write_samples
+
+    with _bar("drawing") as progress:
+        folders = write_samples(options.out, seed=options.seed, progress=progress)
+    for folder in folders:
+        print(folder)
+    return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from apt_ray.data.folders import find_categories
+    from apt_ray.errors import DataError
+    from apt_ray.fitting import fit
+
+    categories = find_categories(options.data)
+    if len(categories) > 1:
+        raise DataError(
+            f"{options.data} holds {len(categories)} products: give the folder of one of them, e.g."
+            f" {categories[0].root}"
+        )
+    (category,) = categories
+    settings = _settings(options)
+    support = category.support_set(options.shots, settings.seed)
+    others = tuple(path for path in category.good if path not in support)
+    if options.calibrate and not others:
+        raise DataError(
+            f"no good picture of {category.name} is left for calibration: use fewer --shots, or"
+            f" leave out --calibrate"
+        )
+    with _bar(f"fitting {category.name}") as progress:
+        prompt_set = fit(
+            category.name,
+            support,
+            settings,
+            backbone=_backbone(options),
+            calibration=others if options.calibrate else (),
+            progress=progress,
+        )
+    prompt_set.save(options.out)
+    threshold = prompt_set.threshold
+    rate = threshold.certified_false_alarm_rate
+    print(f"{options.out}: {category.name}, {len(support)} shots")
+    print(
+        f"threshold {threshold.value:.4f} from {len(threshold.scores)} {threshold.source}, "
+        + ("uncertified" if rate is None else f"false-alarm rate certified at {rate:.1%}")
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from apt_ray.backbone import load_backbone
+    from apt_ray.detector import Detector
+    from apt_ray.images import draw_overlay, read_image
+    from apt_ray.prompt_set import PromptSet
+
+    paths = _pictures(options.images)
+    prompt_set = PromptSet.load(options.prompt_set)
+    detector = Detector(load_backbone(prompt_set.backbone, device=options.device), prompt_set)
+    rows = []
+    for path in tqdm(paths, desc="inspecting", leave=False, disable=None):
+        image = read_image(path)
+        (inspection,) = detector.inspect([image])
+        verdict = "ANOMALOUS" if inspection.is_anomalous else "normal"
+        p_value = "" if inspection.p_value is None else f"  p {inspection.p_value:.3f}"
+        tqdm.write(
+            f"{verdict:9}  score {inspection.anomaly_score:.4f}"
+            f"  threshold {inspection.threshold:.4f}{p_value}  {path}"
+        )
+        row = {
+            "image": str(path),
+            "category": prompt_set.category,
+            "anomaly_score": inspection.anomaly_score,
+            "threshold": inspection.threshold,
+            "is_anomalous": inspection.is_anomalous,
+            "p_value": inspection.p_value,
+        }
+        if options.out is not None:
+            overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
+            target = options.out / f"{path.parent.name}-{path.stem}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            overlay.save(target)
+            row["overlay"] = str(target)
+        rows.append(row)
+    if options.json is not None:
+        _write_json(options.json, rows)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from apt_ray.data.folders import find_categories
+    from apt_ray.evaluation import evaluate, format_table
+
+    categories = find_categories(options.data, options.categories)
+    backbone = _backbone(options)
+    results: list[Result] = []
+    failed = False
+    for category in categories:
+        try:
+            with tqdm(leave=False, disable=None) as bar:
+
+                def show(what: str, done: int, total: int, bar: tqdm[None] = bar) -> None:
+                    bar.set_description(f"{category.name}: {what}", refresh=False)  # noqa: B023
+                    bar.total, bar.n = total, done
+                    bar.refresh()
+
+                results += evaluate(
+                    category,
+                    backbone=backbone,
+                    shots=options.shots,
+                    seeds=options.seeds,
+                    settings=_settings(options),
+                    progress=show,
+                )
+        except AptError as error:
+            # The other categories are still worth their figures.
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+    if results:
+        print(format_table(results))
+    if options.json is not None:
+        _write_json(options.json, [result.as_dict() for result in results])
+    return 1 if failed else 0
+
+
+def _pictures(paths: Sequence[Path]) -> list[Path]:
+    from apt_ray.errors import DataError
+    from apt_ray.images import IMAGE_SUFFIXES
+
+    pictures: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            pictures += sorted(
+                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
+            )
+        else:
+            pictures.append(path)
+    if not pictures:
+        raise DataError(f"no picture in {', '.join(map(str, paths))}: give files or other folders")
+    return pictures
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Thresholds and p-values from the anomaly scores of normal images alone.
+
+With n normal images that were not fitted to, the conformal p-value of a score s is `(1 +
+#{calibration scores >= s}) / (n + 1)` (Vovk et al., Algorithmic Learning in a Random World, 2.2).
+Flagging scores above the j-th largest calibration score, `j = floor(alpha (n + 1))`, rejects at
+most a share alpha of good parts, on average over draws of the calibration set.
+"""
+
+from collections.abc import Sequence
+from math import floor
+from statistics import stdev
+from typing import Literal
+
+from apt_ray.config import Settings
+
+
+class Threshold(Settings):
+    """Where anomaly scores begin to be rejected.
+
+    Attributes:
+        value: images with a higher anomaly score are anomalous. certified_false_alarm_rate: the
+        share of good parts that is rejected at most; None if too few
+            calibration images were there to promise anything.
+        source: what the calibration scores belong to. Scores of support images left out one at a
+        time,
+            or of altered copies of the only one, are not exchangeable with new images: they set a
+            threshold, but certify nothing and give no p-value.
+        scores: the calibration scores.
+    """
+
+    value: float
+    certified_false_alarm_rate: float | None
+    source: Literal["calibration images", "left-out support images", "copies of the support image"]
+    scores: tuple[float, ...]
+
+    @property
+    def certified(self) -> bool:
+        """Whether the false-alarm rate is certified."""
+        return self.certified_false_alarm_rate is not None
+
+    def p_value(self, score: float) -> float | None:
+        """The conformal p-value of a score, in 0..1; None without calibration images."""
+        if self.source != "calibration images":
+            return None
+        return conformal_p_value(self.scores, score)
+
+
+def conformal_p_value(calibration_scores: Sequence[float], score: float) -> float:
+    """`(1 + #{calibration scores >= score}) / (n + 1)`, in 0..1."""
+    above = sum(calibration >= score for calibration in calibration_scores)
+    return (1 + above) / (len(calibration_scores) + 1)
+
+
+def calibrate(scores: Sequence[float], false_alarm_rate: float) -> Threshold:
+    """The threshold from images that were not fitted to; uncertified if they are too few."""
+    rank = floor(false_alarm_rate * (len(scores) + 1))
+    certified = rank >= 1
+    return Threshold(
+        value=sorted(scores, reverse=True)[rank - 1] if certified else _above_all(scores),
+        certified_false_alarm_rate=false_alarm_rate if certified else None,
+        source="calibration images",
+        scores=tuple(scores),
+    )
+
+
+def estimate(
+    scores: Sequence[float],
+    source: Literal["left-out support images", "copies of the support image"],
+) -> Threshold:
+    """The uncertified threshold where no image is left for calibration."""
+    return Threshold(
+        value=_above_all(scores),
+        certified_false_alarm_rate=None,
+        source=source,
+        scores=tuple(scores),
+    )
+
+
+def _above_all(scores: Sequence[float]) -> float:
+    """The highest score plus one standard deviation: few further good parts exceed it."""
+    return max(scores) + (stdev(scores) if len(scores) > 1 else 0.0)

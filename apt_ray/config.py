@@ -1,0 +1,104 @@
+"""The frozen, validated settings: which backbone, and how one prompt set is fitted."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from apt_ray.errors import SettingsError
+
+NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+"""The noise strengths that an anomaly bank can hold: standard deviations of pixels in 0..1."""
+
+BUILTIN = "builtin"
+
+SomeSettings = TypeVar("SomeSettings", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown keys refused, errors that name the valid range."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls: type[SomeSettings], values: Mapping[str, Any]) -> SomeSettings:
+        """Settings from plain values; SettingsError names every value that is not accepted."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or cls.__name__}: {problem['msg']}"
+                f" (got {problem['input']!r})"
+                for problem in error.errors()
+            )
+            raise SettingsError(f"invalid settings: {problems}") from None
+
+
+class BackboneSpec(Settings):
+    """Which vision-language model, and how its patch tokens are read. Stored in each prompt set."""
+
+    name: str = Field(
+        default=BUILTIN, description="'builtin', or an architecture of open_clip, e.g. ViT-B-16."
+    )
+    pretrained: str | None = Field(
+        default=None, description="A pretrained tag of open_clip, or a local checkpoint file."
+    )
+    quick_gelu: bool | None = Field(
+        default=None,
+        description="Whether a checkpoint file was trained with QuickGELU (OpenAI's weights were).",
+    )
+    input_size: int | None = Field(
+        default=None, gt=0, description="Pixels a side; None is the model's native size."
+    )
+    attention: Literal["locality", "ordinary"] = Field(
+        default="locality", description="How patches attend to one another in the last blocks."
+    )
+    locality_radius: int = Field(
+        default=3, ge=1, description="Radius of the attention window, in patches."
+    )
+    locality_blocks: int = Field(
+        default=1, ge=1, description="How many of the last blocks use the window."
+    )
+    reference_layers: tuple[int, ...] | None = Field(
+        default=None,
+        description="Blocks (from 0) whose patch tokens the reference memory holds;"
+        " None is the backbone's default.",
+    )
+
+
+class FitSettings(Settings):
+    """How one prompt set is fitted. The defaults need no tuning; a search varies the first four."""
+
+    context_length: int = Field(
+        default=8, ge=1, le=32, description="Learnable vectors in each prompt context."
+    )
+    noise_strength: float = Field(
+        default=0.3, description=f"Standard deviation of the pixel noise, one of {NOISE_LADDER}."
+    )
+    smgs_weight: float = Field(
+        default=1.0, ge=0, le=1, description="Share of the conflicting gradient that is removed."
+    )
+    learning_rate: float = Field(
+        default=0.03,
+        gt=0,
+        le=1,
+        description="First step's length as a fraction of the contexts' initial norm.",
+    )
+    steps: int = Field(default=100, ge=1, le=100_000, description="Optimisation steps.")
+    seed: int = Field(default=0, ge=0, description="Seed of contexts, noise and batches.")
+    reference_weight: float = Field(
+        default=0.5, ge=0, le=1, description="0 uses the prompts only, 1 the reference only."
+    )
+    cls_weight: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the whole-image prompt score in the score."
+    )
+    false_alarm_rate: float = Field(
+        default=0.05, gt=0, lt=1, description="Share of good parts that may be rejected."
+    )
+
+    @field_validator("noise_strength")
+    @classmethod
+    def _on_the_ladder(cls, value: float) -> float:
+        if value not in NOISE_LADDER:
+            raise ValueError(f"must be one of {NOISE_LADDER}")
+        return value

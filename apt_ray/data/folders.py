@@ -1,0 +1,186 @@
+"""Categories of pictures in local folders.
+
+Two layouts, told apart by what a category's folder holds:
+
+    MVTec AD                                plain
+    <category>/train/good/*.png             <category>/good/*.png
+    <category>/test/good/*.png              <category>/<defect type>/*.png
+    <category>/test/<defect type>/*.png     <category>/ground_truth/<defect type>/<stem>_mask.png
+    <category>/ground_truth/<defect type>/<stem>_mask.png
+
+or, plainer still, pictures directly in <category>/, which are all good. Test pictures and
+ground-truth masks may be absent. In the plain layout the good pictures outside the support set are
+the good test pictures.
+"""
+
+import hashlib
+import os
+import random
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apt_ray.errors import DataError
+from apt_ray.images import IMAGE_SUFFIXES
+
+GOOD = "good"
+_GROUND_TRUTH = "ground_truth"
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledImage:
+    """A test image: its defect type ("good" if normal) and, where known, its mask's file."""
+
+    path: Path
+    defect_type: str
+    mask: Path | None = None
+
+    @property
+    def is_anomalous(self) -> bool:
+        return self.defect_type != GOOD
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Category:
+    """The pictures of one product class; all paths are absolute and sorted by name."""
+
+    name: str
+    root: Path
+    good: tuple[Path, ...]
+    test: tuple[LabelledImage, ...]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there is an anomalous test image and every one of them has a mask."""
+        anomalous = [image for image in self.test if image.is_anomalous]
+        return bool(anomalous) and all(image.mask is not None for image in anomalous)
+
+    def support_set(self, shots: int, seed: int) -> tuple[Path, ...]:
+        """`shots` good images drawn by `seed`; fewer shots draw a part of what more would."""
+        if not 1 <= shots <= len(self.good):
+            raise DataError(
+                f"category {self.name} has {len(self.good)} good images in {self.root}, "
+                f"{shots} shots were asked for: add good images or ask for fewer shots"
+            )
+        return tuple(random.Random(seed).sample(self.good, len(self.good))[:shots])
+
+    def held_out(self, support: Collection[Path]) -> tuple[LabelledImage, ...]:
+        """The test images that are not in the support set."""
+        return tuple(image for image in self.test if image.path not in support)
+
+
+def find_categories(root: Path, names: Sequence[str] = ()) -> list[Category]:
+    """The categories in `root`, or `root` itself if it is one, sorted by name.
+
+    With `names` only these are looked at. Raises DataError for whatever would make a category
+    unusable, with the path and the remedy.
+    """
+    root = Path(os.path.abspath(root.expanduser()))
+    if not root.is_dir():
+        raise DataError(
+            f"{root} is not a folder: give an absolute path that exists on every node that reads it"
+        )
+    folders = {folder.name: folder for folder in ([root] if _is_category(root) else _folders(root))}
+    if not folders:
+        raise DataError(
+            f"{root} holds no category: give each product a folder with its good images "
+            f"in {root / '<category>' / GOOD}"
+        )
+    unknown = sorted(set(names) - set(folders))
+    if unknown:
+        raise DataError(f"{root} has no category {', '.join(unknown)}; it has {', '.join(folders)}")
+    return [
+        _read_category(folder) for name, folder in folders.items() if name in (names or folders)
+    ]
+
+
+def support_hash(paths: Sequence[Path]) -> str:
+    """SHA-256 over the digests of the files' bytes, whatever their names and order."""
+    digests = []
+    for path in paths:
+        try:
+            digests.append(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _is_category(folder: Path) -> bool:
+    if (folder / "train").is_dir() or (folder / GOOD).is_dir():
+        return True
+    return bool(_images(folder)) and not _folders(folder)
+
+
+def _read_category(folder: Path) -> Category:
+    if not _NAME.fullmatch(folder.name):
+        raise DataError(
+            f"{folder.name!r} cannot name a category: rename the folder {folder} "
+            "so that it has only letters, digits, '-' and '_'"
+        )
+    if (folder / "train").is_dir():
+        home = folder / "train" / GOOD
+        good = _images(home)
+        test = _labelled(folder, _folders(folder / "test"))
+    elif (folder / GOOD).is_dir():
+        home = folder / GOOD
+        good = _images(home)
+        test = _labelled(folder, _folders(folder))
+    elif _folders(folder):
+        raise DataError(
+            f"category {folder} has folders but none with good images: move these to "
+            f"{folder / GOOD}, or name the categories to use"
+        )
+    else:
+        home = folder
+        good = _images(home)
+        test = tuple(LabelledImage(path=path, defect_type=GOOD) for path in good)
+    if not good:
+        raise DataError(
+            f"category {folder.name} has no good image: put PNG, JPEG, BMP, TIFF or WebP files "
+            f"into {home}, or remove the folder {folder}"
+        )
+    return Category(name=folder.name, root=folder, good=good, test=test)
+
+
+def _labelled(category: Path, types: Sequence[Path]) -> tuple[LabelledImage, ...]:
+    return tuple(
+        LabelledImage(
+            path=path,
+            defect_type=folder.name,
+            mask=_mask(category, folder.name, path.stem),
+        )
+        for folder in types
+        if folder.name != _GROUND_TRUTH
+        for path in _images(folder)
+    )
+
+
+def _mask(category: Path, defect_type: str, stem: str) -> Path | None:
+    """MVTec AD names masks <stem>_mask.png, its descendants <stem>.png."""
+    folder = category / _GROUND_TRUTH / defect_type
+    candidates = (folder / f"{stem}_mask.png", folder / f"{stem}.png")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _images(folder: Path) -> tuple[Path, ...]:
+    return tuple(
+        path
+        for path in _visible(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+
+
+def _folders(folder: Path) -> tuple[Path, ...]:
+    return tuple(path for path in _visible(folder) if path.is_dir())
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in the folder, sorted, without hidden files; nothing if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}") from error

@@ -1,0 +1,53 @@
+"""Every error that apt-ray raises on purpose; each message names the remedy.
+
+AptError
+├── SettingsError              a setting outside its range
+├── DataError                  a folder or file of pictures that cannot be used
+├── ImageError                 bytes that are not an acceptable image
+│   ├── ImageTooLargeError     more bytes or pixels than allowed
+│   └── UnsupportedImageError  a file type that is not accepted
+├── BackboneError              a vision-language model that cannot be used
+├── PromptSetError             a prompt set that is damaged or belongs to another backbone
+├── RegistryError              the MLflow server is away, or lacks what was asked for
+└── FleetError                 a fleet that cannot be deployed or reached
+"""
+
+
+class AptError(Exception):
+    """Base of all errors that a caller of apt-ray may want to catch."""
+
+
+class SettingsError(AptError):
+    """A setting is outside its range."""
+
+
+class DataError(AptError):
+    """A folder or file of pictures cannot be used."""
+
+
+class ImageError(AptError):
+    """The bytes are not an image that can be inspected."""
+
+
+class ImageTooLargeError(ImageError):
+    """The image has more bytes or pixels than the limits allow."""
+
+
+class UnsupportedImageError(ImageError):
+    """The file type of the image is not accepted."""
+
+
+class BackboneError(AptError):
+    """The vision-language model cannot be loaded or used."""
+
+
+class PromptSetError(AptError):
+    """The prompt set is damaged, of another format, or belongs to another backbone."""
+
+
+class RegistryError(AptError):
+    """The MLflow server cannot be reached, or lacks what was asked for."""
+
+
+class FleetError(AptError):
+    """The fleet cannot be deployed or reached."""

@@ -1,0 +1,131 @@
+"""fit: from a handful of good pictures to a prompt set."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from apt_ray.backbone import FrozenCLIP, ImageFeatures
+from apt_ray.bank import SupportBank, encode_support
+from apt_ray.calibration import Threshold, calibrate, estimate
+from apt_ray.config import FitSettings
+from apt_ray.data.folders import support_hash
+from apt_ray.detector import score_features
+from apt_ray.errors import DataError
+from apt_ray.images import read_image
+from apt_ray.prompt_set import PromptSet, Provenance
+from apt_ray.reference import ReferenceMemory
+from apt_ray.selection import fold
+from apt_ray.synthesis import harmless_copies
+from apt_ray.training import Lane, PromptTrainer
+
+Progress = Callable[[int, int], None]
+
+_COPIES = 16
+_PROGRESS_EVERY = 5
+
+
+def fit(
+    category: str,
+    support: Sequence[Path],
+    settings: FitSettings | None = None,
+    *,
+    backbone: FrozenCLIP,
+    calibration: Sequence[Path] = (),
+    bank: SupportBank | None = None,
+    metrics: dict[str, float] | None = None,
+    progress: Progress | None = None,
+) -> PromptSet:
+    """Fit the prompt set of one category.
+
+    Args:
+        category: its name.
+        support: files of the support images, all normal; at least one.
+        settings: hyperparameters; the defaults need no tuning.
+        backbone: the frozen backbone.
+        calibration: further normal images; with enough of them the false-alarm rate is certified.
+        bank: the support set already encoded, where the caller has it.
+        metrics: figures to be kept with the prompt set.
+        progress: called with (optimisation steps done, steps in all).
+
+    Raises:
+        DataError: a file is missing or not an image, or there is no support image.
+    """
+    if not support:
+        raise DataError(
+            f"{category} has no support image: give at least one picture of a good part"
+        )
+    settings = settings or FitSettings()
+    images = [read_image(path) for path in support]
+    bank = bank or encode_support(
+        backbone, images, seed=settings.seed, strengths=[settings.noise_strength]
+    )
+    everything = Lane(
+        settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=settings.seed
+    )
+    # Scores of left-out images need prompts that never saw them: the folds train beside the real
+    # one.
+    needs_folds = not calibration and bank.shots > 1
+    folds = [fold(bank, image, settings) for image in range(bank.shots)] if needs_folds else []
+    trainer = PromptTrainer(backbone, [everything, *folds])
+    while trainer.steps_done < settings.steps:
+        trainer.advance(min(_PROGRESS_EVERY, settings.steps - trainer.steps_done))
+        if progress is not None:
+            progress(trainer.steps_done, settings.steps)
+    text_TPE = trainer.text_features()
+    memory = ReferenceMemory.of(bank.support)
+
+    def scores(
+        features: ImageFeatures, text_PE: torch.Tensor, memory: ReferenceMemory
+    ) -> list[float]:
+        _, scores_B = score_features(
+            features,
+            backbone,
+            text_PE=text_PE,
+            memory=memory,
+            reference_weight=settings.reference_weight,
+            cls_weight=settings.cls_weight,
+        )
+        values: list[float] = scores_B.tolist()
+        return values
+
+    threshold: Threshold
+    if calibration:
+        pixels = torch.cat([backbone.preprocess([read_image(path)]) for path in calibration])
+        calibration_scores = scores(backbone.encode_in_batches(pixels), text_TPE[0], memory)
+        threshold = calibrate(calibration_scores, settings.false_alarm_rate)
+    elif needs_folds:
+        left_out_scores = []
+        for image in range(bank.shots):
+            others = [other for other in range(bank.shots) if other != image]
+            others_memory = ReferenceMemory.of(bank.support[others])
+            one = bank.support[image : image + 1]
+            left_out_scores += scores(one, text_TPE[1 + image], others_memory)
+        threshold = estimate(left_out_scores, "left-out support images")
+    else:
+        g = torch.Generator().manual_seed(settings.seed)
+        copies = harmless_copies(backbone.preprocess(images), _COPIES, g)
+        copy_scores = scores(backbone.encode_in_batches(copies), text_TPE[0], memory)
+        threshold = estimate(copy_scores, "copies of the support image")
+
+    return PromptSet(
+        provenance=Provenance(
+            library_version=version("apt-ray"),
+            category=category,
+            backbone=backbone.spec,
+            fingerprint=backbone.fingerprint,
+            settings=settings,
+            shots=bank.shots,
+            support_hash=support_hash(support),
+            support_names=tuple(path.name for path in support),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            threshold=threshold,
+            metrics=metrics or {},
+        ),
+        text_features=text_TPE[0].cpu(),
+        contexts=trainer.contexts()[0].cpu(),
+        meta_features=trainer.meta_TPE[0].cpu(),
+        memory=memory,
+    )

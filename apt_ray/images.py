@@ -1,0 +1,190 @@
+"""Pictures in and out: bytes to checked RGB images, masks, overlays.
+
+Legend: H height, W width, in pixels.
+"""
+
+import io
+import re
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from apt_ray.errors import (
+    DataError,
+    ImageError,
+    ImageTooLargeError,
+    UnsupportedImageError,
+)
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+
+_SIGNATURES = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "BMP": rb"BM",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "WEBP": rb"RIFF....WEBP",
+}
+
+# Control points of the "plasma" colour map: even in lightness, readable by colour-blind people.
+_RAMP = np.array(
+    [(13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33)],
+    dtype=np.float32,
+)
+_TINT_OPACITY = 0.8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLimits:
+    """What is accepted before any pixel is decoded; above 178 million pixels nothing is."""
+
+    max_bytes: int = 20 * 2**20
+    max_pixels: int = 40_000_000
+
+
+# A disk of our own needs no limit on bytes.
+_LOCAL_LIMITS = ImageLimits(max_bytes=sys.maxsize)
+_open_lock = threading.Lock()
+
+
+def decode_image(
+    data: bytes, *, limits: ImageLimits = ImageLimits(), source: str = "image"
+) -> Image.Image:
+    """The first frame of a PNG, JPEG, BMP, TIFF or WebP file as an upright RGB image.
+
+    16-bit gray is scaled to 8 bits, transparency is laid on white, EXIF orientation is applied.
+    `source` names the image in messages. Raises ImageTooLargeError, UnsupportedImageError (not
+    one of these file types, or 32-bit pixels) or ImageError (damaged or empty).
+    """
+    image = _open(data, limits, source)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise UnsupportedImageError(f"{source} has 32-bit pixels: save it with 8 or 16 bits")
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
+
+
+def read_image(path: Path) -> Image.Image:
+    """`decode_image` of a local file, without the limit on bytes. Raises DataError."""
+    try:
+        return decode_image(_read(path), limits=_LOCAL_LIMITS, source=str(path))
+    except ImageError as error:
+        raise DataError(str(error)) from error
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Ground-truth mask (H, W): True where the file is not black.
+
+    Raises DataError if the file cannot be read or is not of `size` = (width, height).
+    """
+    try:
+        image = _open(_read(path), _LOCAL_LIMITS, str(path))
+        mask_HW = np.asarray(image.convert("L")) > 0
+    except ImageError as error:
+        raise DataError(str(error)) from error
+    except Exception as error:
+        raise DataError(f"{path} is damaged ({error}): save it again") from error
+    if image.size != size:
+        raise DataError(
+            f"mask {path} is {image.width} x {image.height} pixels but its image is "
+            f"{size[0]} x {size[1]}: save the mask in the size of the image"
+        )
+    return mask_HW
+
+
+def draw_overlay(
+    image: Image.Image, anomaly_map_HW: NDArray[np.float32], *, threshold: float
+) -> Image.Image:
+    """The image with its anomaly map tinted over it and the area above `threshold` outlined.
+
+    The tint is clear at 0, half way up its colours and opacity at the threshold, full from twice
+    the threshold on. `anomaly_map_HW` has the size of the image; ValueError otherwise.
+    """
+    if anomaly_map_HW.shape != (image.height, image.width):
+        raise ValueError(
+            f"the map is {anomaly_map_HW.shape}, the image {(image.height, image.width)} (H, W)"
+        )
+    level_HW = np.clip(anomaly_map_HW / max(2 * threshold, 1e-6), 0, 1).astype(np.float32)
+    stops = np.linspace(0, 1, len(_RAMP))
+    tint_HW3 = np.stack([np.interp(level_HW, stops, channel) for channel in _RAMP.T], axis=-1)
+    opacity_HW1 = (_TINT_OPACITY * level_HW**1.5)[..., None]
+    pixels_HW3 = np.asarray(image.convert("RGB"), dtype=np.float32)
+    pixels_HW3 = pixels_HW3 * (1 - opacity_HW1) + tint_HW3 * opacity_HW1
+
+    # White within black shows on every ground; it runs outside, so it never hides a small region.
+    above_HW = anomaly_map_HW > threshold
+    width = max(1, round(min(image.size) / 300))
+    for value, distance in ((0, 2 * width), (255, width)):
+        pixels_HW3[_dilate(above_HW, distance) & ~above_HW] = value
+    return Image.fromarray(np.rint(pixels_HW3).astype(np.uint8))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The image as a PNG file; fast rather than small."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
+    """Parses the header and holds it against the limits; decodes no pixel."""
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError(
+            f"{source} has {len(data):,} bytes, more than the {limits.max_bytes:,} accepted: "
+            "send a smaller or more compressed image"
+        )
+    file_format = next(
+        (name for name, start in _SIGNATURES.items() if re.match(start, data, re.DOTALL)), None
+    )
+    if file_format is None:
+        raise UnsupportedImageError(
+            f"{source} is not a PNG, JPEG, BMP, TIFF or WebP file: convert it to one of these"
+        )
+    try:
+        # Pillow's own warning about large images would come before our limit is checked; the
+        # lock is there because warning filters belong to the process.
+        with _open_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=[file_format])
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(
+            f"{source} has far more pixels than can be accepted: send a smaller image"
+        ) from error
+    except Exception as error:
+        raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
+    if image.width * image.height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"{source} has {image.width} x {image.height} pixels, more than the "
+            f"{limits.max_pixels:,} accepted: send a smaller image"
+        )
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would clip at 255
+        gray_HW = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((gray_HW + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _dilate(mask_HW: NDArray[np.bool_], distance: int) -> NDArray[np.bool_]:
+    cross = ndimage.generate_binary_structure(2, 1)
+    return np.asarray(ndimage.binary_dilation(mask_HW, structure=cross, iterations=distance))

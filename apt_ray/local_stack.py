@@ -1,0 +1,336 @@
+"""A Ray head and an MLflow server on this machine, each a child process that is known by its pid.
+
+Their state file outlives the process that started them, so that a later one can stop them. A pid
+alone proves nothing, because the system hands it out again: it is kept with its start time.
+
+Everything that is asked for listens on loopback. Ray's own GCS and raylet ports bind all
+interfaces whatever they are told; the token keeps strangers out, and a firewall should too.
+"""
+
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
+
+from apt_ray.errors import AptError
+
+HOST = "127.0.0.1"
+_READY_TIMEOUT_S = 120
+_REQUEST_TIMEOUT_S = 60
+_STOP_TIMEOUT_S = 45  # Ray alone may drain for 30 s
+_PORTS = range(20_000, 32_768)  # above Ray's worker ports, below the system's ephemeral ones
+_JOB_ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Server:
+    """A running server process and its log."""
+
+    name: str
+    url: str
+    pid: int
+    started: str
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def launch(
+        cls, name: str, command: Sequence[str], *, url: str, log: Path, env: Mapping[str, str]
+    ) -> "Server":
+        """Start `command` in a session of its own: Ctrl-C reaches its parent alone."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started = _start_time(process.pid) or ""
+        return cls(name=name, url=url, pid=process.pid, started=started, log=log, process=process)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this very process still runs, not merely one with its pid."""
+        if self.process is not None:
+            self.process.poll()  # a child that has ended stays in the process table until then
+        return _start_time(self.pid) == self.started
+
+    def wait_until_ready(self, path: str, headers: Mapping[str, str] | None = None) -> None:
+        """Return once `path` answers; AptError with the end of the log if it never does."""
+        request = Request(self.url + path, headers=dict(headers or {}))
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while not _answers(request):
+            if not self.is_running:
+                raise AptError(f"the {self.name} server has ended; {self._log_tail()}")
+            if time.monotonic() > deadline:
+                raise AptError(
+                    f"the {self.name} server does not answer at {self.url}{path}"
+                    f" after {_READY_TIMEOUT_S} s; {self._log_tail()}"
+                )
+            time.sleep(0.2)
+
+    def terminate(self) -> None:
+        """Ask the process to end."""
+        self._signal(signal.SIGTERM)
+
+    def wait_until_ended(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
+        """Return once the process has ended; after `timeout_s` its process group is killed."""
+        deadline = time.monotonic() + timeout_s
+        while self.is_running:
+            if time.monotonic() > deadline:
+                self._signal(signal.SIGKILL, group=True)
+            time.sleep(0.1)
+
+    def _signal(self, number: signal.Signals, *, group: bool = False) -> None:
+        if self.is_running:
+            with suppress(ProcessLookupError):
+                (os.killpg if group else os.kill)(self.pid, number)
+
+    def _log_tail(self, lines: int = 20) -> str:
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return f"the end of {self.log}:\n" + "\n".join(f"    {line}" for line in text)
+
+
+class LocalStack:
+    """The servers of one folder, which holds their state, logs, token, database and artifacts.
+
+    `environment` is what their clients need: Ray's addresses and token, MLflow's address. It also
+    lies in the file `env` of the folder, to be sourced by a shell.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.servers: list[Server] = []
+        self.environment: dict[str, str] = {}
+        # Ray puts sockets under its folder, and the path of a socket is short (about 100 bytes).
+        self.ray_folder: Path | None = None
+        self._load()
+
+    @property
+    def is_running(self) -> bool:
+        return any(server.is_running for server in self.servers)
+
+    def start(self) -> None:
+        """Start both servers and return when they answer. AptError if they run or do not start."""
+        if self.is_running:
+            raise AptError(f"the servers of {self.folder} are already up: stop them first")
+        self.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_private(self._token_path, secrets.token_hex(32))
+        gcs_port, dashboard_port, agent_port, client_port, mlflow_port = free_ports(5)
+        self.ray_folder = Path(tempfile.mkdtemp(prefix="apt-ray-", dir="/tmp"))
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._token_path),
+            "RAY_ADDRESS": f"{HOST}:{gcs_port}",
+            "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard_port}",
+            "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
+        }
+        (self.folder / "env").write_text(
+            "".join(f"export {name}='{value}'\n" for name, value in self.environment.items())
+        )
+        try:
+            self.servers.append(launch_mlflow(self.folder / "mlflow", port=mlflow_port))
+            self._save()
+            self.servers.append(self._launch_ray(gcs_port, dashboard_port, agent_port, client_port))
+            self._save()
+            mlflow, ray = self.servers
+            mlflow.wait_until_ready("/health")
+            ray.wait_until_ready("/api/jobs/", self._ray_headers)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> list[str]:
+        """End the servers, remove what only they used, and return the names of those ended."""
+        running = [server for server in self.servers if server.is_running]
+        for server in running:
+            server.terminate()
+        for server in running:
+            server.wait_until_ended()
+        if self.ray_folder is not None:
+            shutil.rmtree(self.ray_folder, ignore_errors=True)
+        self.servers, self.environment, self.ray_folder = [], {}, None
+        for path in (self._state_path, self._token_path, self.folder / "env"):
+            path.unlink(missing_ok=True)
+        return [server.name for server in running]
+
+    def wait_for_job(self, submission_id: str) -> dict[str, Any]:
+        """What Ray knows of a job, once it has ended: `status`, `driver_exit_code` and more."""
+        url = f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{submission_id}"
+        while True:
+            job: dict[str, Any] = json.loads(fetch(Request(url, headers=self._ray_headers)))
+            if job["status"] in _JOB_ENDED:
+                return job
+            time.sleep(1)
+
+    def _launch_ray(
+        self, gcs_port: int, dashboard_port: int, agent_port: int, client_port: int
+    ) -> Server:
+        auth = {name: self.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+        command = [
+            *("ray", "start", "--head", "--block", "--disable-usage-stats"),
+            *("--port", str(gcs_port)),
+            *("--dashboard-host", HOST, "--dashboard-port", str(dashboard_port)),
+            *("--dashboard-agent-listen-port", str(agent_port)),
+            *("--ray-client-server-port", str(client_port)),
+            # Any free port, so that a second Ray on this machine does no harm.
+            *("--min-worker-port", "0", "--max-worker-port", "0"),
+            *("--temp-dir", str(self.ray_folder)),
+        ]
+        return Server.launch(
+            "Ray",
+            command,
+            url=f"http://{HOST}:{dashboard_port}",
+            log=self.folder / "logs" / "ray.log",
+            env=_server_environment() | auth,
+        )
+
+    @property
+    def _state_path(self) -> Path:
+        return self.folder / "state.json"
+
+    @property
+    def _token_path(self) -> Path:
+        return self.folder / "ray_token"
+
+    @property
+    def _ray_headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token_path.read_text()}"}
+
+    def _save(self) -> None:
+        state = {
+            "ray_folder": str(self.ray_folder),
+            "environment": self.environment,
+            "servers": [
+                {
+                    "name": server.name,
+                    "url": server.url,
+                    "pid": server.pid,
+                    "started": server.started,
+                    "log": str(server.log),
+                }
+                for server in self.servers
+            ],
+        }
+        self._state_path.write_text(json.dumps(state, indent=2))
+
+    def _load(self) -> None:
+        with suppress(FileNotFoundError):
+            state = json.loads(self._state_path.read_text())
+            self.ray_folder = Path(state["ray_folder"])
+            self.environment = state["environment"]
+            self.servers = [
+                Server(**{**server, "log": Path(server["log"])}) for server in state["servers"]
+            ]
+
+
+def launch_mlflow(folder: Path, *, port: int) -> Server:
+    """Start an MLflow server on loopback that keeps its database and artifacts in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        *("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+        *("--artifacts-destination", str(folder / "artifacts")),
+    ]
+    # Neither telemetry nor the job runner of MLflow's language-model features is wanted.
+    env = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return Server.launch(
+        "MLflow",
+        command,
+        url=f"http://{HOST}:{port}",
+        log=folder.parent / "logs" / "mlflow.log",
+        env=_server_environment() | env,
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports of loopback on which nothing listens."""
+    free: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise AptError(f"no free TCP port between {_PORTS.start} and {_PORTS.stop - 1}: close some")
+
+
+def command_environment() -> dict[str, str]:
+    """This process's environment, with the commands of its Python environment found first."""
+    commands = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join([commands, os.environ.get("PATH", "")])}
+
+
+def _server_environment() -> dict[str, str]:
+    """`command_environment()` without what belongs to other servers of the user."""
+    return {
+        name: value
+        for name, value in command_environment().items()
+        if not name.startswith(("RAY_", "MLFLOW_"))
+    }
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that no one else may read, at no moment."""
+    path.unlink(missing_ok=True)
+    with open(path, "x", opener=partial(os.open, mode=0o600)) as file:
+        file.write(text)
+
+
+def fetch(request: Request) -> bytes:
+    """The body of the answer, asked for directly: no proxy stands before loopback.
+
+    Raises AptError with the body if the status is an error.
+    """
+    opener = build_opener(ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=_REQUEST_TIMEOUT_S) as response:
+            body: bytes = response.read()
+            return body
+    except HTTPError as error:
+        text = error.read().decode(errors="replace")
+        raise AptError(f"{request.full_url} answers {error.code}: {text}") from None
+    except OSError as error:
+        raise AptError(f"{request.full_url} does not answer: {error}") from error
+
+
+def _answers(request: Request) -> bool:
+    try:
+        fetch(request)
+    except AptError:
+        return False
+    return True
+
+
+def _start_time(pid: int) -> str | None:
+    """When the process began, in the system's own notation; None if it has ended."""
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        state, started = fields[0], fields[19]
+    else:
+        command = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        state, _, started = listed.strip().partition(" ")
+    return None if state[:1] in {"", "Z", "X"} else started

@@ -1,0 +1,1 @@
+"""Pretraining of apt-mini, the built-in backbone, from procedurally generated images only."""

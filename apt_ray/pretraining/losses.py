@@ -1,0 +1,69 @@
+"""The terms of the pretraining loss.
+
+Shapes: P pairs, N patches, E joint width, K phrases, X rows of features (patches or images).
+Patch labels are 1 anomalous, 0 normal, and NaN for patches that a mask barely touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ANOMALOUS_COVERAGE = 0.25
+"""Share of a patch that a defect covers at least for the patch to be anomalous."""
+
+
+def patch_labels(mask_PHW: Tensor, patch_size: int) -> Tensor:
+    """(P, N) labels: 1 from `ANOMALOUS_COVERAGE` on, 0 without any contact, NaN between."""
+    coverage_PN = F.avg_pool2d(mask_PHW.float()[:, None], patch_size).flatten(1)
+    labels_PN = (coverage_PN >= ANOMALOUS_COVERAGE).float()
+    return labels_PN.masked_fill((coverage_PN > 0) & (labels_PN == 0), torch.nan)
+
+
+def balanced_bce(logits_PN: Tensor, labels_PN: Tensor) -> Tensor:
+    """Binary cross-entropy in which both classes weigh the same, and small defects as much as
+    large ones; NaN labels do not count."""
+    is_anomalous, is_normal = labels_PN == 1, labels_PN == 0
+    loss_PN = F.binary_cross_entropy_with_logits(
+        logits_PN, labels_PN.nan_to_num(0), reduction="none"
+    )
+    per_image_P1 = is_anomalous.sum(1, keepdim=True).clamp(min=1).sqrt()
+    weight_PN = is_anomalous / per_image_P1
+    anomalous = (loss_PN * weight_PN).sum() / weight_PN.sum().clamp(min=1)
+    normal = (loss_PN * is_normal).sum() / is_normal.sum().clamp(min=1)
+    return 0.5 * (anomalous + normal)
+
+
+def reference_distance(query_layers: Sequence[Tensor], reference_layers: Sequence[Tensor]) -> Tensor:
+    """(P, N): 1 - max cosine to the patches of the same pair's reference, mean over the layers."""
+    distances = [
+        1 - (F.normalize(query, dim=-1) @ F.normalize(reference, dim=-1).mT).amax(-1)
+        for query, reference in zip(query_layers, reference_layers, strict=True)
+    ]
+    return torch.stack(distances).mean(0)
+
+
+def multi_positive_contrast(logits_XK: Tensor, is_true_XK: Tensor) -> Tensor:
+    """Cross-entropy of each row's softmax over the phrases against its true phrases, evenly."""
+    target_XK = is_true_XK.float()
+    counts_X1 = target_XK.sum(1, keepdim=True)
+    loss_X = -(logits_XK.log_softmax(1) * target_XK / counts_X1.clamp(min=1)).sum(1)
+    return (loss_X * (counts_X1[:, 0] > 0)).sum() / (counts_X1 > 0).sum().clamp(min=1)
+
+
+def multi_label_bce(logits_XK: Tensor, is_true_XK: Tensor) -> Tensor:
+    """Sigmoid cross-entropy in which true and false cells weigh the same."""
+    loss_XK = F.binary_cross_entropy_with_logits(logits_XK, is_true_XK.float(), reduction="none")
+    true = (loss_XK * is_true_XK).sum() / is_true_XK.sum().clamp(min=1)
+    false = (loss_XK * ~is_true_XK).sum() / (~is_true_XK).sum().clamp(min=1)
+    return 0.5 * (true + false)
+
+
+def participation_ratio(features_XE: Tensor) -> Tensor:
+    """How many directions the features fill evenly, 1 to E: tr(C)^2 / tr(C^2) of the covariance."""
+    centred = features_XE - features_XE.mean(0)
+    covariance = centred.T @ centred / len(centred)
+    return covariance.trace() ** 2 / covariance.square().sum().clamp(min=1e-12)

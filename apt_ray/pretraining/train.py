@@ -1,0 +1,423 @@
+"""The pretraining run: seeded, resumable, and repeatable where it is counted in steps.
+
+Everything random in a step follows from the seed and the step's number, so a checkpoint is the
+weights, the optimiser and the number of steps.
+
+Shapes: P pairs, N patch tokens, E joint width, K phrases, L tokens, C text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from apt_ray.errors import SettingsError
+from apt_ray.models.builtin import build_model, build_tokenizer
+from apt_ray.pretraining import losses
+from apt_ray.pretraining.captions import Vocabulary, draw_phrases, draw_states, holds
+from apt_ray.pretraining.features import (
+    VisionFeatures,
+    encode_images,
+    encode_texts,
+    position_embedding,
+)
+from apt_ray.pretraining.generator import Attribute, Pairs, generate
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
+REFERENCE_BLOCKS = (2, 3, 4)
+HEAD_BLOCKS = (1, 3, 5)
+_WHITENING_IMAGES = 256
+_CHECKPOINT = "checkpoint.pt"
+
+
+class TrainSettings(BaseModel):
+    """Settings of a run; its length is given in steps or in minutes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int | None = Field(None, gt=0, description="Length in steps (repeatable).")
+    minutes: float | None = Field(None, gt=0, description="Length in minutes of training time.")
+    seed: int = Field(0, ge=0)
+    batch_pairs: int = Field(32, ge=2, description="Pairs a step of the smaller pictures.")
+    window: int = Field(64, multiple_of=8, ge=32, description="First picture size in pixels.")
+    late_window: int = Field(96, multiple_of=8, ge=32, le=128, description="Later picture size.")
+    late_from: float = Field(0.55, ge=0, le=1, description="Share of the run at the first size.")
+    bfloat16: bool = Field(True, description="Towers in mixed precision; the losses never are.")
+    phrases: int = Field(256, ge=8, description="Compositional phrases a step.")
+    state_phrases: int = Field(16, ge=1, description="Normal, and anomalous, phrases a step.")
+    free_texts: int = Field(32, ge=0, description="Random token sequences a step.")
+    token_jitter: float = Field(0.3, ge=0, description="Noise, relative to the tokens' scale.")
+    learning_rate: float = Field(1.2e-3, gt=0)
+    scale_rate: float = Field(20, gt=0, description="Learning rate of the scales, relative.")
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_steps: int = Field(80, ge=1)
+    dense_weight: float = Field(2.0, ge=0)
+    reference_weight: float = Field(0.7, ge=0)
+    head_weight: float = Field(0.5, ge=0)
+    image_weight: float = Field(0.3, ge=0)
+    phrase_weight: float = Field(0.5, ge=0)
+    contrast_weight: float = Field(0.2, ge=0)
+    spread_weight: float = Field(1.0, ge=0, description="Weight of 1 / participation ratio.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSettings:
+        if (self.steps is None) == (self.minutes is None):
+            raise SettingsError("give the length of the run as either steps or minutes")
+        return self
+
+
+class Scales(nn.Module):
+    """Scales and biases that turn cosines into logits, each learned at `scale_rate`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Parameter(torch.tensor([math.log(10.0), 0.0]))
+        self.image = nn.Parameter(torch.tensor([math.log(10.0), 0.0]))
+        self.phrase = nn.Parameter(torch.tensor([math.log(10.0), -2.0]))
+        self.reference = nn.Parameter(torch.tensor([math.log(10.0), -2.0]))
+
+    @staticmethod
+    def logits(scale_2: Tensor, similarity: Tensor) -> Tensor:
+        """The similarity times the (exponentiated) scale plus the bias."""
+        return scale_2[0].clamp(max=math.log(100.0)).exp() * similarity + scale_2[1]
+
+
+class Pretraining:
+    """One run: `step` trains on one batch, `save` and `resume` carry it across processes."""
+
+    def __init__(self, settings: TrainSettings, device: str = "cpu") -> None:
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.device = torch.device(device)
+        self.model = build_model().to(self.device)
+        self.scales = Scales().to(self.device)
+        width = self.model.visual.conv1.out_channels
+        self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in HEAD_BLOCKS).to(self.device)
+        tokenizer = build_tokenizer()
+        self.vocabulary = Vocabulary(
+            tokenizer.encode, tokenizer.sot_token_id, tokenizer.eot_token_id
+        )
+        self._trained_ids = torch.tensor(self.vocabulary.all_ids(), device=self.device)
+        self._row_of_id = torch.zeros(self.model.vocab_size, dtype=torch.int64, device=self.device)
+        self._row_of_id[self._trained_ids] = torch.arange(
+            len(self._trained_ids), device=self.device
+        )
+        # Only these rows are trained and shipped; a table of its own keeps the step small.
+        table = self.model.token_embedding.weight.detach()[self._trained_ids]
+        self.token_table = nn.Parameter(table.clone())
+        self.model.token_embedding.weight.requires_grad_(False)
+        _whiten_patches(self.model, self._seeds(-1, _WHITENING_IMAGES), settings.window)
+        self.optimizer = self._build_optimizer()
+        self.steps_done = 0
+        self.seconds = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        if self.settings.steps is not None:
+            return min(self.steps_done / self.settings.steps, 1.0)
+        assert self.settings.minutes is not None
+        return min(self.seconds / (60 * self.settings.minutes), 1.0)
+
+    def step(self) -> dict[str, float]:
+        """Train on one batch; returns the terms of the loss."""
+        started = time.perf_counter()
+        settings = self.settings
+        late = self.progress >= settings.late_from
+        size = settings.late_window if late else settings.window
+        count = max(2, round(settings.batch_pairs * (settings.window / size) ** 2))
+        pairs = generate(self._seeds(self.steps_done, count), size=size)
+        terms, weights = self._losses(pairs), self._weights()
+        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros(()))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._schedule()
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.optimizer.step()
+        self.steps_done += 1
+        self.seconds += time.perf_counter() - started
+        return {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
+
+    def trained_model(self) -> CLIP:
+        """The model with the trained rows in its token table."""
+        self.model.token_embedding.weight.data[self._trained_ids] = self.token_table.detach()
+        return self.model
+
+    @property
+    def trained_ids(self) -> list[int]:
+        """Rows of the token table that the captions train."""
+        ids: list[int] = self._trained_ids.tolist()
+        return ids
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint, replacing an older one only when it is complete."""
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{_CHECKPOINT}.partial"
+        torch.save(self._state(), partial)
+        partial.replace(folder / _CHECKPOINT)
+
+    def resume(self, folder: Path) -> bool:
+        """Go on from the checkpoint in `folder`; False if there is none."""
+        path = folder / _CHECKPOINT
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["settings"] != self.settings.model_dump():
+            raise SettingsError(
+                f"{path} belongs to a run of other settings: give those, or another folder"
+            )
+        self._modules().load_state_dict(state["modules"])
+        self.token_table.data.copy_(state["token_table"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done, self.seconds = state["steps_done"], state["seconds"]
+        return True
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings.model_dump(),
+            "modules": self._modules().state_dict(),
+            "token_table": self.token_table.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps_done": self.steps_done,
+            "seconds": self.seconds,
+        }
+
+    def _modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"model": self.model, "scales": self.scales, "heads": self.heads})
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        decayed, plain = [], [self.token_table]
+        for name, parameter in [*self.model.named_parameters(), *self.heads.named_parameters()]:
+            if parameter.requires_grad and name != "logit_scale":
+                is_matrix = parameter.ndim >= 2 and "positional" not in name
+                (decayed if is_matrix else plain).append(parameter)
+        rate, settings = self.settings.learning_rate, self.settings
+        return torch.optim.AdamW(
+            [
+                {"params": decayed, "peak": rate, "weight_decay": settings.weight_decay},
+                {"params": plain, "peak": rate, "weight_decay": 0.0},
+                {
+                    "params": [*self.scales.parameters(), self.model.logit_scale],
+                    "peak": rate * settings.scale_rate,
+                    "weight_decay": 0.0,
+                },
+            ],
+            lr=rate,
+            betas=(0.9, 0.98),
+        )
+
+    def _schedule(self) -> float:
+        warmup = min(1.0, (self.steps_done + 1) / self.settings.warmup_steps)
+        return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+
+    def _seeds(self, step: int, count: int) -> Tensor:
+        first = _number(self.settings.seed, step, "images")
+        return first + torch.arange(count, device=self.device)
+
+    def _weights(self) -> dict[str, float]:
+        settings = self.settings
+        return {
+            "dense": settings.dense_weight,
+            "reference": settings.reference_weight,
+            "heads": settings.head_weight,
+            "image": settings.image_weight,
+            "phrases": settings.phrase_weight,
+            "contrast": settings.contrast_weight,
+            "spread": settings.spread_weight,
+        }
+
+    def _losses(self, pairs: Pairs) -> dict[str, Tensor]:
+        settings, scales = self.settings, self.scales
+        rng = random.Random(_number(settings.seed, self.steps_done, "texts"))
+        count = len(pairs.mask_PHW)
+        with self._autocast():
+            vision = self._encode_pairs(pairs, rng)
+        query_labels_PN = losses.patch_labels(pairs.mask_PHW, self.model.visual.patch_size[0])
+        labels_BN = torch.cat((torch.zeros_like(query_labels_PN), query_labels_PN))
+        is_anomalous_B = torch.cat((torch.zeros(count), query_labels_PN.nan_to_num(1).amax(1)))
+        is_anomalous_B = is_anomalous_B.to(self.device)
+
+        phrases = draw_phrases(rng, pairs.attributes_PA, settings.phrases)
+        states = settings.state_phrases
+        texts = draw_states(rng, states, anomalous=False) + draw_states(rng, states, anomalous=True)
+        with self._autocast():
+            text_KE = self._encode_texts([*texts, *(phrase.text for phrase in phrases)], rng)
+            free_KE = self._encode_free_texts(rng)
+        state_KE, phrase_KE = text_KE[: 2 * states], text_KE[2 * states :]
+
+        direction_BE = _state_directions(state_KE, 2 * count)
+        similarity_BN = (vision.tokens_BNE * direction_BE[:, None]).sum(-1)
+        image_similarity_B1 = (vision.image_BE * direction_BE).sum(-1, keepdim=True)
+        distance_PN = losses.reference_distance(
+            [vision.block_tokens_BNW[block][count:] for block in REFERENCE_BLOCKS],
+            [vision.block_tokens_BNW[block][:count] for block in REFERENCE_BLOCKS],
+        )
+        head_losses = [
+            losses.balanced_bce(
+                head(F.layer_norm(tokens, tokens.shape[-1:]))[..., 0], labels_BN
+            )
+            for head, tokens in (
+                (head, vision.block_tokens_BNW[block])
+                for head, block in zip(self.heads, HEAD_BLOCKS, strict=True)
+            )
+        ]
+        phrase_loss, contrast_loss = self._phrase_losses(pairs, vision, query_labels_PN, phrases, phrase_KE)
+        sampled = vision.tokens_BNE.flatten(0, 1)
+        return {
+            "dense": losses.balanced_bce(scales.logits(scales.dense, similarity_BN), labels_BN),
+            "reference": losses.balanced_bce(
+                scales.logits(scales.reference, distance_PN), query_labels_PN
+            ),
+            "heads": torch.stack(head_losses).mean(),
+            "image": F.binary_cross_entropy_with_logits(
+                scales.logits(scales.image, image_similarity_B1)[:, 0], is_anomalous_B
+            ),
+            "phrases": phrase_loss,
+            "contrast": contrast_loss,
+            "spread": 1 / losses.participation_ratio(sampled)
+            + 0.5 / losses.participation_ratio(torch.cat((phrase_KE, free_KE))),
+        }
+
+    def _encode_pairs(self, pairs: Pairs, rng: random.Random) -> VisionFeatures:
+        """References, then queries; the window of the position grid moves, and at times is half
+        as wide, so that the model bears other sizes."""
+        side = self.model.visual.grid_size[0]
+        cells = pairs.mask_PHW.shape[-1] // self.model.visual.patch_size[0]
+        span = cells // 2 if rng.random() < 0.2 else cells
+        position_NW = position_embedding(
+            self.model,
+            cells,
+            row=rng.randint(0, side - span),
+            column=rng.randint(0, side - span),
+            span=span,
+        )
+        images_B3HW = torch.cat((pairs.reference_P3HW, pairs.query_P3HW))
+        blocks = {*REFERENCE_BLOCKS, *HEAD_BLOCKS}
+        return encode_images(self.model, images_B3HW, position_NW, sorted(blocks))
+
+    def _encode_texts(self, texts: list[str], rng: random.Random) -> Tensor:
+        tokens_KL = self.vocabulary.tokens(texts).to(self.device)
+        embedded_KLC = self.token_table[self._row_of_id[tokens_KL]]
+        jitter = self._noise(embedded_KLC.shape, rng)
+        # Every other text is clean, so that the words themselves stay exact.
+        jitter[::2] = 0
+        return encode_texts(
+            self.model, embedded_KLC + self.settings.token_jitter * jitter, tokens_KL.argmax(1)
+        )
+
+    def _encode_free_texts(self, rng: random.Random) -> Tensor:
+        """Features of random contexts between start and end, as prompt tuning begins with."""
+        length = rng.randint(2, 12)
+        free_KLC = self._noise((self.settings.free_texts, length, self.token_table.shape[1]), rng)
+        start, end = self.token_table[self._row_of_id[self._trained_ids[-2:]]]
+        shape = (self.settings.free_texts, 1, -1)
+        embedded_KLC = torch.cat((start.expand(shape), free_KLC, end.expand(shape)), dim=1)
+        ends_K = torch.full((len(free_KLC),), length + 1, device=self.device)
+        return encode_texts(self.model, embedded_KLC, ends_K)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+
+    def _noise(self, shape: tuple[int, ...], rng: random.Random) -> Tensor:
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        return noise * self.token_table.detach().std()
+
+    def _phrase_losses(
+        self,
+        pairs: Pairs,
+        vision: VisionFeatures,
+        labels_PN: Tensor,
+        phrases: list[Any],
+        phrase_KE: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Phrases against every query patch, and against pictures and their defective regions."""
+        count, attributes_PA = len(labels_PN), pairs.attributes_PA
+        normal_PA = attributes_PA.clone()
+        normal_PA[:, Attribute.STATE :] = 0
+        true_if_anomalous = holds(phrases, attributes_PA)
+        true_if_normal = holds(phrases, normal_PA)
+        tokens_PNE = vision.tokens_BNE[count:]
+        is_true_PNK = torch.where(
+            (labels_PN == 1)[..., None], true_if_anomalous[:, None], true_if_normal[:, None]
+        )
+        known = ~labels_PN.isnan()
+        similarity_XK = tokens_PNE[known] @ phrase_KE.T
+        phrase_loss = losses.multi_label_bce(
+            Scales.logits(self.scales.phrase, similarity_XK), is_true_PNK[known]
+        )
+        weight_PN1 = (labels_PN == 1).float()[..., None]
+        region_PE = F.normalize((tokens_PNE * weight_PN1).sum(1), dim=-1)
+        rows_XE = torch.cat((vision.image_BE, region_PE))
+        is_true_XK = torch.cat(
+            (true_if_normal, true_if_anomalous, true_if_anomalous & (weight_PN1.sum(1) > 0))
+        )
+        logits_XK = self.model.logit_scale.clamp(max=math.log(100.0)).exp() * rows_XE @ phrase_KE.T
+        return phrase_loss, losses.multi_positive_contrast(logits_XK, is_true_XK)
+
+
+def train(
+    settings: TrainSettings, folder: Path, *, device: str = "cpu", report: Callable[[str], None]
+) -> Pretraining:
+    """Train to the end, going on from a checkpoint in `folder`, which is renewed once a minute."""
+    torch.set_flush_denormal(True)
+    run = Pretraining(settings, device)
+    if run.resume(folder):
+        report(f"resumed after {run.steps_done} steps")
+    saved = reported = time.perf_counter()
+    while run.progress < 1:
+        terms = run.step()
+        now = time.perf_counter()
+        if now - reported > 10 or run.progress >= 1:
+            parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
+            report(f"{run.progress:6.1%}  step {run.steps_done}  {parts}")
+            reported = now
+        if now - saved > 60:
+            run.save(folder)
+            saved = now
+    run.save(folder)
+    return run
+
+
+def _state_directions(state_KE: Tensor, count: int) -> Tensor:
+    """(count, E) anomalous minus normal text: single phrases for half of the rows, so that every
+    wording works, and the mean of all phrases for the others."""
+    normal_KE, anomalous_KE = state_KE.chunk(2)
+    pairs_KE = anomalous_KE - normal_KE
+    mean_E = F.normalize(anomalous_KE.mean(0), dim=0) - F.normalize(normal_KE.mean(0), dim=0)
+    row = torch.arange(count, device=state_KE.device)
+    return torch.where((row % 2 == 0)[:, None], pairs_KE[row // 2 % len(pairs_KE)], mean_E)
+
+
+def _whiten_patches(model: CLIP, seeds_P: Tensor, size: int) -> None:
+    """Let the patch embedding start as the whitening of generated patches."""
+    conv = model.visual.conv1
+    pairs = generate(seeds_P, size=size)
+    mean, std = (
+        torch.tensor(values, device=seeds_P.device)[:, None, None]
+        for values in (model.visual.image_mean, model.visual.image_std)
+    )
+    patch = conv.kernel_size[0]
+    rows = F.unfold((pairs.query_P3HW - mean) / std, patch, stride=patch).transpose(1, 2)
+    rows = rows.flatten(0, 1).double()
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    components = (vectors / (values + 0.01 * values.mean()).sqrt()).T.flip(0)[: conv.out_channels]
+    conv.weight.data.copy_(components.float().reshape(conv.weight.shape))
+
+
+def _number(seed: int, step: int, purpose: str) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -1,0 +1,39 @@
+"""The reference memory: how far a patch is from everything that the support images show.
+
+B images, N patch tokens, M patches in memory, D width of the vision tower.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from apt_ray.backbone import ImageFeatures
+
+
+class ReferenceMemory:
+    """Patch tokens of the support images, a bank for each reference layer.
+
+    Attributes:
+        layers: layer -> `(M, D)` L2-normalised tokens, float16.
+    """
+
+    def __init__(self, layers: Mapping[int, torch.Tensor]) -> None:
+        self.layers = {layer: tokens_MD.half() for layer, tokens_MD in layers.items()}
+        # Multiplied in float32, which is what CPUs are fast at.
+        self._transposed = {
+            layer: tokens_MD.float().T.contiguous() for layer, tokens_MD in self.layers.items()
+        }
+
+    @classmethod
+    def of(cls, support: ImageFeatures) -> "ReferenceMemory":
+        """The memory of all patches of the support images."""
+        return cls({layer: tokens.flatten(0, 1) for layer, tokens in support.layers.items()})
+
+    def distance(self, features: ImageFeatures) -> torch.Tensor:
+        """Cosine distance to the nearest patch, `(B, N)` in 0..2, mean over the layers."""
+        return torch.stack(
+            [
+                1 - (tokens_BND @ self._transposed[layer].to(tokens_BND.device)).amax(-1)
+                for layer, tokens_BND in features.layers.items()
+            ]
+        ).mean(0)

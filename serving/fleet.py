@@ -1,0 +1,144 @@
+"""Deploy the fleet that a fleet file describes, look at it, and take it down."""
+
+import argparse
+import hashlib
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from apt_ray.errors import AptError
+from serving.settings import Fleet
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except AptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _deploy_command(arguments: argparse.Namespace) -> None:
+    fleet = Fleet.read(arguments.file)
+    # Ray and MLflow take seconds to import: not for --help or a misspelt file.
+    from apt_ray.registry import Registry
+    from serving.cluster import Cluster
+    from serving.deployment import HttpAddress, check_exposure, deploy
+
+    address = HttpAddress(host=arguments.host, port=arguments.http_port)
+    check_exposure(fleet, address)
+    tracking_uri = arguments.mlflow or os.environ.get("MLFLOW_TRACKING_URI", "")
+    registry = Registry(tracking_uri)
+    registry.check()
+    categories = deploy(
+        fleet,
+        cluster=Cluster(arguments.ray_address),
+        registry=registry,
+        tracking_uri=tracking_uri,
+        address=address,
+        timeout_s=arguments.timeout,
+        progress=_say,
+    )
+    print(f"{'console':12}{address.url}/")
+    print(f"{'API':12}{address.url}/docs")
+    for category in categories:
+        print(f"{category.name:12}{address.url}/v1/{category.name}/inspect")
+
+
+def _status_command(arguments: argparse.Namespace) -> None:
+    from serving.cluster import Cluster
+    from serving.deployment import describe_status
+
+    lines = describe_status(Cluster(arguments.ray_address).serve_details())
+    print("\n".join(lines) or "no fleet is deployed")
+
+
+def _down_command(arguments: argparse.Namespace) -> None:
+    from serving.cluster import Cluster
+    from serving.deployment import take_down
+
+    print(f"stopped {take_down(Cluster(arguments.ray_address))} applications")
+
+
+def _token_command(arguments: argparse.Namespace) -> None:
+    token = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    _say("give this token to the caller; it is not stored anywhere:")
+    print(token)
+    _say("add this to the list `tokens` under `auth` in the fleet file, then deploy:")
+    _say(f"    - {{name: {arguments.name}, sha256: {digest}}}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.fleet",
+        description="Serve the registry's prompt sets over HTTP, on a running Ray cluster.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    deploy_parser = commands.add_parser(
+        "deploy",
+        help="make the cluster serve what a fleet file describes",
+        description="Make the cluster serve exactly what a fleet file describes: one application"
+        " with replicas of its own per category, and a web page. What does not change keeps"
+        " running. Run it on a machine of the cluster, in an environment like that of its nodes.",
+    )
+    deploy_parser.add_argument("file", type=Path, help="the fleet file, e.g. serving/fleet.yaml")
+    deploy_parser.add_argument(
+        "--http-port", type=int, default=8000, help="port to listen on (default %(default)s)"
+    )
+    deploy_parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default %(default)s: only this machine can ask); any other,"
+        " such as 0.0.0.0, needs tokens in the fleet file",
+    )
+    deploy_parser.add_argument(
+        "--mlflow",
+        metavar="URI",
+        help="address of the MLflow server, as the cluster's nodes reach it (default:"
+        " MLFLOW_TRACKING_URI)",
+    )
+    deploy_parser.add_argument(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait until all is ready (default %(default)s)",
+    )
+    deploy_parser.set_defaults(run=_deploy_command)
+
+    status_parser = commands.add_parser("status", help="show what is served and how it is doing")
+    status_parser.set_defaults(run=_status_command)
+    down_parser = commands.add_parser("down", help="stop serving")
+    down_parser.set_defaults(run=_down_command)
+    for command in (deploy_parser, status_parser, down_parser):
+        command.add_argument(
+            "--ray-address",
+            default="auto",
+            metavar="ADDRESS",
+            help="the Ray cluster: host:port of its head, or 'auto', which takes RAY_ADDRESS or the"
+            " cluster of this machine (default)",
+        )
+
+    token_parser = commands.add_parser(
+        "token",
+        help="make a token for a caller",
+        description="Make a token that lets a caller use the fleet, and its entry for the fleet"
+        " file, which holds only its hash.",
+    )
+    token_parser.add_argument("name", help="who will use it, e.g. line-3")
+    token_parser.set_defaults(run=_token_command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

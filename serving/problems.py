@@ -1,0 +1,147 @@
+"""Errors as a caller sees them: `application/problem+json` (RFC 9457) with a remedy."""
+
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from apt_ray.errors import ImageError, ImageTooLargeError, UnsupportedImageError
+
+MEDIA_TYPE = "application/problem+json"
+
+logger = logging.getLogger("ray.serve")
+
+
+class Problem(BaseModel):
+    """What went wrong with a request, and what to do about it."""
+
+    type: str = Field(description="A stable name of the kind of problem.")
+    title: str = Field(description="The kind of problem in words.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What happened this time.")
+    remedy: str = Field(description="What to do.")
+
+
+class ProblemError(Exception):
+    """Ends a request with a problem."""
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        kind: str,
+        detail: str,
+        remedy: str,
+        *,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.problem = Problem(
+            type=f"urn:apt-ray:problem:{kind.lower().replace(' ', '-')}",
+            title=kind,
+            status=status,
+            detail=detail,
+            remedy=remedy,
+        )
+        self.headers = headers
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(
+            self.problem.model_dump(),
+            status_code=self.problem.status,
+            headers=self.headers,
+            media_type=MEDIA_TYPE,
+        )
+
+
+def busy(detail: str, *, retry_after_s: int = 1) -> ProblemError:
+    """The fleet cannot answer now but soon will."""
+    return ProblemError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "Busy",
+        detail,
+        f"Ask again in {retry_after_s} s; if it lasts, raise max_replicas in the fleet file.",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+def too_large(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        "Image too large",
+        detail,
+        "Send a smaller or more compressed image, or raise max_bytes or max_pixels in the fleet"
+        " file.",
+    )
+
+
+def not_an_image(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.BAD_REQUEST,
+        "Not an image",
+        detail,
+        "Send one undamaged image file as the body, or as a file of a multipart form.",
+    )
+
+
+def unsupported(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        "Unsupported media type",
+        detail,
+        "Send a PNG, JPEG, BMP, TIFF or WebP file.",
+    )
+
+
+def install(api: FastAPI) -> None:
+    """Makes every error of `api` a problem."""
+
+    @api.exception_handler(ProblemError)
+    async def known(_: Request, error: ProblemError) -> JSONResponse:
+        return error.response
+
+    @api.exception_handler(ImageError)
+    async def bad_image(_: Request, error: ImageError) -> JSONResponse:
+        if isinstance(error, ImageTooLargeError):
+            return too_large(str(error)).response
+        if isinstance(error, UnsupportedImageError):
+            return unsupported(str(error)).response
+        return not_an_image(str(error)).response
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        detail = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        )
+        return ProblemError(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "Invalid request",
+            detail,
+            "Correct the named parameters; /docs lists what is accepted.",
+        ).response
+
+    @api.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> JSONResponse:
+        status = HTTPStatus(error.status_code)
+        return ProblemError(
+            status,
+            status.phrase,
+            f"{request.method} {request.url.path}: {error.detail}",
+            "See /docs for the addresses and methods that exist.",
+            headers=dict(error.headers or {}),
+        ).response
+
+    @api.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return ProblemError(
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            "Internal error",
+            "The request failed for a reason that is not its own.",
+            "Ask again; if it persists, look for the x-request-id of this answer in the logs of"
+            " the replica.",
+        ).response

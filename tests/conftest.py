@@ -1,0 +1,64 @@
+"""What the tests share: real servers, started once a session and only where used, and images."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from apt_ray.data.samples import write_samples
+from apt_ray.local_stack import free_ports, launch_mlflow
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_foreign_servers() -> Iterator[None]:
+    """Keep the tests away from the servers of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("RAY_ADDRESS", "RAY_API_SERVER", "RAY_AUTH", "MLFLOW_")):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server with an empty registry."""
+    server = launch_mlflow(tmp_path_factory.mktemp("mlflow") / "mlflow", port=free_ports(1)[0])
+    try:
+        server.wait_until_ready("/health")
+        yield server.url
+    finally:
+        server.terminate()
+        server.wait_until_ended()
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of this session's own, with 4 CPUs, in which the tests are the driver."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the procedural sample categories."""
+    root = tmp_path_factory.mktemp("samples")
+    write_samples(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images; skips where there is none, and fails where CI demands it."""
+    root = Path(os.environ.get("APT_RAY_DATA") or ROOT.parent / "shared" / "data")
+    if root.is_dir():
+        return root
+    reason = f"no real images in {root}: set APT_RAY_DATA to a folder of categories"
+    if os.environ.get("CI_REQUIRE_DATA"):
+        pytest.fail(reason)
+    pytest.skip(reason)

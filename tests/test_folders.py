@@ -1,0 +1,207 @@
+import pickle
+from pathlib import Path
+
+import pytest
+
+from apt_ray.data.folders import Category, find_categories, support_hash
+from apt_ray.errors import DataError
+
+
+def touch(root: Path, *names: str) -> None:
+    """Folder scans never open a picture, so any bytes will do."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+
+@pytest.fixture
+def mvtec(tmp_path: Path) -> Path:
+    touch(
+        tmp_path,
+        "nut/train/good/001.png",
+        "nut/train/good/000.png",
+        "nut/train/good/002.JPG",
+        "nut/train/good/.hidden.png",
+        "nut/train/good/notes.txt",
+        "nut/test/good/000.png",
+        "nut/test/bent/000.png",
+        "nut/test/bent/001.png",
+        "nut/test/scratch/000.png",
+        "nut/ground_truth/bent/000_mask.png",
+        "nut/ground_truth/bent/001_mask.png",
+        "nut/ground_truth/bent/777_mask.png",
+        "nut/ground_truth/scratch/000_mask.png",
+        "bolt/train/good/000.png",
+        "README.md",
+        ".cache/x.png",
+    )
+    return tmp_path
+
+
+def names(paths: tuple[Path, ...]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def only(root: Path) -> Category:
+    (category,) = find_categories(root)
+    return category
+
+
+def test_mvtec_layout(mvtec: Path) -> None:
+    bolt, nut = find_categories(mvtec)
+    assert (bolt.name, nut.name) == ("bolt", "nut")
+    assert names(nut.good) == ["000.png", "001.png", "002.JPG"]
+    assert [(image.defect_type, image.path.name) for image in nut.test] == [
+        ("bent", "000.png"),
+        ("bent", "001.png"),
+        ("good", "000.png"),
+        ("scratch", "000.png"),
+    ]
+    assert [image.is_anomalous for image in nut.test] == [True, True, False, True]
+    truth = mvtec / "nut" / "ground_truth"
+    assert [image.mask for image in nut.test] == [
+        truth / "bent" / "000_mask.png",
+        truth / "bent" / "001_mask.png",
+        None,
+        truth / "scratch" / "000_mask.png",
+    ]
+    assert nut.has_masks
+    assert bolt.test == ()
+    assert not bolt.has_masks
+
+
+def test_a_category_can_be_given_directly(mvtec: Path) -> None:
+    assert only(mvtec / "nut") in find_categories(mvtec)
+    assert find_categories(mvtec / "nut", ["nut"]) == find_categories(mvtec, ["nut"])
+
+
+def test_partial_masks_are_no_masks(mvtec: Path) -> None:
+    (mvtec / "nut/ground_truth/bent/001_mask.png").unlink()
+    nut = only(mvtec / "nut")
+    assert [image.mask is None for image in nut.test] == [False, True, True, False]
+    assert not nut.has_masks
+
+
+def test_masks_named_like_their_image(tmp_path: Path) -> None:
+    touch(tmp_path, "a/train/good/0.jpg", "a/test/cut/7.jpg", "a/ground_truth/cut/7.png")
+    assert only(tmp_path).test[0].mask == tmp_path / "a/ground_truth/cut/7.png"
+
+
+def test_plain_layout(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        *(f"cup/good/{index}.png" for index in range(4)),
+        "cup/chip/0.png",
+        "cup/ground_truth/chip/0_mask.png",
+    )
+    cup = only(tmp_path)
+    assert names(cup.good) == ["0.png", "1.png", "2.png", "3.png"]
+    assert [image.defect_type for image in cup.test] == ["chip"] + ["good"] * 4
+    assert cup.has_masks
+    support = cup.support_set(2, seed=0)
+    held_out = [image.path for image in cup.held_out(support)]
+    assert len(held_out) == 3
+    assert not set(held_out) & set(support)
+    assert only(tmp_path / "cup") == cup
+
+
+def test_pictures_alone_are_all_good(tmp_path: Path) -> None:
+    touch(tmp_path, "cup/0.png", "cup/1.webp")
+    cup = only(tmp_path)
+    assert names(cup.good) == ["0.png", "1.webp"]
+    assert not any(image.is_anomalous for image in cup.test)
+    assert len(cup.held_out(cup.good[:1])) == 1
+    assert only(tmp_path / "cup") == cup
+
+
+def test_stray_pictures_beside_categories_are_ignored(mvtec: Path) -> None:
+    touch(mvtec, "overview.png")
+    assert [category.name for category in find_categories(mvtec)] == ["bolt", "nut"]
+
+
+def test_names_choose_and_spare_the_rest(mvtec: Path) -> None:
+    (mvtec / "unfinished").mkdir()
+    assert [c.name for c in find_categories(mvtec, ["nut", "bolt"])] == ["bolt", "nut"]
+    with pytest.raises(DataError, match="has no category gear; it has bolt, nut, unfinished"):
+        find_categories(mvtec, ["nut", "gear"])
+
+
+def test_relative_roots_become_absolute(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mvtec / "nut")
+    category = only(Path())
+    assert category.name == "nut"
+    assert category.good[0].is_absolute()
+
+
+def test_support_sets_are_seeded_and_nested(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"cup/good/{index:02d}.png" for index in range(30)))
+    cup = only(tmp_path)
+    four = cup.support_set(4, seed=1)
+    assert len(set(four)) == 4
+    assert four == cup.support_set(4, seed=1)
+    assert four != cup.support_set(4, seed=2)
+    assert four[:2] == cup.support_set(2, seed=1)
+    assert set(cup.support_set(30, seed=0)) == set(cup.good)
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_too_many_shots(tmp_path: Path, shots: int) -> None:
+    touch(tmp_path, "cup/good/0.png", "cup/good/1.png")
+    with pytest.raises(DataError, match=f"cup has 2 good images .* {shots} shots were asked for"):
+        only(tmp_path).support_set(shots, seed=0)
+
+
+def test_missing_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"{tmp_path}/nowhere is not a folder.*every node"):
+        find_categories(Path("nowhere"))
+
+
+def test_no_category(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path} holds no category"):
+        find_categories(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "home"),
+    [
+        ("cup/notes.txt", "cup"),
+        ("cup/train/good/notes.txt", "cup/train/good"),
+        ("cup/train/0.png", "cup/train/good"),
+        ("cup/good/notes.txt", "cup/good"),
+    ],
+)
+def test_no_good_image(tmp_path: Path, file: str, home: str) -> None:
+    touch(tmp_path, file)
+    with pytest.raises(DataError, match=f"cup has no good image: put .* into {tmp_path / home},"):
+        find_categories(tmp_path)
+
+
+def test_defects_without_a_good_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "cup/0.png", "cup/chip/0.png")
+    with pytest.raises(DataError, match=f"move these to {tmp_path}/cup/good"):
+        find_categories(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metal nut", "schräg", "a.b", "a%2Fb"])
+def test_names_must_fit_into_an_address(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, f"{name}/good/0.png")
+    with pytest.raises(DataError, match="rename the folder"):
+        find_categories(tmp_path)
+
+
+def test_categories_travel_between_processes(mvtec: Path) -> None:
+    categories = find_categories(mvtec)
+    assert pickle.loads(pickle.dumps(categories)) == categories  # noqa: S301 (our own bytes)
+
+
+def test_support_hash_depends_on_content_only(tmp_path: Path) -> None:
+    for name, content in {"a": b"1", "b": b"2", "c": b"1", "d": b"12", "e": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    a, b, c, d, e = (tmp_path / name for name in "abcde")
+    assert support_hash([a, b]) == support_hash([b, c])
+    assert support_hash([a, b]) != support_hash([d, e])
+    assert support_hash([a]) != support_hash([a, c])
+    with pytest.raises(DataError, match="cannot read"):
+        support_hash([tmp_path / "none"])

@@ -1,0 +1,238 @@
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apt_ray.errors import DataError, ImageError, ImageTooLargeError, UnsupportedImageError
+from apt_ray.images import (
+    ImageLimits,
+    decode_image,
+    draw_overlay,
+    encode_png,
+    read_image,
+    read_mask,
+)
+
+RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+
+
+def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+def two_colours() -> Image.Image:
+    """Left half red, right half green."""
+    image = Image.new("RGB", (32, 16), RED)
+    image.paste(GREEN, (16, 0, 32, 16))
+    return image
+
+
+def near(colour: object, expected: tuple[int, int, int]) -> bool:
+    return bool(np.abs(np.subtract(colour, expected)).max() <= 12)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_accepted_formats_become_rgb(file_format: str) -> None:
+    image = decode_image(encoded(two_colours(), file_format))
+    assert (image.mode, image.size) == ("RGB", (32, 16))
+    assert near(image.getpixel((4, 8)), RED)
+    assert near(image.getpixel((28, 8)), GREEN)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise by a quarter to view
+    image = decode_image(encoded(two_colours(), file_format, exif=exif))
+    assert image.size == (16, 32)
+    assert near(image.getpixel((8, 4)), RED)
+    assert near(image.getpixel((8, 28)), GREEN)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bit_gray_is_scaled_not_clipped(file_format: str) -> None:
+    levels = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    image = decode_image(encoded(Image.fromarray(levels), file_format))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+
+
+def test_big_endian_sixteen_bit_gray() -> None:
+    entries = [(256, 4, 1), (257, 4, 1), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
+    entries += [(278, 4, 1), (279, 4, 2)]
+    tags = b"".join(
+        struct.pack(">HHI", tag, kind, 1) + struct.pack(">HH" if kind == 3 else ">I", *value)
+        for tag, kind, number in entries
+        for value in [(number, 0) if kind == 3 else (number,)]
+    )
+    pixels = struct.pack(">HH", 200 * 257, 0)
+    directory = struct.pack(">H", len(entries)) + tags + struct.pack(">I", 0)
+    image = decode_image(b"MM\0*" + struct.pack(">I", 12) + pixels + directory)
+    assert image.getpixel((0, 0)) == (200, 200, 200)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_become_white(mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    options = {}
+    if mode == "P":
+        image = Image.new("P", (2, 1))
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.putpixel((1, 0), 1)
+        options = {"transparency": 1}
+    decoded = decode_image(encoded(image.convert(mode), "PNG", **options))
+    assert decoded.getpixel((0, 0)) == (0, 0, 0)
+    assert decoded.getpixel((1, 0)) == WHITE
+
+
+def test_palette_and_cmyk() -> None:
+    assert decode_image(encoded(two_colours().quantize(4), "PNG")).getpixel((4, 8)) == RED
+    assert near(
+        decode_image(encoded(two_colours().convert("CMYK"), "JPEG")).getpixel((28, 8)), GREEN
+    )
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+def test_only_the_first_frame_counts(file_format: str) -> None:
+    first, second = Image.new("RGB", (8, 8), RED), Image.new("RGB", (8, 8), GREEN)
+    data = encoded(first, file_format, save_all=True, append_images=[second])
+    assert near(decode_image(data).getpixel((4, 4)), RED)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_truncated_files_are_refused(file_format: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), file_format)
+    with pytest.raises(ImageError, match=r"part\.jpg is damaged"):
+        decode_image(data[: int(len(data) * share)], source="part.jpg")
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"RIFF0000WAVE", b"%PDF-1.7"])
+def test_foreign_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(UnsupportedImageError, match="convert it"):
+        decode_image(data)
+
+
+def test_formats_that_pillow_knows_but_we_do_not() -> None:
+    with pytest.raises(UnsupportedImageError):
+        decode_image(encoded(two_colours(), "GIF"))
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    data = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
+    with pytest.raises(UnsupportedImageError, match="8 or 16 bits"):
+        decode_image(data)
+
+
+def test_byte_limit_is_inclusive() -> None:
+    data = encoded(two_colours(), "PNG")
+    decode_image(data, limits=ImageLimits(max_bytes=len(data)))
+    with pytest.raises(ImageTooLargeError, match="bytes"):
+        decode_image(data, limits=ImageLimits(max_bytes=len(data) - 1))
+
+
+def test_pixel_limit_is_inclusive() -> None:
+    data = encoded(two_colours(), "PNG")
+    decode_image(data, limits=ImageLimits(max_pixels=32 * 16))
+    with pytest.raises(ImageTooLargeError, match="32 x 16"):
+        decode_image(data, limits=ImageLimits(max_pixels=32 * 16 - 1))
+
+
+@pytest.mark.parametrize("side", [7_000, 10_000, 60_000])
+def test_a_huge_header_is_refused_before_decoding(side: int) -> None:
+    """Also where Pillow would warn, and where it would raise; the file has no pixels at all."""
+    bmp = bytearray(encoded(two_colours(), "BMP")[:54])
+    bmp[18:26] = struct.pack("<ii", side, side)
+    with pytest.raises(ImageTooLargeError, match="pixels"):
+        decode_image(bytes(bmp))
+
+
+def test_read_image_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    with pytest.raises(DataError, match=r"cannot read .*broken\.png"):
+        read_image(path)
+    path.write_bytes(encoded(two_colours(), "PNG")[:60])
+    with pytest.raises(DataError, match=r"broken\.png is damaged"):
+        read_image(path)
+    path.write_bytes(encoded(two_colours(), "PNG"))
+    assert read_image(path).size == (32, 16)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA"])
+@pytest.mark.parametrize("value", [1, 255])
+def test_mask_is_true_where_not_black(tmp_path: Path, mode: str, value: int) -> None:
+    expected = np.zeros((3, 5), dtype=bool)
+    expected[1, 2:4] = True
+    gray = Image.fromarray(np.where(expected, 255 if mode == "1" else value, 0).astype(np.uint8))
+    path = tmp_path / "mask.png"
+    gray.convert(mode).save(path)
+    np.testing.assert_array_equal(read_mask(path, (5, 3)), expected)
+
+
+def test_mask_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Image.new("L", (5, 3)).save(path)
+    with pytest.raises(DataError, match=r"mask .*mask\.png is 5 x 3 pixels but its image is 3 x 5"):
+        read_mask(path, (3, 5))
+
+
+def test_damaged_mask_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    path.write_bytes(encoded(Image.fromarray(noise), "PNG")[:500])
+    with pytest.raises(DataError, match=r"mask\.png is damaged"):
+        read_mask(path, (64, 64))
+
+
+def test_overlay_of_a_zero_map_is_the_image() -> None:
+    image = two_colours()
+    overlay = draw_overlay(image, np.zeros((16, 32), np.float32), threshold=0.5)
+    np.testing.assert_array_equal(np.asarray(overlay), np.asarray(image))
+
+
+def test_overlay_grows_with_the_map_and_leaves_the_image_visible() -> None:
+    ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (8, 1))
+    white = Image.new("RGB", (64, 8), WHITE)
+    black = Image.new("RGB", (64, 8))
+    over_white = np.asarray(draw_overlay(white, ramp, threshold=1.0), int)
+    over_black = np.asarray(draw_overlay(black, ramp, threshold=1.0), int)
+    contrast = (over_white - over_black).mean(axis=(0, 2))  # what is left of the image
+    assert np.all(np.diff(contrast) <= 0)
+    assert contrast[0] == 255
+    assert contrast[-1] > 50
+
+
+def test_overlay_outlines_the_area_above_the_threshold_from_outside() -> None:
+    anomaly_map = np.zeros((40, 40), np.float32)
+    anomaly_map[20, 20] = 0.6
+    gray = Image.new("RGB", (40, 40), (128, 128, 128))
+    overlay = np.asarray(draw_overlay(gray, anomaly_map, threshold=0.5))
+    assert tuple(overlay[20, 21]) == WHITE
+    assert tuple(overlay[20, 22]) == (0, 0, 0)
+    assert tuple(overlay[20, 24]) == (128, 128, 128)
+    assert tuple(overlay[20, 20]) not in {WHITE, (0, 0, 0), (128, 128, 128)}
+    below = np.asarray(draw_overlay(gray, anomaly_map, threshold=0.6))
+    assert tuple(below[20, 21]) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (700, 2)])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_overlay_of_any_size(size: tuple[int, int], threshold: float) -> None:
+    ones = np.ones(size[::-1], np.float32)
+    assert draw_overlay(Image.new("L", size), ones, threshold=threshold).size == size
+
+
+def test_overlay_needs_a_map_of_the_images_size() -> None:
+    with pytest.raises(ValueError, match=r"\(32, 16\)"):
+        draw_overlay(two_colours(), np.zeros((32, 16), np.float32), threshold=0.5)
+
+
+def test_encode_png_round_trip() -> None:
+    image = two_colours()
+    np.testing.assert_array_equal(np.asarray(decode_image(encode_png(image))), np.asarray(image))

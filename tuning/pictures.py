@@ -1,0 +1,66 @@
+"""Pictures of what a prompt set sees, shown under its version in the registry.
+
+Pixels are (3, H, W) float32 in 0..1 where they are tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image, ImageDraw
+
+from apt_ray.backbone import FrozenCLIP
+from apt_ray.detector import Detector
+from apt_ray.images import draw_overlay
+from apt_ray.prompt_set import PromptSet
+from apt_ray.synthesis import SELECTION
+
+_SIDE = 240
+_CAPTION = 16
+_MOST_COLUMNS = 8
+
+
+def draw_support(
+    backbone: FrozenCLIP, prompt_set: PromptSet, images: Sequence[Image.Image]
+) -> Image.Image:
+    """The support images above their overlays, captioned with their anomaly scores."""
+    return _sheet(backbone, prompt_set, {f"support {i}": image for i, image in enumerate(images)})
+
+
+def draw_held_out(backbone: FrozenCLIP, prompt_set: PromptSet, image: Image.Image) -> Image.Image:
+    """One image under each held-out perturbation family above the overlays.
+
+    The perturbations are those that selection judges by, of a kind that training never saw; the
+    image itself is of the support set.
+    """
+    pixels = backbone.preprocess([image]).cpu()
+    generator = torch.Generator().manual_seed(prompt_set.settings.seed)
+    perturbed = {
+        name: _to_image(family(pixels, generator).pixels_B3HW[0])
+        for name, family in SELECTION.items()
+    }
+    return _sheet(backbone, prompt_set, perturbed)
+
+
+def _sheet(
+    backbone: FrozenCLIP, prompt_set: PromptSet, images: Mapping[str, Image.Image]
+) -> Image.Image:
+    shown = dict(list(images.items())[:_MOST_COLUMNS])
+    inspections = Detector(backbone, prompt_set).inspect(list(shown.values()))
+    sheet = Image.new("RGB", (len(shown) * _SIDE, 2 * _SIDE + _CAPTION), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, ((name, image), inspection) in enumerate(
+        zip(shown.items(), inspections, strict=True)
+    ):
+        overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
+        left = column * _SIDE
+        draw.text((left + 4, 2), f"{name}: score {inspection.anomaly_score:.3f}", fill="black")
+        for row, picture in enumerate((image, overlay)):
+            small = picture.copy()
+            small.thumbnail((_SIDE - 4, _SIDE - 4))
+            sheet.paste(small, (left, _CAPTION + row * _SIDE))
+    return sheet
+
+
+def _to_image(pixels_3HW: torch.Tensor) -> Image.Image:
+    levels_HW3 = (pixels_3HW * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(levels_HW3.numpy())
