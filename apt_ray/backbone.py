@@ -232,7 +232,7 @@ def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> F
     model = _create_model(open_clip, spec)
     blocks = len(model.visual.transformer.resblocks)
     constants = BackboneConstants(
-        dense_scale=float(model.logit_scale.exp()),
+        dense_scale=float(model.logit_scale.detach().exp()),
         dense_bias=0.0,
         reference_scale=_REFERENCE_SCALE,
         reference_bias=_REFERENCE_BIAS,

@@ -38,7 +38,7 @@ _RAMP = np.array(
     [(13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33)],
     dtype=np.float32,
 )
-_TINT_OPACITY = 0.8
+_TINT_OPACITY = 0.6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,19 +105,23 @@ def draw_overlay(
 ) -> Image.Image:
     """The image with its anomaly map tinted over it and the area above `threshold` outlined.
 
-    The tint is clear at 0, half way up its colours and opacity at the threshold, full from twice
+    The tint is clear at 0, half way up its colours at the threshold, strongest from twice
     the threshold on. `anomaly_map_HW` has the size of the image; ValueError otherwise.
     """
     if anomaly_map_HW.shape != (image.height, image.width):
         raise ValueError(
             f"the map is {anomaly_map_HW.shape}, the image {(image.height, image.width)} (H, W)"
         )
-    level_HW = np.clip(anomaly_map_HW / max(2 * threshold, 1e-6), 0, 1).astype(np.float32)
+    steps = np.linspace(0, 1, 256)
+    opacity = (_TINT_OPACITY * steps**1.5).astype(np.float32)[:, None]
     stops = np.linspace(0, 1, len(_RAMP))
-    tint_HW3 = np.stack([np.interp(level_HW, stops, channel) for channel in _RAMP.T], axis=-1)
-    opacity_HW1 = (_TINT_OPACITY * level_HW**1.5)[..., None]
+    colours = np.stack([np.interp(steps, stops, channel) for channel in _RAMP.T], axis=-1)
+    tint = (colours * opacity).astype(np.float32)
+
+    scale = 255 / max(2 * threshold, 1e-6)
+    level_HW = np.clip(anomaly_map_HW * scale, 0, 255).astype(np.uint8)
     pixels_HW3 = np.asarray(image.convert("RGB"), dtype=np.float32)
-    pixels_HW3 = pixels_HW3 * (1 - opacity_HW1) + tint_HW3 * opacity_HW1
+    pixels_HW3 = pixels_HW3 * (1 - opacity)[level_HW] + tint[level_HW]
 
     # White within black shows on every ground; it runs outside, so it never hides a small region.
     above_HW = anomaly_map_HW > threshold

@@ -368,24 +368,41 @@ few good pictures.
 
 
 def _describe_version(prompt_set: PromptSet, run_id: str, pictures: Sequence[str]) -> str:
-    """Markdown for the registry's page; the pictures come from the server that shows the page."""
+    """Markdown for the registry's pages; a list of versions shows the first line of it."""
     threshold = prompt_set.threshold
+    promise = "uncertified, for want of good pictures outside the support set"
     if threshold.certified_false_alarm_rate is not None:
-        promise = (
-            f"rejects at most {threshold.certified_false_alarm_rate:.3g} of good parts (certified)"
-        )
-    else:
-        promise = "uncertified: too few good pictures outside the support set"
-    rows = [
-        ("threshold", f"{threshold.value:.4f}, {promise}"),
-        *((key, f"{value:.4g}") for key, value in sorted(prompt_set.metrics.items())),
-        *((key, str(value)) for key, value in prompt_set.settings),
-        ("backbone", f"{prompt_set.backbone.name} `{prompt_set.fingerprint[:12]}`"),
+        promise = f"at most {threshold.certified_false_alarm_rate:g} of good parts rejected"
+    metrics = _with_spread(prompt_set.metrics)
+    headline = ", ".join(f"{name} {value}" for name, value in list(metrics.items())[:1])
+    sections = [
+        f"{headline}{', ' if headline else ''}threshold {threshold.value:.4f} ({promise}), "
+        f"{prompt_set.provenance.shots} shots, backbone {prompt_set.backbone.name}",
+        _table("metric", metrics),
+        _table("setting", {name: _number(value) for name, value in prompt_set.settings}),
     ]
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    images = "\n\n".join(
-        f"![{name}](get-artifact?{urlencode({'path': _picture(name), 'run_uuid': run_id})})"
-        for name in pictures
-    )
-    call = f'Registry().load("{prompt_set.category}", "VERSION")'
-    return f"| | |\n|---|---|\n{table}\n\nIn Python: `{call}`\n\n{images}\n"
+    for name in pictures:
+        # Relative to the page, so that any name of the server will do.
+        url = "get-artifact?" + urlencode({"path": _picture(name), "run_uuid": run_id})
+        sections.append(f"**{name.replace('_', ' ')}**\n\n![{name}]({url})")
+    return "\n\n".join(sections)
+
+
+def _with_spread(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Metrics for the eye: `x` and `x_sd` become one."""
+    return {
+        name: f"{value:.4f} ± {metrics[f'{name}_sd']:.4f}"
+        if f"{name}_sd" in metrics
+        else f"{value:.4f}"
+        for name, value in metrics.items()
+        if not name.endswith("_sd")
+    }
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(header: str, rows: Mapping[str, str]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([f"| {header} | |", "|---|---|", *lines]) if lines else ""

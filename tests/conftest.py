@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from apt_ray.backbone import FrozenCLIP, load_backbone
+from apt_ray.bank import SupportBank, encode_support
+from apt_ray.config import FitSettings
+from apt_ray.data.folders import Category, find_categories
 from apt_ray.data.samples import write_samples
+from apt_ray.fitting import fit
+from apt_ray.images import read_image
 from apt_ray.local_stack import free_ports, launch_mlflow
+from apt_ray.prompt_set import PromptSet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,3 +69,34 @@ def real_data() -> Path:
     if os.environ.get("CI_REQUIRE_DATA"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def backbone() -> FrozenCLIP:
+    """The built-in backbone."""
+    return load_backbone()
+
+
+@pytest.fixture(scope="session")
+def category(sample_data: Path) -> Category:
+    """One sample category."""
+    return find_categories(sample_data)[0]
+
+
+@pytest.fixture(scope="session")
+def bank(backbone: FrozenCLIP, category: Category) -> SupportBank:
+    """Its first three support images, encoded at two noise strengths."""
+    images = [read_image(path) for path in category.support_set(3, seed=0)]
+    return encode_support(backbone, images, seed=0, strengths=(0.1, 0.3))
+
+
+@pytest.fixture(scope="session")
+def prompt_set(backbone: FrozenCLIP, category: Category, bank: SupportBank) -> PromptSet:
+    """A prompt set of that category, after a few steps."""
+    return fit(
+        category.name,
+        category.support_set(3, seed=0),
+        FitSettings(steps=10),
+        backbone=backbone,
+        bank=bank,
+    )

@@ -3,10 +3,11 @@
 Pixels are (3, H, W) float32 in 0..1 where they are tensors.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from apt_ray.backbone import FrozenCLIP
 from apt_ray.detector import Detector
@@ -14,9 +15,11 @@ from apt_ray.images import draw_overlay
 from apt_ray.prompt_set import PromptSet
 from apt_ray.synthesis import SELECTION
 
-_SIDE = 240
+_SIDE = 190
+_GAP = 4
 _CAPTION = 16
-_MOST_COLUMNS = 8
+_COLUMNS = 4
+_MOST_IMAGES = 8
 
 
 def draw_support(
@@ -44,20 +47,24 @@ def draw_held_out(backbone: FrozenCLIP, prompt_set: PromptSet, image: Image.Imag
 def _sheet(
     backbone: FrozenCLIP, prompt_set: PromptSet, images: Mapping[str, Image.Image]
 ) -> Image.Image:
-    shown = dict(list(images.items())[:_MOST_COLUMNS])
+    """Rows of captioned images, each above its overlay."""
+    shown = dict(list(images.items())[:_MOST_IMAGES])
     inspections = Detector(backbone, prompt_set).inspect(list(shown.values()))
-    sheet = Image.new("RGB", (len(shown) * _SIDE, 2 * _SIDE + _CAPTION), "white")
+    rows = math.ceil(len(shown) / _COLUMNS)
+    row_height = _CAPTION + 2 * (_SIDE + _GAP)
+    width = min(len(shown), _COLUMNS) * (_SIDE + _GAP)
+    sheet = Image.new("RGB", (width, rows * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, ((name, image), inspection) in enumerate(
+    for place, ((name, image), inspection) in enumerate(
         zip(shown.items(), inspections, strict=True)
     ):
+        left = place % _COLUMNS * (_SIDE + _GAP)
+        top = place // _COLUMNS * row_height
+        draw.text((left, top + 2), f"{name}: {inspection.anomaly_score:.3f}", fill="black")
         overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
-        left = column * _SIDE
-        draw.text((left + 4, 2), f"{name}: score {inspection.anomaly_score:.3f}", fill="black")
-        for row, picture in enumerate((image, overlay)):
-            small = picture.copy()
-            small.thumbnail((_SIDE - 4, _SIDE - 4))
-            sheet.paste(small, (left, _CAPTION + row * _SIDE))
+        for line, picture in enumerate((image, overlay)):
+            small = ImageOps.contain(picture, (_SIDE, _SIDE))
+            sheet.paste(small, (left, top + _CAPTION + line * (_SIDE + _GAP)))
     return sheet
 
 

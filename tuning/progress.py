@@ -6,7 +6,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from tuning.trial import RUNGS
+from tuning.settings import RUNGS
 
 _MOST_SECONDS_BETWEEN_LINES = 20.0
 
@@ -25,13 +25,15 @@ class Progress(tune.Callback):
         self._rungs: dict[str, int] = {}
         self._ended: set[str] = set()
         self._best: tuple[int, float, float] | None = None
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._first_report: float | None = None
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Count a rung."""
         self._rungs[trial.trial_id] = result["rung"]
+        self._first_report = self._first_report or time.monotonic()
         # Values of different rungs do not compare: the furthest rung counts.
         reached = (result["rung"], result["held_out"], -result["held_out_sd"])
         self._best = max(self._best or reached, reached)
@@ -57,13 +59,13 @@ class Progress(tune.Callback):
 
     def _say(self) -> None:
         self._last_line = time.monotonic()
-        done = sum(self._rungs.values()) / (RUNGS * self._trials)
-        left = (self._last_line - self._started) * (1 - done) / done
-        best = ""
+        line = f"{self._label}: {len(self._ended)} of {self._trials} trials"
         if self._best is not None:
             _, value, negative_sd = self._best
-            best = f", best {value:.3f} ± {-negative_sd:.3f}"
-        say(
-            f"{self._label}: {len(self._ended)} of {self._trials} trials{best},"
-            f" about {left:.0f} s left"
-        )
+            line += f", best {value:.3f} ± {-negative_sd:.3f}"
+        # The clock runs from the first report on, since worker processes take long to start.
+        rungs = sum(self._rungs.values())
+        if self._first_report is not None and rungs > 1:
+            a_rung = (self._last_line - self._first_report) / (rungs - 1)
+            line += f", about {a_rung * (RUNGS * self._trials - rungs):.0f} s left"
+        say(line)

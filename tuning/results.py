@@ -83,7 +83,7 @@ def choose_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
 
 def draw_trials(trials: Sequence[TrialRecord], winner: TrialRecord) -> Image.Image:
     """Held-out value against steps, a line a trial; the winner with its standard deviation."""
-    figure = Figure(figsize=(7.2, 4.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(7.6, 3.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for trial in trials:
         if trial is not winner:
@@ -98,7 +98,7 @@ def draw_trials(trials: Sequence[TrialRecord], winner: TrialRecord) -> Image.Ima
         marker="o",
         label=f"trial {winner.number}, chosen",
     )
-    axes.set(xlabel="steps", ylabel="held-out value", title="Trials of the search")
+    axes.set(xlabel="steps", ylabel="held-out value (AUROC)")
     axes.legend(loc="lower right")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

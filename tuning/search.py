@@ -2,263 +2,27 @@
 
     ray job submit --working-dir . -- python tuning/search.py --data DIR --shots 4 --trials 8
 
-Categories are searched one after another by Ray Tune. While one is searched, the support sets of
-the next are encoded and the winner of the one before is fitted and registered. A category that
-fails leaves the others alone. Exit code: 0 if every category was registered, 1 if not, 2 for a
-wrong command line.
+Exit code: 0 if every category was registered, 1 if not (the others are kept), 2 for a wrong
+command line.
 """
 
 import argparse
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
 
-import ray
-from pydantic import Field, field_validator
-from ray import ObjectRef, tune
-from ray.exceptions import RayTaskError
-from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search.basic_variant import BasicVariantGenerator
-
-from apt_ray.bank import SupportBank
-from apt_ray.config import BackboneSpec, FitSettings, Settings
-from apt_ray.data.folders import Category, find_categories
+from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.data.folders import find_categories
 from apt_ray.errors import AptError, SettingsError
-from apt_ray.registry import Registry
-from tuning.progress import Progress, say
-from tuning.results import (
-    TrialRecord,
-    TunedCategory,
-    choose_winner,
-    closing_table,
-    draw_trials,
-    read_trials,
-)
-from tuning.space import search_space, starting_point
-from tuning.trial import RUNGS, Banks, TrialPlan, encode_bank, fit_winner, run_trial
+from tuning.settings import RUNGS, SearchSettings
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Encoding:
-    """The banks of a category on their way; `shots` is small, and raises what went wrong."""
-
-    banks: Banks
-    shots: "tuple[ObjectRef[int], ...]"
-
-
-class SearchSettings(Settings):
-    """What one search does with each category."""
-
-    shots: int = Field(ge=1)
-    support_seeds: tuple[int, ...] = Field(min_length=1)
-    trials: int = Field(ge=1)
-    steps: int = Field(ge=RUNGS)
-    seed: int = Field(ge=0)
-    live_trials: int | None = Field(ge=1)
-    cpus_per_trial: float = Field(gt=0)
-    scheduler: Literal["asha", "none"]
-    storage: str
-    backbone: BackboneSpec
-
-    @field_validator("support_seeds")
-    @classmethod
-    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("must differ from one another")
-        return seeds
-
-    def fit_settings(self, searched: Mapping[str, Any] = MappingProxyType({})) -> FitSettings:
-        """The settings of a fit to the first support set, with searched values in place."""
-        return FitSettings.parse({"steps": self.steps, "seed": self.support_seeds[0], **searched})
-
-    @property
-    def threads(self) -> int:
-        """PyTorch's threads in one worker process."""
-        return math.ceil(self.cpus_per_trial)
-
-
-class Search:
-    """The search over some categories on a connected Ray.
-
-    Attributes:
-        tuned: What was registered so far.
-        failures: Category -> why it was not.
-    """
-
-    def __init__(
-        self, settings: SearchSettings, registry: Registry, provenance: dict[str, str]
-    ) -> None:
-        self.tuned: list[TunedCategory] = []
-        self.failures: dict[str, str] = {}
-        self._settings = settings
-        self._registry = registry
-        self._provenance = provenance
-        cpus = ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call]
-        self._live_trials = settings.live_trials or max(1, int(cpus))
-
-    def run(self, categories: Sequence[Category]) -> None:
-        """Search, fit and register every category; failures are collected, not raised."""
-        places = {category.name: place for place, category in enumerate(categories, 1)}
-        with ThreadPoolExecutor(max_workers=1) as background:
-            for category, encoding in self._encode_ahead(categories):
-                label = f"[{places[category.name]}/{len(categories)}] {category.name}"
-                with self._collecting_failure(category):
-                    started = time.monotonic()
-                    say(f"{label}: encoding {len(encoding.banks)} support sets")
-                    ray.get(list(encoding.shots))
-                    encoded = time.monotonic()
-                    trials = self._run_trials(category, encoding.banks, label)
-                    searched = time.monotonic()
-                    background.submit(
-                        self._finish,
-                        category,
-                        encoding.banks[0],
-                        trials,
-                        {"encode": encoded - started, "search": searched - encoded},
-                        label,
-                    )
-
-    def _encode_ahead(self, categories: Sequence[Category]) -> Iterator[tuple[Category, _Encoding]]:
-        """Each category with its banks; by then the encoding of the next has been started."""
-        begun: deque[tuple[Category, _Encoding]] = deque()
-        for category in categories:
-            with self._collecting_failure(category):
-                begun.append((category, self._encode(category)))
-            if len(begun) > 1:
-                yield begun.popleft()
-        yield from begun
-
-    def _encode(self, category: Category) -> _Encoding:
-        settings = self._settings
-        task = self._task(encode_bank)
-        started = [
-            task.remote(
-                category.support_set(settings.shots, seed),
-                backbone=settings.backbone,
-                seed=seed,
-                threads=settings.threads,
-            )
-            for seed in settings.support_seeds
-        ]
-        banks, shots = zip(*started, strict=True)
-        return _Encoding(banks=banks, shots=shots)
-
-    def _task(self, function: Callable[..., tuple[object, object]]) -> Any:
-        """A function that returns a pair, as a Ray task that reserves as much as a trial."""
-        return ray.remote(num_cpus=self._settings.cpus_per_trial, num_returns=2)(function)
-
-    def _run_trials(self, category: Category, banks: Banks, label: str) -> list[TrialRecord]:
-        settings = self._settings
-        plan = TrialPlan(
-            backbone=settings.backbone,
-            banks=banks,
-            settings=settings.fit_settings(),
-            threads=settings.threads,
-        )
-        tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(run_trial, plan=plan), {"CPU": settings.cpus_per_trial}
-            ),
-            param_space=search_space(),
-            tune_config=tune.TuneConfig(
-                metric="held_out",
-                mode="max",
-                num_samples=settings.trials,
-                search_alg=BasicVariantGenerator(
-                    points_to_evaluate=[starting_point()],
-                    max_concurrent=self._live_trials,
-                    random_state=settings.seed,
-                ),
-                scheduler=_scheduler(settings.scheduler),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name=category.name,
-                storage_path=settings.storage,
-                callbacks=[Progress(label, settings.trials), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
-                verbose=0,
-            ),
-        )
-        return read_trials(tuner.fit())
-
-    def _finish(
-        self,
-        category: Category,
-        bank: "ObjectRef[SupportBank]",
-        trials: list[TrialRecord],
-        seconds: dict[str, float],
-        label: str,
-    ) -> None:
-        """Fit the winner on all shots and register it; runs beside the next category's trials."""
-        with self._collecting_failure(category):
-            started = time.monotonic()
-            winner = choose_winner(trials)
-            settings = self._settings
-            support = category.support_set(settings.shots, settings.support_seeds[0])
-            task = self._task(fit_winner)
-            fitted = task.remote(
-                category.name,
-                support,
-                [path for path in category.good if path not in support],
-                settings.fit_settings(winner.settings),
-                backbone=settings.backbone,
-                bank=bank,
-                metrics=winner.metrics(),
-                threads=settings.threads,
-            )
-            prompt_set, pictures = ray.get(fitted)
-            version = self._registry.register(
-                prompt_set,
-                pictures={**pictures, "trials": draw_trials(trials, winner)},
-                trials=[trial.row(settings.steps) for trial in trials],
-                tags=self._provenance,
-            )
-            seconds["register"] = time.monotonic() - started
-            self.tuned.append(
-                TunedCategory(
-                    trials=trials,
-                    winner=winner,
-                    prompt_set=prompt_set,
-                    version=version,
-                    seconds=seconds,
-                )
-            )
-            say(f"{label}: registered version {version.version}, {', '.join(version.aliases)}")
-
-    @contextmanager
-    def _collecting_failure(self, category: Category) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            if isinstance(cause, AptError):
-                reason = str(cause)
-            else:
-                reason = f"{type(cause).__name__}: {cause}"
-                traceback.print_exception(error)
-            self.failures[category.name] = reason
-            say(f"{category.name} failed: {reason}")
-
-
-def _scheduler(name: Literal["asha", "none"]) -> TrialScheduler | None:
-    if name == "none":
-        return None
-    return ASHAScheduler(time_attr="rung", max_t=RUNGS, grace_period=1, reduction_factor=2)
+# Ray, PyTorch and MLflow are imported inside, so that `--help` answers at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -274,19 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _search(options: argparse.Namespace, settings: SearchSettings) -> int:
     started = time.monotonic()
     categories = find_categories(options.data, options.categories)
+
+    from apt_ray.registry import Registry
+    from tuning.progress import say
+    from tuning.results import closing_table
+    from tuning.runner import Search
+
     registry = Registry(options.mlflow)
     registry.check()
-    _connect(options.ray_address)
-    search = Search(settings, registry, _provenance())
+    provenance = _connect(options.ray_address)
     say(
         f"{len(categories)} categories x {settings.trials} trials of {settings.steps} steps,"
         f" {settings.shots} shots; registry at {registry.address}"
     )
+    search = Search(settings, registry, provenance)
     search.run(categories)
     seconds = time.monotonic() - started
     if search.tuned:
@@ -296,10 +69,10 @@ def _search(options: argparse.Namespace, settings: SearchSettings) -> int:
         say(f"not registered: {name}: {reason}")
     if options.summary:
         summary = {
-            "data": str(categories[0].root.parent),
+            "data": str(options.data.expanduser().absolute()),
             "registry": registry.address,
             "settings": settings.model_dump(),
-            "provenance": _provenance(),
+            "provenance": provenance,
             "seconds": round(seconds, 2),
             "categories": [category.summary() for category in search.tuned]
             + [
@@ -312,30 +85,28 @@ def _search(options: argparse.Namespace, settings: SearchSettings) -> int:
     return 1 if search.failures else 0
 
 
-def _connect(address: str | None) -> None:
-    """Connect to Ray, quietly: the search has its own lines of progress."""
+def _connect(address: str | None) -> dict[str, str]:
+    """Connect to Ray, quietly; returns the tags that say which job, of which code, this is."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    remedy = (
+        "start Ray with `ray start --head` and submit the search to it with `ray job submit`, or"
+        " pass --ray-address local for a Ray of its own on this machine"
+    )
+    if not address:
+        raise SettingsError(f"there is no Ray to run on, RAY_ADDRESS is not set: {remedy}")
     os.environ.update(
         RAY_AIR_NEW_OUTPUT="0",  # the only output of Tune that `verbose=0` silences altogether
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",
         TUNE_PRINT_ALL_TRIAL_ERRORS="0",
     )
+    import ray
+
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    remedy = (
-        "start Ray with `ray start --head` and submit the search to it with `ray job submit`, or"
-        " pass --ray-address local for a Ray of its own on this machine"
-    )
-    address = address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        raise SettingsError(f"no Ray to run on, RAY_ADDRESS is not set: {remedy}")
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SettingsError(f"cannot connect to Ray at {address} ({error}): {remedy}") from error
-
-
-def _provenance() -> dict[str, str]:
-    """Tags that say which job, of which code, registered a version."""
     tags = {"ray.version": ray.__version__, "ray.job_id": ray.get_runtime_context().get_job_id()}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     submission = job.get("metadata", {}).get("job_submission_id")

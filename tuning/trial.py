@@ -23,9 +23,7 @@ from apt_ray.images import read_image
 from apt_ray.prompt_set import PromptSet
 from apt_ray.selection import HeldOutTrial
 from tuning.pictures import draw_held_out, draw_support
-
-RUNGS = 4
-"""How often a trial reports its held-out value, at equal distances."""
+from tuning.settings import RUNGS
 
 Banks = tuple["ObjectRef[SupportBank]", ...]
 
@@ -101,8 +99,8 @@ def fit_winner(
     )
     images = [read_image(path) for path in support]
     return prompt_set, {
-        "support": draw_support(model, prompt_set, images),
-        "held_out": draw_held_out(model, prompt_set, images[0]),
+        "support_images": draw_support(model, prompt_set, images),
+        "held_out_perturbations": draw_held_out(model, prompt_set, images[0]),
     }
 
 

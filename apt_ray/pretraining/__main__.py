@@ -1,0 +1,62 @@
+"""Pretrain apt-mini: `python -m apt_ray.pretraining --minutes 20 --out DIR`.
+
+Trains (or goes on from the checkpoint in DIR), fits the constants, measures held-out kinds, and
+writes `apt-mini.safetensors`, its digest and `figures.json` into DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from apt_ray.models.builtin import save_builtin
+from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
+from apt_ray.pretraining.train import Pretraining, TrainSettings, train
+
+_FIT_SEED, _MEASURE_SEED = 2**40, 2**41
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m apt_ray.pretraining", description=__doc__)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="length of the training in minutes")
+    length.add_argument("--steps", type=int, help="length of the training in steps (repeatable)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-pairs", type=int, default=32, help="pairs of pictures a step")
+    parser.add_argument("--held-out-pairs", type=int, default=512, help="pairs to fit and measure")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    options = parser.parse_args(arguments)
+    settings = TrainSettings(
+        minutes=options.minutes,
+        steps=options.steps,
+        seed=options.seed,
+        batch_pairs=options.batch_pairs,
+    )
+    run = train(
+        settings,
+        options.out,
+        device=options.device,
+        report=lambda line: print(line, flush=True),
+    )
+    export(run, options.out, pairs=options.held_out_pairs)
+
+
+def export(run: Pretraining, folder: Path, *, pairs: int) -> None:
+    """Fit the constants on some held-out pairs, measure on others, and write the files."""
+    model = run.trained_model().eval()
+    states_2E = state_features(model, run.vocabulary)
+    constants = fit_constants(encode_held_out(model, pairs=pairs, seed=_FIT_SEED), states_2E)
+    figures = measure(
+        encode_held_out(model, pairs=pairs, seed=_MEASURE_SEED), states_2E, constants
+    )
+    path = save_builtin(model, run.trained_ids, constants, folder)
+    report = {"steps": run.steps_done, "minutes": run.seconds / 60, **asdict(figures)}
+    (folder / "figures.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}\n{constants}\n{json.dumps(report, indent=2)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

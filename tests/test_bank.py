@@ -1,0 +1,63 @@
+import pickle
+
+import pytest
+import torch
+
+from apt_ray.backbone import FrozenCLIP
+from apt_ray.bank import DRAWS, FAMILY_DRAWS, SupportBank, encode_support
+from apt_ray.data.folders import Category
+from apt_ray.images import read_image
+from apt_ray.synthesis import GUIDANCE, SELECTION
+
+
+def test_a_bank_holds_every_draw_of_every_image(backbone: FrozenCLIP, bank: SupportBank) -> None:
+    patches, width = backbone.grid[0] * backbone.grid[1], bank.clean_SVNE.shape[-1]
+    assert bank.shots == 3
+    assert set(bank.noisy_SDNE) == {0.1, 0.3}
+    assert bank.noisy_SDNE[0.1].shape == (3, DRAWS, patches, width)
+    assert bank.noisy_labels_SDN.shape == (3, DRAWS, patches)
+    assert bank.guidance.names == tuple(GUIDANCE)
+    assert bank.selection.names == tuple(SELECTION)
+    assert bank.selection.tokens_FSDNE.shape == (7, 3, FAMILY_DRAWS, patches, width)
+    assert bank.selection.labels_FSDN.shape == (7, 3, FAMILY_DRAWS, patches)
+
+
+def test_tokens_belong_to_the_image_that_they_are_filed_under(
+    backbone: FrozenCLIP, category: Category, bank: SupportBank
+) -> None:
+    image = read_image(category.support_set(3, seed=0)[1])
+    own = backbone.encode_images(backbone.preprocess([image])).tokens_BNE[0]
+    assert torch.allclose(bank.clean_SVNE[1, 0].float(), own, atol=2e-3)
+    assert torch.allclose(bank.support.tokens_BNE[1], own, atol=1e-5)
+
+
+def test_a_bank_is_repeatable_survives_pickling_and_counts_its_work(
+    backbone: FrozenCLIP, category: Category
+) -> None:
+    images = [read_image(category.good[0])]
+    seen: list[tuple[int, int]] = []
+    first = encode_support(
+        backbone,
+        images,
+        seed=1,
+        strengths=[0.2],
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    second = pickle.loads(pickle.dumps(encode_support(backbone, images, seed=1, strengths=[0.2])))  # noqa: S301
+    assert torch.equal(first.noisy_SDNE[0.2], second.noisy_SDNE[0.2])
+    assert torch.equal(first.selection.labels_FSDN, second.selection.labels_FSDN)
+    done, total = seen[-1]
+    assert done == total
+
+
+def test_a_single_image_is_judged_on_another_crop_of_it(
+    backbone: FrozenCLIP, category: Category
+) -> None:
+    one = encode_support(backbone, [read_image(category.good[0])], seed=0, strengths=[0.2])
+    assert not torch.allclose(one.clean_SVNE, one.judged_clean_SVNE)
+    cosine = (
+        one.clean_SVNE.float().mean((0, 1, 2)) * one.judged_clean_SVNE.float().mean((0, 1, 2))
+    ).sum()
+    assert cosine.item() == pytest.approx(
+        one.clean_SVNE.float().mean((0, 1, 2)).square().sum().item(), rel=0.2
+    )

@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from apt_ray.__main__ import main
+
+
+def test_fit_then_inspect_writes_overlays_and_results(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    category = min(sample_data.iterdir())
+    file = tmp_path / "set.safetensors"
+    status = main(
+        ["fit", "--data", str(category), "--out", str(file), "--shots", "2", "--steps", "2"]
+    )
+    assert status == 0
+    assert "uncertified" in capsys.readouterr().out
+    picture = min((category / "test" / "good").iterdir())
+    results = tmp_path / "results.json"
+    overlays = tmp_path / "overlays"
+    status = main(
+        ["inspect", str(file), str(picture), "--out", str(overlays), "--json", str(results)]
+    )
+    assert status == 0
+    assert str(picture) in capsys.readouterr().out
+    (row,) = json.loads(results.read_text())
+    assert row["image"] == str(picture)
+    assert Image.open(row["overlay"]).size == Image.open(picture).size
+
+
+def test_calibration_uses_the_other_good_pictures(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    category = min(sample_data.iterdir())
+    arguments = ["fit", "--data", str(category), "--out", str(tmp_path / "set.safetensors")]
+    settings = ["--shots", "2", "--steps", "1", "--calibrate", "--false-alarm-rate", "0.2"]
+    assert main([*arguments, *settings]) == 0
+    assert "certified at 20.0%" in capsys.readouterr().out
+
+
+def test_evaluate_prints_a_table_and_writes_every_result(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.json"
+    name = min(sample_data.iterdir()).name
+    options = ["--categories", name, "--shots", "1", "--seeds", "0", "--steps", "1"]
+    assert main(["evaluate", "--data", str(sample_data), *options, "--json", str(file)]) == 0
+    assert "| image AUROC |" in capsys.readouterr().out
+    results = json.loads(file.read_text())
+    assert [result["variant"] for result in results] == ["prompts", "reference", "both"]
+    assert set(results[0]) == {
+        "variant",
+        "category",
+        "shots",
+        "seed",
+        "image_auroc",
+        "pixel_auroc",
+        "aupro",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--data", "/no/such/folder", "--out", "x"], "/no/such/folder"),
+        (["inspect", "/no/such/set.safetensors", "x.png"], "/no/such/set.safetensors"),
+        (["evaluate", "--data", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_a_mistake_gives_one_clear_line_and_status_one(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_folder_of_several_products_cannot_be_fitted_at_once(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--data", str(sample_data), "--out", str(tmp_path / "x")]) == 1
+    assert "give the folder of one of them" in capsys.readouterr().err
+
+
+def test_settings_out_of_range_are_refused(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    category = min(sample_data.iterdir())
+    options = ["--out", str(tmp_path / "x"), "--smgs-weight", "2"]
+    assert main(["fit", "--data", str(category), *options]) == 1
+    assert "smgs_weight" in capsys.readouterr().err
