@@ -104,22 +104,19 @@ def _run_line(stack: LocalStack) -> None:
     _inspect(fleet_url, find_categories(data))
 
     print(f"\nthe whole line took {time.monotonic() - begin:.0f} s\n")
-    for name, url in {
-        **{server.name: server.url for server in stack.servers},
-        "fleet": fleet_url,
-    }.items():
+    addresses = {server.name: server.url for server in stack.servers} | {"fleet": fleet_url}
+    for name, url in addresses.items():
         print(f"{name:8}{url}")
     print(f"Ray's dashboard asks for the token in {FOLDER}/ray_token", flush=True)
 
 
 def _submit_search(stack: LocalStack, data: Path) -> None:
     submission_id = f"demo-{uuid.uuid4().hex[:8]}"
-    tracking = {"MLFLOW_TRACKING_URI": stack.environment["MLFLOW_TRACKING_URI"]}
-    search = ("python", "tuning/search.py", "--data", str(data))
     _run(
-        *("ray", "job", "submit", "--working-dir", ".", "--submission-id", submission_id),
-        *("--runtime-env-json", json.dumps({"env_vars": tracking}), "--"),
-        *(*search, "--shots", str(SHOTS), "--trials", str(TRIALS)),
+        *("ray", "job", "submit", "--submission-id", submission_id, "--working-dir", ".", "--"),
+        *("python", "tuning/search.py", "--data", str(data)),
+        *("--shots", str(SHOTS), "--trials", str(TRIALS)),
+        *("--storage", str(data.with_name("search"))),
         environment=stack.environment,
         # The client's exit code says nothing of the job's when its view of the log breaks off.
         check=False,
@@ -135,15 +132,14 @@ def _submit_search(stack: LocalStack, data: Path) -> None:
 def _inspect(fleet_url: str, categories: list[Category]) -> None:
     """Ask the fleet about a good and a defective part of each category."""
     rows = []
+    print()
     for category in categories:
         url = f"{fleet_url}/v1/{category.name}/inspect"
-        for image in _one_of_each(category):
-            print(f"$ curl --data-binary @{_shown(image.path)} {url}")
-            verdict = json.loads(_post(url, image.path))
+        good, defective = _one_of_each(category)
+        for image in (good, defective):
+            verdict = json.loads(_ask(url, image.path))
             rows.append(_row(category.name, image.defect_type, verdict))
-        overlay = FOLDER / f"overlay-{category.name}.png"
-        print(f"$ curl -H 'Accept: image/png' -o {overlay} --data-binary @... {url}")
-        overlay.write_bytes(_post(url, image.path, accept="image/png"))
+        _ask(url, defective.path, overlay=FOLDER / f"overlay-{category.name}.png")
     header = ("category", "part", "score", "threshold", "verdict", "p-value", "version")
     print()
     for row in (header, *rows):
@@ -171,8 +167,16 @@ def _row(category: str, part: str, verdict: Mapping[str, Any]) -> tuple[str, ...
     )
 
 
-def _post(url: str, image: Path, *, accept: str = "application/json") -> bytes:
-    return fetch(Request(url, data=image.read_bytes(), headers={"Accept": accept}))
+def _ask(url: str, image: Path, *, overlay: Path | None = None) -> bytes:
+    """Send a picture as the `curl` command does that is shown: curl itself may not be there."""
+    options = () if overlay is None else ("-H", "Accept: image/png", "-o", str(overlay))
+    shown = image.relative_to(Path.cwd())
+    print(f"$ {shlex.join(['curl', *options, '--data-binary', f'@{shown}', url])}", flush=True)
+    headers = {} if overlay is None else {"Accept": "image/png"}
+    answer = fetch(Request(url, data=image.read_bytes(), headers=headers))
+    if overlay is not None:
+        overlay.write_bytes(answer)
+    return answer
 
 
 def _run(*command: str, environment: Mapping[str, str] | None = None, check: bool = True) -> None:
@@ -182,10 +186,6 @@ def _run(*command: str, environment: Mapping[str, str] | None = None, check: boo
     code = subprocess.run(command, env=environment, check=False).returncode
     if check and code:
         raise AptError(f"`{shlex.join(command[:4])} ...` failed with exit code {code}: see above")
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from apt_ray.errors import AptError
 HOST = "127.0.0.1"
 _READY_TIMEOUT_S = 120
 _REQUEST_TIMEOUT_S = 60
-_STOP_TIMEOUT_S = 45  # Ray alone may drain for 30 s
+_STOP_TIMEOUT_S = 30
 _PORTS = range(20_000, 32_768)  # above Ray's worker ports, below the system's ephemeral ones
 _JOB_ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
@@ -185,7 +185,8 @@ class LocalStack:
     def _launch_ray(
         self, gcs_port: int, dashboard_port: int, agent_port: int, client_port: int
     ) -> Server:
-        auth = {name: self.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+        # Jobs and replicas inherit the registry's address, as they do on a real cluster's nodes.
+        inherited = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "MLFLOW_TRACKING_URI")
         command = [
             *("ray", "start", "--head", "--block", "--disable-usage-stats"),
             *("--port", str(gcs_port)),
@@ -201,7 +202,10 @@ class LocalStack:
             command,
             url=f"http://{HOST}:{dashboard_port}",
             log=self.folder / "logs" / "ray.log",
-            env=_server_environment() | auth,
+            env=_server_environment()
+            | {name: self.environment[name] for name in inherited}
+            # There is no other node that replicas could move to before this one ends.
+            | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
         )
 
     @property

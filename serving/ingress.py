@@ -72,8 +72,11 @@ def problem_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     }
 
 
-COMMON_PROBLEMS = problem_responses(
-    HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE
+_COMMON_PROBLEMS = problem_responses(
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
 )
 
 
@@ -89,16 +92,6 @@ def create_api(service: Service, *, http: HttpLimits, auth: Auth) -> FastAPI:
     problems.install(api)
     authorized = [Depends(require_token(auth))]
 
-    @api.get(
-        "/v1/{category}",
-        tags=["categories"],
-        summary="What answers for a category",
-        dependencies=authorized,
-        responses=COMMON_PROBLEMS,
-    )
-    async def describe(category: str) -> CategoryReport:
-        return await service.describe(category)
-
     @api.post(
         "/v1/{category}/inspect",
         tags=["categories"],
@@ -111,13 +104,12 @@ def create_api(service: Service, *, http: HttpLimits, auth: Auth) -> FastAPI:
         openapi_extra={"requestBody": _REQUEST_BODY},
         responses={
             200: {"content": {"image/png": _BINARY}},
-            **COMMON_PROBLEMS,
+            **_COMMON_PROBLEMS,
             **problem_responses(
                 HTTPStatus.BAD_REQUEST,
                 HTTPStatus.REQUEST_TIMEOUT,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                HTTPStatus.UNPROCESSABLE_ENTITY,
             ),
         },
     )
@@ -169,6 +161,16 @@ def create_api(service: Service, *, http: HttpLimits, auth: Auth) -> FastAPI:
             picture_png=picture_png,
         )
         return Response(report.model_dump_json(), media_type="application/json", headers=headers)
+
+    @api.get(
+        "/v1/{category}",
+        tags=["categories"],
+        summary="What answers for a category",
+        dependencies=authorized,
+        responses=_COMMON_PROBLEMS,
+    )
+    async def describe(category: str) -> CategoryReport:
+        return await service.describe(category)
 
     return api
 

@@ -1,8 +1,8 @@
-import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,8 +39,40 @@ def test_outside_of_the_repository_nothing_is_begun(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["sample", "deploy"])
-def test_failure_of_a_step_ends_the_line_and_its_servers(tmp_path: Path, broken: str) -> None: ...
+@pytest.fixture
+def stub_repository(tmp_path: Path) -> Path:
+    """A folder in which the demo runs, with a search to be filled in."""
+    for name in ("tuning", "serving"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "serving/fleet.yaml").touch()
+    return tmp_path
+
+
+def test_failed_search_ends_the_line_and_its_servers(stub_repository: Path) -> None:
+    (stub_repository / "tuning/search.py").write_text("raise SystemExit(7)")
+    failed = demo(stub_repository, "up")
+    assert failed.returncode == 1
+    assert "the search has failed with exit code 7" in failed.stderr
+    assert failed.stdout.endswith("stopped: MLflow, Ray\n")
+    assert not (stub_repository / ".demo/state.json").exists()
+
+
+@pytest.mark.slow
+def test_interrupted_line_ends_its_servers(stub_repository: Path) -> None:
+    begun = stub_repository / "begun"
+    (stub_repository / "tuning/search.py").write_text(
+        f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(600)"
+    )
+    command = [sys.executable, "-m", "apt_ray.demo", "run"]
+    with subprocess.Popen(command, cwd=stub_repository, stdout=subprocess.DEVNULL) as line:
+        while not begun.exists():
+            assert line.poll() is None
+            time.sleep(0.2)
+        servers = LocalStack(stub_repository / ".demo").servers
+        assert all(server.is_running for server in servers)
+        line.terminate()
+    assert line.returncode == 143
+    assert not any(server.is_running for server in servers)
 
 
 @pytest.mark.slow

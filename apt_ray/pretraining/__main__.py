@@ -13,7 +13,8 @@ from pathlib import Path
 
 from apt_ray.models.builtin import save_builtin
 from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
-from apt_ray.pretraining.train import Pretraining, TrainSettings, train
+from apt_ray.pretraining.settings import TrainSettings
+from apt_ray.pretraining.train import Pretraining, train
 
 _FIT_SEED, _MEASURE_SEED = 2**40, 2**41
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     length.add_argument("--steps", type=int, help="length of the training in steps (repeatable)")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and weights")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-pairs", type=int, default=32, help="pairs of pictures a step")
+    parser.add_argument("--batch-pairs", type=int, default=16, help="pairs of pictures a step")
     parser.add_argument("--held-out-pairs", type=int, default=512, help="pairs to fit and measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
@@ -49,9 +50,7 @@ def export(run: Pretraining, folder: Path, *, pairs: int) -> None:
     model = run.trained_model().eval()
     states_2E = state_features(model, run.vocabulary)
     constants = fit_constants(encode_held_out(model, pairs=pairs, seed=_FIT_SEED), states_2E)
-    figures = measure(
-        encode_held_out(model, pairs=pairs, seed=_MEASURE_SEED), states_2E, constants
-    )
+    figures = measure(encode_held_out(model, pairs=pairs, seed=_MEASURE_SEED), states_2E, constants)
     path = save_builtin(model, run.trained_ids, constants, folder)
     report = {"steps": run.steps_done, "minutes": run.seconds / 60, **asdict(figures)}
     (folder / "figures.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -129,7 +129,7 @@ def draw_states(rng: random.Random, count: int, *, anomalous: bool) -> list[str]
 def draw_phrases(rng: random.Random, attributes_PA: Tensor, count: int) -> list[Phrase]:
     """Random phrases; two thirds of them are true of a random picture of the batch."""
     rows: list[list[int]] = attributes_PA.tolist()
-    phrases = []
+    phrases: list[Phrase] = []
     while len(phrases) < count:
         row = rng.choice(rows)
         if rng.random() < 1 / 3:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 32
 _MAX_LAYERS = 3
+_MIN_SCALE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +80,7 @@ def encode_held_out(
     position_NW = position_embedding(model, visual.grid_size[0])
     parts: list[HeldOut] = []
     for seeds_P in (seed + torch.arange(pairs, device=device)).split(_CHUNK):
-        batch = generate(
-            seeds_P, size=size, surfaces=surfaces, defects=defects, defect_rate=0.5
-        )
+        batch = generate(seeds_P, size=size, surfaces=surfaces, defects=defects, defect_rate=0.5)
         reference = encode_images(model, batch.reference_P3HW, position_NW, blocks)
         query = encode_images(model, batch.query_P3HW, position_NW, blocks)
         distances = {
@@ -136,9 +135,7 @@ def fit_constants(held_out: HeldOut, states_2E: Tensor) -> BackboneConstants:
     )
 
 
-def measure(
-    held_out: HeldOut, states_2E: Tensor, constants: BackboneConstants
-) -> Figures:
+def measure(held_out: HeldOut, states_2E: Tensor, constants: BackboneConstants) -> Figures:
     """The figures of the model card."""
     contrast_PN = held_out.tokens_PNE @ (states_2E[1] - states_2E[0])
     distance_PN = _distance(held_out, constants.reference_layers)
@@ -167,14 +164,12 @@ def _distance(held_out: HeldOut, layers: Sequence[int]) -> Tensor:
 def _patch_auroc(held_out: HeldOut, layers: Sequence[int]) -> float:
     distance_PN = _distance(held_out, layers)
     return float(
-        roc_auc_score(
-            held_out.labels_PN[held_out.known].cpu(), distance_PN[held_out.known].cpu()
-        )
+        roc_auc_score(held_out.labels_PN[held_out.known].cpu(), distance_PN[held_out.known].cpu())
     )
 
 
 def _logistic(score_PN: Tensor, held_out: HeldOut) -> tuple[float, float]:
-    """Scale and bias of the logistic regression of the patch labels on a score."""
+    """Scale (positive) and bias of the logistic regression of the patch labels on a score."""
     score = score_PN[held_out.known].double()
     target = held_out.labels_PN[held_out.known].double()
     centre, spread = score.mean(), score.std()
@@ -190,7 +185,7 @@ def _logistic(score_PN: Tensor, held_out: HeldOut) -> tuple[float, float]:
 
     optimizer.step(closure)
     slope, intercept = parameters.detach().tolist()
-    scale = slope / spread.item()
+    scale = max(slope / spread.item(), _MIN_SCALE)
     return scale, intercept - scale * centre.item()
 
 

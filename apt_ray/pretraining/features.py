@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from open_clip import CLIP
+    from open_clip.transformer import ResidualAttentionBlock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +75,7 @@ def encode_texts(model: CLIP, embedded_KLC: Tensor, end_K: Tensor) -> Tensor:
     return F.normalize((ends_KC @ model.text_projection).float(), dim=-1)
 
 
-def _apply(block: nn.Module, x: Tensor, *, is_causal: bool = False) -> Tensor:
+def _apply(block: ResidualAttentionBlock, x: Tensor, *, is_causal: bool = False) -> Tensor:
     """One of open_clip's residual attention blocks, with fused attention."""
     attention = block.attn
     qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)

@@ -99,7 +99,9 @@ def voronoi(draws: Draws, u_BHW: Tensor, v_BHW: Tensor) -> tuple[Tensor, Tensor,
             i, j = cell_u + column, cell_v + row
             index = torch.remainder(j, _LATTICE) * _LATTICE + torch.remainder(i, _LATTICE)
             index = index.long().flatten(1)[:, None].expand(-1, 3, -1)
-            jitter_u, jitter_v, shade = flat.gather(2, index).unflatten(2, u_BHW.shape[1:]).unbind(1)
+            jitter_u, jitter_v, shade = (
+                flat.gather(2, index).unflatten(2, u_BHW.shape[1:]).unbind(1)
+            )
             distance = torch.hypot(i + jitter_u - u_BHW, j + jitter_v - v_BHW)
             closer = distance < nearest
             second = torch.where(closer, nearest, torch.minimum(second, distance))

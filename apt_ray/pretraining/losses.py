@@ -37,7 +37,9 @@ def balanced_bce(logits_PN: Tensor, labels_PN: Tensor) -> Tensor:
     return 0.5 * (anomalous + normal)
 
 
-def reference_distance(query_layers: Sequence[Tensor], reference_layers: Sequence[Tensor]) -> Tensor:
+def reference_distance(
+    query_layers: Sequence[Tensor], reference_layers: Sequence[Tensor]
+) -> Tensor:
     """(P, N): 1 - max cosine to the patches of the same pair's reference, mean over the layers."""
     distances = [
         1 - (F.normalize(query, dim=-1) @ F.normalize(reference, dim=-1).mT).amax(-1)

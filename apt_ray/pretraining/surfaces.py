@@ -162,7 +162,9 @@ def weave(scene: Scene) -> Rendering:
     across, along = fraction(s), fraction(t)
     thread = torch.where(over, 1 - 3.2 * across**2, 1 - 3.2 * along**2)
     image = scene.blend(torch.where(over, 0.0, scene.amount(0.1, 1.0)))
-    return scene.fill(image * (0.35 + 0.65 * thread[:, None]) + scene.grain(u, v, 1.5, scene.amount(0.0, 0.12)))
+    return scene.fill(
+        image * (0.35 + 0.65 * thread[:, None]) + scene.grain(u, v, 1.5, scene.amount(0.0, 0.12))
+    )
 
 
 def mesh(scene: Scene) -> Rendering:
@@ -252,7 +254,9 @@ def label(scene: Scene) -> Rendering:
     strokes = lookup((scene.style.uniform(32, 32) < 0.55).float(), column, row)
     words = lookup((scene.style.uniform(32, 32) < 0.8).float(), column / 15, row / 8)
     ink = in_text * strokes * words
-    image = scene.blend(ink * scene.amount(0.5, 1.0)) + scene.grain(u, v, 4, scene.amount(0.0, 0.06))
+    image = scene.blend(ink * scene.amount(0.5, 1.0)) + scene.grain(
+        u, v, 4, scene.amount(0.0, 0.06)
+    )
     return scene.fill(image)
 
 
@@ -281,7 +285,9 @@ def board(scene: Scene) -> Rendering:
     block = fraction(s / 9) * 9 * pitch, fraction(t / 7) * 7 * pitch
     package = lookup((scene.style.uniform(16, 16) < 0.35).float(), s / 9 + 0.5, t / 7 + 0.5)
     body = box(*block, pitch * scene.amount(1.2, 3.2), pitch * scene.amount(0.8, 2.2))
-    image = torch.lerp(image, 0.25 * scene.colour(2), (package * line(body.clamp(min=0), 0))[:, None])
+    image = torch.lerp(
+        image, 0.25 * scene.colour(2), (package * line(body.clamp(min=0), 0))[:, None]
+    )
     return scene.fill(image + scene.grain(u, v, 3, scene.amount(0.0, 0.06)))
 
 
@@ -294,7 +300,9 @@ def wafer(scene: Scene) -> Rendering:
     _, _, tone = voronoi(scene.pose, u / cell + 9, v / cell)
     crystals = scene.blend(tone * scene.option(0.6) * scene.amount(0.1, 0.5))
     bars = scene.style.integers(4)[:, None, None] + 2
-    bar = line(fraction(x * bars / 2 + 0.5 * (bars % 2 - 1)) * scene.size / bars, scene.amount(0.5, 1.6))
+    bar = line(
+        fraction(x * bars / 2 + 0.5 * (bars % 2 - 1)) * scene.size / bars, scene.amount(0.5, 1.6)
+    )
     finger = line(fraction(y * scene.size / 2 / 4) * 4, 0.3) * scene.option(0.5)
     image = crystals + (scene.amount(0.15, 0.5) * bar + 0.12 * finger)[:, None]
     edge = box(x, y, scene.amount(0.8, 1.5), scene.amount(0.8, 1.5))

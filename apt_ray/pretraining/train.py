@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from apt_ray.errors import SettingsError
 from apt_ray.models.builtin import build_model, build_tokenizer
 from apt_ray.pretraining import losses
-from apt_ray.pretraining.captions import Vocabulary, draw_phrases, draw_states, holds
+from apt_ray.pretraining.captions import Phrase, Vocabulary, draw_phrases, draw_states, holds
 from apt_ray.pretraining.features import (
     VisionFeatures,
     encode_images,
@@ -32,6 +31,7 @@ from apt_ray.pretraining.features import (
     position_embedding,
 )
 from apt_ray.pretraining.generator import Attribute, Pairs, generate
+from apt_ray.pretraining.settings import TrainSettings
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -40,42 +40,6 @@ REFERENCE_BLOCKS = (2, 3, 4)
 HEAD_BLOCKS = (1, 3, 5)
 _WHITENING_IMAGES = 256
 _CHECKPOINT = "checkpoint.pt"
-
-
-class TrainSettings(BaseModel):
-    """Settings of a run; its length is given in steps or in minutes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int | None = Field(None, gt=0, description="Length in steps (repeatable).")
-    minutes: float | None = Field(None, gt=0, description="Length in minutes of training time.")
-    seed: int = Field(0, ge=0)
-    batch_pairs: int = Field(32, ge=2, description="Pairs a step of the smaller pictures.")
-    window: int = Field(64, multiple_of=8, ge=32, description="First picture size in pixels.")
-    late_window: int = Field(96, multiple_of=8, ge=32, le=128, description="Later picture size.")
-    late_from: float = Field(0.55, ge=0, le=1, description="Share of the run at the first size.")
-    bfloat16: bool = Field(True, description="Towers in mixed precision; the losses never are.")
-    phrases: int = Field(256, ge=8, description="Compositional phrases a step.")
-    state_phrases: int = Field(16, ge=1, description="Normal, and anomalous, phrases a step.")
-    free_texts: int = Field(32, ge=0, description="Random token sequences a step.")
-    token_jitter: float = Field(0.3, ge=0, description="Noise, relative to the tokens' scale.")
-    learning_rate: float = Field(1.2e-3, gt=0)
-    scale_rate: float = Field(20, gt=0, description="Learning rate of the scales, relative.")
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_steps: int = Field(80, ge=1)
-    dense_weight: float = Field(2.0, ge=0)
-    reference_weight: float = Field(0.7, ge=0)
-    head_weight: float = Field(0.5, ge=0)
-    image_weight: float = Field(0.3, ge=0)
-    phrase_weight: float = Field(0.5, ge=0)
-    contrast_weight: float = Field(0.2, ge=0)
-    spread_weight: float = Field(1.0, ge=0, description="Weight of 1 / participation ratio.")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainSettings:
-        if (self.steps is None) == (self.minutes is None):
-            raise SettingsError("give the length of the run as either steps or minutes")
-        return self
 
 
 class Scales(nn.Module):
@@ -126,10 +90,9 @@ class Pretraining:
     @property
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1."""
-        if self.settings.steps is not None:
-            return min(self.steps_done / self.settings.steps, 1.0)
-        assert self.settings.minutes is not None
-        return min(self.seconds / (60 * self.settings.minutes), 1.0)
+        done = self.steps_done / self.settings.steps if self.settings.steps else 0.0
+        spent = self.seconds / (60 * self.settings.minutes) if self.settings.minutes else 0.0
+        return min(max(done, spent), 1.0)
 
     def step(self) -> dict[str, float]:
         """Train on one batch; returns the terms of the loss."""
@@ -199,7 +162,8 @@ class Pretraining:
         return nn.ModuleDict({"model": self.model, "scales": self.scales, "heads": self.heads})
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        decayed, plain = [], [self.token_table]
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = [self.token_table]
         for name, parameter in [*self.model.named_parameters(), *self.heads.named_parameters()]:
             if parameter.requires_grad and name != "logit_scale":
                 is_matrix = parameter.ndim >= 2 and "positional" not in name
@@ -266,15 +230,15 @@ class Pretraining:
             [vision.block_tokens_BNW[block][:count] for block in REFERENCE_BLOCKS],
         )
         head_losses = [
-            losses.balanced_bce(
-                head(F.layer_norm(tokens, tokens.shape[-1:]))[..., 0], labels_BN
-            )
+            losses.balanced_bce(head(F.layer_norm(tokens, tokens.shape[-1:]))[..., 0], labels_BN)
             for head, tokens in (
                 (head, vision.block_tokens_BNW[block])
                 for head, block in zip(self.heads, HEAD_BLOCKS, strict=True)
             )
         ]
-        phrase_loss, contrast_loss = self._phrase_losses(pairs, vision, query_labels_PN, phrases, phrase_KE)
+        phrase_loss, contrast_loss = self._phrase_losses(
+            pairs, vision, query_labels_PN, phrases, phrase_KE
+        )
         sampled = vision.tokens_BNE.flatten(0, 1)
         return {
             "dense": losses.balanced_bce(scales.logits(scales.dense, similarity_BN), labels_BN),
@@ -341,7 +305,7 @@ class Pretraining:
         pairs: Pairs,
         vision: VisionFeatures,
         labels_PN: Tensor,
-        phrases: list[Any],
+        phrases: list[Phrase],
         phrase_KE: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Phrases against every query patch, and against pictures and their defective regions."""
