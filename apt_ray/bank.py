@@ -26,10 +26,10 @@ from apt_ray.synthesis import (
     random_regions,
 )
 
-DRAWS = 8
+DRAWS = 4
 """Noisy draws of each support image on each rung of the noise ladder."""
 
-FAMILY_DRAWS = 3
+FAMILY_DRAWS = 2
 """Perturbed draws of each support image in each family."""
 
 Progress = Callable[[int, int], None]

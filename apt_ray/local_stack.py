@@ -11,6 +11,7 @@ import json
 import os
 import random
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -145,7 +146,7 @@ class LocalStack:
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
         }
         (self.folder / "env").write_text(
-            "".join(f"export {name}='{value}'\n" for name, value in self.environment.items())
+            "".join(f"export {name}={shlex.quote(v)}\n" for name, v in self.environment.items())
         )
         try:
             self.servers.append(launch_mlflow(self.folder / "mlflow", port=mlflow_port))
@@ -185,8 +186,6 @@ class LocalStack:
     def _launch_ray(
         self, gcs_port: int, dashboard_port: int, agent_port: int, client_port: int
     ) -> Server:
-        # Jobs and replicas inherit the registry's address, as they do on a real cluster's nodes.
-        inherited = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "MLFLOW_TRACKING_URI")
         command = [
             *("ray", "start", "--head", "--block", "--disable-usage-stats"),
             *("--port", str(gcs_port)),
@@ -197,15 +196,17 @@ class LocalStack:
             *("--min-worker-port", "0", "--max-worker-port", "0"),
             *("--temp-dir", str(self.ray_folder)),
         ]
+        # Jobs and replicas inherit the registry's address, as they do on a real cluster's nodes.
+        inherited = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "MLFLOW_TRACKING_URI")
+        env = {name: self.environment[name] for name in inherited}
+        # There is no other node that replicas could move to before this one ends.
+        env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
         return Server.launch(
             "Ray",
             command,
             url=f"http://{HOST}:{dashboard_port}",
             log=self.folder / "logs" / "ray.log",
-            env=_server_environment()
-            | {name: self.environment[name] for name in inherited}
-            # There is no other node that replicas could move to before this one ends.
-            | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
+            env=_server_environment() | env,
         )
 
     @property
@@ -255,8 +256,8 @@ def launch_mlflow(folder: Path, *, port: int) -> Server:
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
         *("--artifacts-destination", str(folder / "artifacts")),
     ]
-    # Neither telemetry nor the job runner of MLflow's language-model features is wanted.
-    env = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # The runner of MLflow's jobs serves its language-model features alone.
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return Server.launch(
         "MLflow",
         command,
@@ -285,12 +286,13 @@ def command_environment() -> dict[str, str]:
 
 
 def _server_environment() -> dict[str, str]:
-    """`command_environment()` without what belongs to other servers of the user."""
-    return {
+    """`command_environment()` without what belongs to the user's other servers, or telemetry."""
+    kept = {
         name: value
         for name, value in command_environment().items()
         if not name.startswith(("RAY_", "MLFLOW_"))
     }
+    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def _write_private(path: Path, text: str) -> None:

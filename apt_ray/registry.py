@@ -40,6 +40,8 @@ EXPERIMENT = "apt-ray"
 _PREFIX = "apt-"
 _DIRECTORY = "version"
 _PROMPT_SET = f"{_DIRECTORY}/prompt_set.safetensors"
+_TRIALS = f"{_DIRECTORY}/trials.csv"
+_PICTURES = f"{_DIRECTORY}/pictures"
 _LIBRARIES = ("torch", "open_clip_torch", "numpy", "mlflow")
 _PROBE_SECONDS = 5.0
 _PAGE = 1000
@@ -105,14 +107,23 @@ class Registry:
         tags = _tags(prompt_set) | dict(tags)
         with self._requests():
             aliases = self._registered_model(prompt_set.category)
-            run_id = self._log_run(prompt_set, pictures, trials, tags)
-            created = self._client.create_model_version(
-                name,
-                source=f"runs:/{run_id}/{_DIRECTORY}",
-                run_id=run_id,
-                tags=tags,
-                description=_describe_version(prompt_set, run_id, tuple(pictures)),
-            )
+            run = self._client.create_run(self._experiment_id(), run_name=prompt_set.category)
+            run_id: str = run.info.run_id
+            page = _describe_version(prompt_set, run_id, tuple(pictures))
+            try:
+                self._log(run_id, prompt_set, tags | {"mlflow.note.content": page})
+                self._upload(run_id, prompt_set, pictures, trials)
+                created = self._client.create_model_version(
+                    name,
+                    source=f"runs:/{run_id}/{_DIRECTORY}",
+                    run_id=run_id,
+                    tags=tags,
+                    description=page,
+                )
+            except BaseException:
+                self._client.set_terminated(run_id, "FAILED")
+                raise
+            self._client.set_terminated(run_id)
             moved = (CANDIDATE,) if CHAMPION in aliases else (CANDIDATE, CHAMPION)
             for alias in moved:
                 self._client.set_registered_model_alias(name, alias, created.version)
@@ -158,8 +169,8 @@ class Registry:
             except (MlflowException, OSError) as error:
                 raise RegistryError(
                     f"version {registered.version} of {category} holds no prompt set in the "
-                    f"registry at {self.address} ({error}): its artifacts were deleted or its "
-                    "store is away; restore them, or use another version"
+                    f"registry at {self.address} ({self._redacted(error)}): its artifacts were "
+                    "deleted or their store is away; restore them, or use another version"
                 ) from error
             source = f"version {registered.version} of {category}"
             return PromptSet.from_bytes(Path(path).read_bytes(), source=source), registered
@@ -185,38 +196,35 @@ class Registry:
         aliases: Mapping[str, str] = self._client.get_registered_model(name).aliases
         return aliases
 
-    def _log_run(
+    def _log(self, run_id: str, prompt_set: PromptSet, tags: Mapping[str, str]) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, now, 0) for key, value in _metrics(prompt_set).items()],
+            params=[Param(key, str(value)) for key, value in _params(prompt_set).items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+
+    def _upload(
         self,
+        run_id: str,
         prompt_set: PromptSet,
         pictures: Mapping[str, Image.Image],
         trials: Sequence[Mapping[str, object]],
-        tags: Mapping[str, str],
-    ) -> str:
-        """Log the run behind a version; a run that could not be completed is marked failed."""
-        run = self._client.create_run(self._experiment_id(), run_name=prompt_set.category)
-        run_id: str = run.info.run_id
-        try:
-            now = int(time.time() * 1000)
-            self._client.log_batch(
-                run_id,
-                metrics=[Metric(key, value, now, 0) for key, value in _metrics(prompt_set).items()],
-                params=[Param(key, str(value)) for key, value in _params(prompt_set).items()],
-                tags=[RunTag(key, value) for key, value in tags.items()]
-                + [
-                    RunTag(
-                        "mlflow.note.content",
-                        _describe_version(prompt_set, run_id, tuple(pictures)),
-                    )
-                ],
-            )
-            with tempfile.TemporaryDirectory(prefix="apt-ray-") as folder:
-                _write_version(Path(folder), prompt_set, pictures, trials)
-                self._client.log_artifacts(run_id, folder)
-        except BaseException:
-            self._client.set_terminated(run_id, "FAILED")
-            raise
-        self._client.set_terminated(run_id)
-        return run_id
+    ) -> None:
+        """Upload the one directory of a version: registration keeps no other (mlflow#18581)."""
+        with tempfile.TemporaryDirectory(prefix="apt-ray-") as name:
+            folder = Path(name)
+            (folder / _PICTURES).mkdir(parents=True)
+            (folder / _PROMPT_SET).write_bytes(prompt_set.to_bytes())
+            for picture_name, picture in pictures.items():
+                (folder / _picture(picture_name)).write_bytes(encode_png(picture))
+            if trials:
+                with (folder / _TRIALS).open("w", newline="") as file:
+                    table = csv.DictWriter(file, fieldnames=list(trials[0]))
+                    table.writeheader()
+                    table.writerows(trials)
+            self._client.log_artifacts(run_id, name)
 
     def _experiment_id(self) -> str:
         try:
@@ -265,8 +273,13 @@ class Registry:
         try:
             yield
         except MlflowException as error:
-            reason = str(error).replace(self._uri, self.address)
-            raise RegistryError(f"the registry at {self.address} answered: {reason}") from error
+            raise RegistryError(
+                f"the registry at {self.address} refused: {self._redacted(error)}"
+            ) from error
+
+    def _redacted(self, error: Exception) -> str:
+        """The error's message without the credentials that the address may hold."""
+        return str(error).replace(self._uri, self.address)
 
     def _probe(self) -> None:
         if not self.address.startswith(("http://", "https://")):
@@ -311,26 +324,8 @@ def _registered(category: str, found: ModelVersion) -> RegisteredVersion:
     )
 
 
-def _write_version(
-    folder: Path,
-    prompt_set: PromptSet,
-    pictures: Mapping[str, Image.Image],
-    trials: Sequence[Mapping[str, object]],
-) -> None:
-    """Lay out the one artifact directory: registration keeps no file beside it (mlflow#18581)."""
-    (folder / _DIRECTORY / "pictures").mkdir(parents=True)
-    (folder / _PROMPT_SET).write_bytes(prompt_set.to_bytes())
-    for name, picture in pictures.items():
-        (folder / _picture(name)).write_bytes(encode_png(picture))
-    if trials:
-        with (folder / _DIRECTORY / "trials.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(trials[0]))
-            table.writeheader()
-            table.writerows(trials)
-
-
 def _picture(name: str) -> str:
-    return f"{_DIRECTORY}/pictures/{name}.png"
+    return f"{_PICTURES}/{name}.png"
 
 
 def _params(prompt_set: PromptSet) -> dict[str, object]:

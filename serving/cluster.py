@@ -1,6 +1,8 @@
 """A running Ray cluster as the fleet needs it: how much it holds, and its Serve configuration."""
 
 import logging
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,8 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ServeInstanceDetails
 
 from apt_ray.errors import FleetError
+
+_PROBE_S = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +45,11 @@ class Cluster:
 
     def __init__(self, address: str = "auto") -> None:
         try:
+            _probe(address)
             context = ray.init(
                 address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise FleetError(
                 f"no Ray cluster answers at {address!r} ({error}): start one with"
                 " `ray start --head`, or name its address with --ray-address"
@@ -92,3 +97,12 @@ class Cluster:
 
     def shut_down_serve(self) -> None:
         self._serve.delete_applications()  # type: ignore[no-untyped-call]
+
+
+def _probe(address: str) -> None:
+    """OSError if a named head does not answer: Ray itself would try on for many minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()

@@ -292,15 +292,13 @@ def _check_http(details: ServeInstanceDetails, wanted: Mapping[str, Any]) -> Non
     if not details.proxies:
         return
     present = {name: getattr(details.http_options, name) for name in wanted}
-    if present != wanted:
+    different = [name for name in wanted if present[name] != wanted[name]]
+    if different:
         raise FleetError(
-            f"Serve's HTTP server runs with {_plain(present)}, the fleet wants {_plain(wanted)},"
-            " and it cannot change while it runs: `python -m serving.fleet down`, then deploy again"
+            "Serve's HTTP server runs with other options ("
+            + ", ".join(f"{name} {present[name]}, not {wanted[name]}" for name in different)
+            + ") and must be restarted to change them: `python -m serving.fleet down`, then deploy"
         )
-
-
-def _plain(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _changes(details: ServeInstanceDetails, config: Mapping[str, Any]) -> list[str]:

@@ -141,7 +141,7 @@ def create_api(service: Service, *, http: HttpLimits, auth: Auth) -> FastAPI:
         inspected = await _within(
             http.timeout_s - (received - started),
             service.inspect(category, data),
-            problems.busy(f"the image could not be inspected within {http.timeout_s:g} s"),
+            problems.overloaded(f"the image could not be inspected within {http.timeout_s:g} s"),
         )
         wants_overlay = _prefers_png(request.headers.get("accept", ""))
         picture_png = await asyncio.to_thread(

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from ray import serve
 
 from apt_ray.backbone import load_backbone
 from apt_ray.calibration import Threshold, calibrate
@@ -23,6 +22,7 @@ from apt_ray.images import ImageLimits, decode_image
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import RegisteredVersion, Registry
 from serving import problems
+from serving.batching import Batcher
 from serving.messages import CategoryReport, InspectedImage
 from serving.settings import Batching, Decision
 
@@ -73,8 +73,9 @@ class Inspector:
         self._model = ThreadPoolExecutor(
             1, "model", initializer=torch.set_num_threads, initargs=(batching.threads,)
         )
-        self._inspect_batch.set_max_batch_size(batching.max_batch_size)  # type: ignore[attr-defined]
-        self._inspect_batch.set_batch_wait_timeout_s(batching.batch_wait_s)  # type: ignore[attr-defined]
+        self._batcher = Batcher(
+            self._run, executor=self._model, max_batch_size=batching.max_batch_size
+        )
         self._self_test()
 
     @classmethod
@@ -96,7 +97,7 @@ class Inspector:
         """
         prompt_set, registered = Registry(tracking_uri).load(category, reference)
         backbone = load_backbone(prompt_set.backbone, device=device)
-        detector = Detector(backbone, _decide(prompt_set, decision))
+        detector = Detector(backbone, decide(prompt_set, decision))
         return cls(detector, registered, limits=limits, batching=batching)
 
     async def describe(self, category: str) -> CategoryReport:
@@ -109,7 +110,9 @@ class Inspector:
         Raises ImageError if it is no acceptable image, ProblemError if too many are waiting.
         """
         if self._waiting >= self._max_queue:
-            raise problems.busy(f"{self._waiting} images are waiting for this replica already")
+            raise problems.overloaded(
+                f"{self._waiting} images are waiting for this replica already"
+            )
         self._waiting += 1
         try:
             received_at = time.monotonic()
@@ -117,7 +120,7 @@ class Inspector:
                 self._decoders, lambda: decode_image(data, limits=self._limits)
             )
             job = _Job(image=image, queued_at=time.monotonic())
-            result: _Result = await self._inspect_batch(job)
+            result = await self._batcher.submit(job)
         finally:
             self._waiting -= 1
         return InspectedImage(
@@ -129,15 +132,10 @@ class Inspector:
             inspect_ms=1000 * (result.ended_at - result.started_at),
         )
 
-    @serve.batch
-    async def _inspect_batch(self, jobs: list[_Job]) -> list[_Result]:
-        images = [job.image for job in jobs]
-        return await asyncio.get_running_loop().run_in_executor(self._model, self._run, images)
-
-    def _run(self, images: list[Image.Image]) -> list[_Result]:
+    def _run(self, jobs: list[_Job]) -> list[_Result]:
         started_at = time.monotonic()
         with torch.inference_mode():
-            inspections = self._detector.inspect(images)
+            inspections = self._detector.inspect([job.image for job in jobs])
         ended_at = time.monotonic()
         return [
             _Result(inspection=inspection, started_at=started_at, ended_at=ended_at)
@@ -147,7 +145,8 @@ class Inspector:
     def _self_test(self) -> None:
         """One inspection before the first request: it fails early, and warms up what is lazy."""
         size = self._detector.backbone.input_size
-        [result] = self._model.submit(self._run, [Image.new("RGB", (size, size), "gray")]).result()
+        job = _Job(image=Image.new("RGB", (size, size), "gray"), queued_at=time.monotonic())
+        [result] = self._model.submit(self._run, [job]).result()
         if not math.isfinite(result.inspection.anomaly_score):
             raise FleetError(
                 f"version {self._about.version} of {self._about.category} scores a gray image"
@@ -155,7 +154,7 @@ class Inspector:
             )
 
 
-def _decide(prompt_set: PromptSet, decision: Decision) -> PromptSet:
+def decide(prompt_set: PromptSet, decision: Decision) -> PromptSet:
     """The prompt set with the fleet file's threshold in place of its own, if it gives one."""
     threshold = prompt_set.threshold
     if decision.threshold is not None:

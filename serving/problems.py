@@ -58,15 +58,20 @@ class ProblemError(Exception):
         )
 
 
-def busy(detail: str, *, retry_after_s: int = 1) -> ProblemError:
+def busy(detail: str, *, if_it_lasts: str, retry_after_s: int = 1) -> ProblemError:
     """The fleet cannot answer now but soon will."""
     return ProblemError(
         HTTPStatus.SERVICE_UNAVAILABLE,
         "Busy",
         detail,
-        f"Ask again in {retry_after_s} s; if it lasts, raise max_replicas in the fleet file.",
+        f"Ask again in {retry_after_s} s; if it lasts, {if_it_lasts}.",
         headers={"Retry-After": str(retry_after_s)},
     )
+
+
+def overloaded(detail: str) -> ProblemError:
+    """More is asked than the replicas can inspect."""
+    return busy(detail, if_it_lasts="raise max_replicas in the fleet file")
 
 
 def too_large(detail: str) -> ProblemError:

@@ -63,7 +63,7 @@ class AbsentCategories:
 
     def _explain(self, category: str) -> NoReturn:
         if category in self._categories:
-            raise problems.busy(f"category {category} is being deployed", retry_after_s=5)
+            raise _not_ready(category)
         raise ProblemError(
             HTTPStatus.NOT_FOUND,
             "Unknown category",
@@ -122,7 +122,7 @@ def create_root_api(
     )
     async def readyz() -> Health:
         if waiting := [link.category for link in await links() if link.status != RUNNING]:
-            raise problems.busy(f"not ready: {', '.join(waiting)}", retry_after_s=5)
+            raise _not_ready(*waiting)
         return Health(status="ok")
 
     @api.get("/", include_in_schema=False)
@@ -135,3 +135,11 @@ def create_root_api(
 
     api.mount("/console", StaticFiles(directory=_CONSOLE))
     return api
+
+
+def _not_ready(*categories: str) -> ProblemError:
+    return problems.busy(
+        f"not ready: {', '.join(categories)}",
+        if_it_lasts="`python -m serving.fleet status` tells why",
+        retry_after_s=5,
+    )

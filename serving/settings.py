@@ -34,7 +34,6 @@ class Batching(Settings):
 
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=8, ge=1)
-    batch_wait_s: float = Field(default=0.005, ge=0, le=1)
     max_queue: int = Field(default=16, ge=1)
 
 

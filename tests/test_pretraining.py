@@ -12,12 +12,14 @@ from apt_ray.pretraining.captions import (
     ANOMALOUS_STATES,
     NORMAL_STATES,
     Phrase,
+    Vocabulary,
     draw_phrases,
     holds,
     state_phrase,
 )
 from apt_ray.pretraining.defects import DEFECTS
 from apt_ray.pretraining.draws import Draws
+from apt_ray.pretraining.evaluation import encode_held_out, measure, state_features
 from apt_ray.pretraining.features import encode_images, position_embedding
 from apt_ray.pretraining.generator import (
     DEFECT_NAMES,
@@ -219,6 +221,18 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 def test_the_length_is_steps_or_minutes() -> None:
     with pytest.raises(SettingsError, match="either steps or minutes"):
         TrainSettings()
+
+
+def test_the_shipped_weights_find_defects_of_kinds_they_never_saw() -> None:
+    backbone = load_builtin()
+    tokenizer = backbone.tokenizer
+    vocabulary = Vocabulary(tokenizer.encode, tokenizer.sot_token_id, tokenizer.eot_token_id)
+    held_out = encode_held_out(backbone.model, pairs=32, seed=7)
+    states = state_features(backbone.model, vocabulary)
+    figures = measure(held_out, states, backbone.constants)
+    assert figures.pixel_auroc_prompts > 0.85
+    assert figures.pixel_auroc_reference > 0.85
+    assert figures.participation_ratio > 15
 
 
 def test_the_command_exports_what_the_loader_reads(tmp_path: Path) -> None:

@@ -61,8 +61,14 @@ class Search:
         self._settings = settings
         self._registry = registry
         self._provenance = provenance
-        cpus = ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call]
-        self._live_trials = settings.live_trials or max(1, int(cpus))
+        alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        nodes = [node["Resources"].get("CPU", 0) for node in alive]
+        self._live_trials = settings.live_trials or max(1, int(sum(nodes)))
+        if max(nodes) < settings.cpus_per_trial:
+            say(
+                f"no node has {settings.cpus_per_trial:g} CPUs for a trial, the largest has"
+                f" {max(nodes):g}: the search waits until one does, or lower --cpus-per-trial"
+            )
 
     def run(self, categories: Sequence[Category]) -> None:
         """Search, fit and register every category; failures are collected, not raised."""

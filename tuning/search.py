@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -54,7 +55,8 @@ def _search(options: argparse.Namespace, settings: SearchSettings) -> int:
 
     registry = Registry(options.mlflow)
     registry.check()
-    provenance = _connect(options.ray_address)
+    _connect(options.ray_address)
+    provenance = _provenance()
     say(
         f"{len(categories)} categories x {settings.trials} trials of {settings.steps} steps,"
         f" {settings.shots} shots; registry at {registry.address}"
@@ -85,8 +87,8 @@ def _search(options: argparse.Namespace, settings: SearchSettings) -> int:
     return 1 if search.failures else 0
 
 
-def _connect(address: str | None) -> dict[str, str]:
-    """Connect to Ray, quietly; returns the tags that say which job, of which code, this is."""
+def _connect(address: str | None) -> None:
+    """Connect to Ray, and keep it and Ray Tune quiet: the search has its own lines of progress."""
     address = address or os.environ.get("RAY_ADDRESS")
     remedy = (
         "start Ray with `ray start --head` and submit the search to it with `ray job submit`, or"
@@ -95,6 +97,7 @@ def _connect(address: str | None) -> dict[str, str]:
     if not address:
         raise SettingsError(f"there is no Ray to run on, RAY_ADDRESS is not set: {remedy}")
     os.environ.update(
+        RAY_IGNORE_UNHANDLED_ERRORS="1",  # each failure is reported once, by the search itself
         RAY_AIR_NEW_OUTPUT="0",  # the only output of Tune that `verbose=0` silences altogether
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",
@@ -104,9 +107,16 @@ def _connect(address: str | None) -> dict[str, str]:
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
+        _check_reachable(address)
         ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise SettingsError(f"cannot connect to Ray at {address} ({error}): {remedy}") from error
+
+
+def _provenance() -> dict[str, str]:
+    """Tags that say which job, of which code, registered a version."""
+    import ray
+
     tags = {"ray.version": ray.__version__, "ray.job_id": ray.get_runtime_context().get_job_id()}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     submission = job.get("metadata", {}).get("job_submission_id")
@@ -116,6 +126,13 @@ def _connect(address: str | None) -> dict[str, str]:
     if commit:
         tags["git_commit"] = commit
     return tags
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where Ray would try again for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "//" not in host:
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _git_commit(root: Path) -> str | None:
