@@ -58,12 +58,12 @@ class ImageFeatures:
             layers={layer: tokens[index] for layer, tokens in self.layers.items()},
         )
 
-    def cpu(self) -> ImageFeatures:
-        """The same features in the CPU's memory."""
+    def to(self, device: torch.device) -> ImageFeatures:
+        """The same features on another device."""
         return ImageFeatures(
-            tokens_BNE=self.tokens_BNE.cpu(),
-            cls_BE=self.cls_BE.cpu(),
-            layers={layer: tokens.cpu() for layer, tokens in self.layers.items()},
+            tokens_BNE=self.tokens_BNE.to(device),
+            cls_BE=self.cls_BE.to(device),
+            layers={layer: tokens.to(device) for layer, tokens in self.layers.items()},
         )
 
     @staticmethod

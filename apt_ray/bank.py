@@ -139,7 +139,7 @@ def encode_support(
 
     clean_tokens = tokens(clean)
     return SupportBank(
-        support=encode(pixels).cpu(),
+        support=encode(pixels).to(torch.device("cpu")),
         clean_SVNE=clean_tokens,
         noisy_SDNE={
             strength: tokens(add_noise(drawn, mask, noise, strength)) for strength in strengths

@@ -109,6 +109,7 @@ class Detector:
         self.backbone = backbone
         self.prompt_set = prompt_set
         self._text_PE = prompt_set.text_features.to(backbone.device)
+        self._memory = prompt_set.memory.to(backbone.device)
 
     def inspect(self, images: Sequence[Image.Image]) -> list[Inspection]:
         """Inspect RGB images of any size in one batch, one forward pass of the backbone."""
@@ -132,7 +133,7 @@ class Detector:
             features,
             self.backbone,
             text_PE=self._text_PE,
-            memory=self.prompt_set.memory,
+            memory=self._memory,
             reference_weight=(
                 settings.reference_weight if reference_weight is None else reference_weight
             ),

@@ -75,7 +75,8 @@ def fit(
         if progress is not None:
             progress(trainer.steps_done, settings.steps)
     text_TPE = trainer.text_features()
-    memory = ReferenceMemory.of(bank.support)
+    support_features = bank.support.to(backbone.device)
+    memory = ReferenceMemory.of(support_features)
 
     def scores(
         features: ImageFeatures, text_PE: torch.Tensor, memory: ReferenceMemory
@@ -100,8 +101,8 @@ def fit(
         left_out_scores = []
         for image in range(bank.shots):
             others = [other for other in range(bank.shots) if other != image]
-            others_memory = ReferenceMemory.of(bank.support[others])
-            one = bank.support[image : image + 1]
+            others_memory = ReferenceMemory.of(support_features[others])
+            one = support_features[image : image + 1]
             left_out_scores += scores(one, text_TPE[1 + image], others_memory)
         threshold = estimate(left_out_scores, "left-out support images")
     else:

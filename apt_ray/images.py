@@ -32,6 +32,7 @@ _SIGNATURES = {
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "WEBP": rb"RIFF....WEBP",
 }
+_OTHER_SIGNATURES = (b"GIF8", b"%PDF", b"8BPS", b"<svg", b"<?xml", b"\0\0\0\x0cjP  ")
 
 # Control points of the "plasma" colour map: even in lightness, readable by colour-blind people.
 _RAMP = np.array(
@@ -156,9 +157,11 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
         (name for name, start in _SIGNATURES.items() if re.match(start, data, re.DOTALL)), None
     )
     if file_format is None:
-        raise UnsupportedImageError(
-            f"{source} is not a PNG, JPEG, BMP, TIFF or WebP file: convert it to one of these"
-        )
+        if data.startswith(_OTHER_SIGNATURES) or data[4:8] == b"ftyp":  # HEIC, AVIF, films
+            raise UnsupportedImageError(
+                f"{source} is not a PNG, JPEG, BMP, TIFF or WebP file: convert it to one of these"
+            )
+        raise ImageError(f"{source} is not an image: send a PNG, JPEG, BMP, TIFF or WebP file")
     try:
         # Pillow's own warning about large images would come before our limit is checked; the
         # lock is there because warning filters belong to the process.

@@ -99,6 +99,8 @@ class Server:
             if time.monotonic() > deadline:
                 self._signal(signal.SIGKILL, group=True)
             time.sleep(0.1)
+        if self.process is not None:
+            self.process.wait()  # a child stays a zombie until its parent has taken note
 
     def _signal(self, number: signal.Signals, *, group: bool = False) -> None:
         if self.is_running:
@@ -313,7 +315,8 @@ def fetch(request: Request) -> bytes:
             body: bytes = response.read()
             return body
     except HTTPError as error:
-        text = error.read().decode(errors="replace")
+        with error:
+            text = error.read().decode(errors="replace")
         raise AptError(f"{request.full_url} answers {error.code}: {text}") from None
     except OSError as error:
         raise AptError(f"{request.full_url} does not answer: {error}") from error

@@ -29,11 +29,15 @@ class ReferenceMemory:
         """The memory of all patches of the support images."""
         return cls({layer: tokens.flatten(0, 1) for layer, tokens in support.layers.items()})
 
+    def to(self, device: torch.device) -> "ReferenceMemory":
+        """The same memory on another device."""
+        return ReferenceMemory({layer: tokens.to(device) for layer, tokens in self.layers.items()})
+
     def distance(self, features: ImageFeatures) -> torch.Tensor:
         """Cosine distance to the nearest patch, `(B, N)` in 0..2, mean over the layers."""
         return torch.stack(
             [
-                1 - (tokens_BND @ self._transposed[layer].to(tokens_BND.device)).amax(-1)
+                1 - (tokens_BND @ self._transposed[layer]).amax(-1)
                 for layer, tokens_BND in features.layers.items()
             ]
         ).mean(0)

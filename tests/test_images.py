@@ -113,10 +113,17 @@ def test_truncated_files_are_refused(file_format: str, share: float) -> None:
         decode_image(data[: int(len(data) * share)], source="part.jpg")
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"RIFF0000WAVE", b"%PDF-1.7"])
-def test_foreign_bytes_are_refused(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"%PDF-1.7", b"<svg/>", b"\0\0\0\x18ftypheic"])
+def test_other_file_types_are_refused(data: bytes) -> None:
     with pytest.raises(UnsupportedImageError, match="convert it"):
         decode_image(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"RIFF0000WAVE"])
+def test_bytes_that_are_no_image_are_refused(data: bytes) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data)
+    assert not isinstance(caught.value, UnsupportedImageError)
 
 
 def test_formats_that_pillow_knows_but_we_do_not() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from apt_ray.config import FitSettings
 from apt_ray.errors import DataError
@@ -85,6 +86,13 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     assert registry.champions() == {"washer": 1}
     prompt_set, version = registry.load("washer")
     assert version.tags["ray.submission_id"] in log
+
+    pictures = MlflowClient(tracking_uri).list_artifacts(version.run_id, "version/pictures")
+    assert [Path(picture.path).stem for picture in pictures] == [
+        "held_out_perturbations",
+        "support_images",
+        "trials",
+    ]
 
     washer, blister = json.loads(summary_file.read_text())["categories"]
     assert blister["category"] == "blister"

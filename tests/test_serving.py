@@ -9,7 +9,6 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from urllib.request import Request
 
 import httpx
@@ -174,9 +173,7 @@ def test_a_bad_image_is_the_callers_problem(api: FastAPI) -> None:
     truncated = png(200, 200)[:-100]
     assert_problem(inspect(api, truncated), 400, "damaged")
     for junk in (b"", b"not an image", b"\x89PNG\r\n\x1a\nnothing"):
-        response = inspect(api, junk)
-        assert response.status_code in (400, 415)
-        assert_problem(response, response.status_code, "image")
+        assert_problem(inspect(api, junk), 400, "image")
     gif = io.BytesIO()
     Image.new("L", (4, 4)).save(gif, "GIF")
     assert_problem(inspect(api, gif.getvalue()), 415, "PNG, JPEG, BMP, TIFF or WebP")
@@ -445,15 +442,13 @@ def test_a_fleet_on_a_real_cluster(
         assert answer["is_anomalous"] == (expected.anomaly_score > threshold)
     for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/console.js"):
         assert fetch(Request(deployed.url + page))
-    for request, status in (
-        (Request(f"{deployed.url}/v1/screw/inspect", data=png()), 404),
-        (Request(f"{deployed.url}/v1/blister/inspect", data=bytes(21 * 2**20)), 413),
-        (Request(f"{deployed.url}/v1/blister/inspect", data=png()[:30]), 400),
+    for name, content, status in (
+        ("screw", png(), 404),
+        ("blister", bytes(21 * 2**20), 413),
+        ("blister", png()[:30], 400),
     ):
-        with pytest.raises(HTTPError) as caught:
-            fetch(request)
-        assert caught.value.code == status
-        assert json.load(caught.value)["remedy"]
+        response = httpx.post(f"{deployed.url}/v1/{name}/inspect", content=content, trust_env=False)
+        assert_problem(response, status, "")
 
     # A new version and a new bound: only what is built anew gets a new process, without a gap.
     registry = Registry(deployed.stack.environment["MLFLOW_TRACKING_URI"])
@@ -494,5 +489,5 @@ def test_a_fleet_on_a_real_cluster(
     done = deployed.run("down")
     assert done.returncode == 0, done.stderr
     assert "stopped 3 applications" in done.stdout
-    with pytest.raises(OSError, match="refused"):
-        fetch(Request(deployed.url))
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(deployed.url, trust_env=False)

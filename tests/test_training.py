@@ -45,7 +45,7 @@ def test_a_lane_alone_equals_the_same_lane_among_sixteen(
 
 
 def test_training_learns_to_separate_the_noise(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    trainer = PromptTrainer(backbone, [_lane(bank, steps=60, smgs_weight=0)])
+    trainer = PromptTrainer(backbone, [_lane(bank, steps=60, smgs_weight=0, learning_rate=0.1)])
 
     def separation() -> float:
         text_PE = trainer.text_features()[0]

@@ -60,7 +60,7 @@ def _sheet(
     ):
         left = place % _COLUMNS * (_SIDE + _GAP)
         top = place // _COLUMNS * row_height
-        draw.text((left, top + 2), f"{name}: {inspection.anomaly_score:.3f}", fill="black")
+        draw.text((left, top + 2), f"{name}, score {inspection.anomaly_score:.3f}", fill="black")
         overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
         for line, picture in enumerate((image, overlay)):
             small = ImageOps.contain(picture, (_SIDE, _SIDE))

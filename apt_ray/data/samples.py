@@ -52,7 +52,7 @@ def write_samples(
     root: Path,
     *,
     seed: int = 0,
-    good: int = 12,
+    good: int = 23,
     test_good: int = 10,
     test_defective: int = 12,
     size: int = 192,
