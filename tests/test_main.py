@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from apt_ray.__main__ import main
+from apt_ray.images import read_image
 
 
 def test_fit_then_inspect_writes_overlays_and_results(
@@ -27,7 +27,7 @@ def test_fit_then_inspect_writes_overlays_and_results(
     assert str(picture) in capsys.readouterr().out
     (row,) = json.loads(results.read_text())
     assert row["image"] == str(picture)
-    assert Image.open(row["overlay"]).size == Image.open(picture).size
+    assert read_image(Path(row["overlay"])).size == read_image(picture).size
 
 
 def test_calibration_uses_the_other_good_pictures(
