@@ -52,8 +52,8 @@ def main() -> None:
             }
         )
         print(
-            f"{prompt_set.backbone.name}, {detector.backbone.input_size} px, {options.threads} threads"
-            f", batch {len(images)}: {milliseconds:.1f} ms an image"
+            f"{prompt_set.backbone.name}, {detector.backbone.input_size} px,"
+            f" {options.threads} threads, batch {len(images)}: {milliseconds:.1f} ms an image"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -43,10 +43,11 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
         timeout_s=arguments.timeout,
         progress=_say,
     )
-    print(f"{'console':12}{address.url}/")
-    print(f"{'API':12}{address.url}/docs")
-    for category in categories:
-        print(f"{category.name:12}{address.url}/v1/{category.name}/inspect")
+    pages = {"console": "/", "API": "/docs"}
+    routes = {category.name: f"/v1/{category.name}/inspect" for category in categories}
+    width = max(map(len, pages | routes))
+    for name, path in (pages | routes).items():
+        print(f"{name:{width}}  {address.url}{path}")
 
 
 def _status_command(arguments: argparse.Namespace) -> None:
