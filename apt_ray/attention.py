@@ -32,7 +32,11 @@ def locality_mask(grid: tuple[int, int], radius: int) -> torch.Tensor:
 
 
 def run_blocks(
-    blocks: Sequence[Block], x_BSD: torch.Tensor, *, mask_SS: torch.Tensor, local_blocks: int
+    blocks: Sequence[Block],
+    x_BSD: torch.Tensor,
+    *,
+    mask_SS: torch.Tensor | None,
+    local_blocks: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run residual blocks, the last `local_blocks` of them with locality-aware attention.
 

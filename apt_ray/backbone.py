@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from apt_ray.attention import locality_mask, run_blocks
+from apt_ray.attention import locality_mask
 from apt_ray.config import BUILTIN, BackboneSpec
 from apt_ray.errors import BackboneError
 from apt_ray.models.builtin import BackboneConstants, load_builtin
 from apt_ray.torchvision_guard import import_open_clip
+from apt_ray.towers import run_text_tower, run_vision_tower
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -154,16 +155,14 @@ class FrozenCLIP:
         visual = self._model.visual
         pixels_B3HW = pixels_B3HW.to(self.device)
         pixels_B3HW = (pixels_B3HW - self._mean_3[:, None, None]) / self._std_3[:, None, None]
-        patches_BND = visual.conv1(pixels_B3HW).flatten(2).transpose(1, 2)
-        cls_B1D = visual.class_embedding.expand(len(patches_BND), 1, -1)
-        x_BSD = visual.ln_pre(torch.cat([cls_B1D, patches_BND], dim=1) + self._position_SD)
-        x_BSD, outputs = run_blocks(
-            visual.transformer.resblocks,
-            x_BSD,
+        joint_BSE, outputs = run_vision_tower(
+            visual,
+            pixels_B3HW,
+            self._position_SD,
             mask_SS=self._mask_SS,
             local_blocks=self._local_blocks,
         )
-        joint_BSE = F.normalize(visual.ln_post(x_BSD) @ visual.proj, dim=-1)
+        joint_BSE = F.normalize(joint_BSE, dim=-1)
         return ImageFeatures(
             tokens_BNE=joint_BSE[:, 1:],
             cls_BE=joint_BSE[:, 0],
@@ -196,9 +195,7 @@ class FrozenCLIP:
             dim=1,
         )
         x_TSC = torch.where((place_S == lengths_T1 + 1)[..., None], self._end_C, x_TSC)
-        x_TSC = x_TSC + model.positional_embedding[: longest + 2]
-        x_TSC = model.transformer(x_TSC, attn_mask=model.attn_mask[: longest + 2, : longest + 2])
-        end_TC = model.ln_final(x_TSC[torch.arange(texts), lengths_T1[:, 0] + 1])
+        end_TC = run_text_tower(model, x_TSC, lengths_T1[:, 0] + 1)
         return F.normalize(self._project_text(end_TC), dim=-1)
 
     @torch.no_grad()

@@ -35,9 +35,7 @@ from apt_ray.pretraining.train import Pretraining
 TINY = TrainSettings(
     steps=4,
     batch_pairs=3,
-    window=32,
-    late_window=40,
-    late_from=0.5,
+    sizes={0.0: 32, 0.5: 40},
     phrases=8,
     state_phrases=2,
     free_texts=2,

@@ -27,6 +27,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-pairs", type=int, default=16, help="pairs of pictures a step")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        choices=("scratch", "shipped"),
+        default="scratch",
+        help="random weights, or go on from those that the package holds",
+    )
+    parser.add_argument(
+        "--leave-out", nargs="*", default=(), metavar="KIND", help="kinds of surface never shown"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=(),
+        metavar="NAME=VALUE",
+        help="any other setting, such as pooled_weight=0",
+    )
     parser.add_argument("--held-out-pairs", type=int, default=512, help="pairs to fit and measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
@@ -35,6 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
         steps=options.steps,
         seed=options.seed,
         batch_pairs=options.batch_pairs,
+        start=options.start,
+        left_out=tuple(options.leave_out),
+        **{name: json.loads(value) for name, value in (item.split("=", 1) for item in options.set)},
     )
     run = train(
         settings,

@@ -5,6 +5,7 @@ Shapes: B images, N patch tokens, W vision width, E joint width, K texts, L toke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,9 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_ray.attention import locality_mask
+from apt_ray.config import BackboneSpec
+from apt_ray.towers import run_text_tower, run_vision_tower
+
 if TYPE_CHECKING:
     from open_clip import CLIP
-    from open_clip.transformer import ResidualAttentionBlock
+
+# The tower is trained with the windows that inference gives it by default.
+_SPEC = BackboneSpec()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,17 +43,18 @@ def encode_images(
         torch.tensor(values, device=images_B3HW.device)[:, None, None]
         for values in (visual.image_mean, visual.image_std)
     )
-    patches_BNW = visual.conv1((images_B3HW - mean) / std).flatten(2).transpose(1, 2)
-    cls_B1W = visual.class_embedding.expand(len(patches_BNW), 1, -1)
-    x = visual.ln_pre(torch.cat((cls_B1W, patches_BNW), dim=1) + position_embedding_NW)
-    block_tokens_BNW = {}
-    for number, block in enumerate(visual.transformer.resblocks):
-        x = _apply(block, x)
-        if number in blocks:
-            block_tokens_BNW[number] = x[:, 1:].float()
-    joint = F.normalize((visual.ln_post(x) @ visual.proj).float(), dim=-1)
+    joint_BSE, outputs = run_vision_tower(
+        visual,
+        (images_B3HW - mean) / std,
+        position_embedding_NW,
+        mask_SS=_locality_mask(len(position_embedding_NW) - 1).to(images_B3HW.device),
+        local_blocks=_SPEC.locality_blocks,
+    )
+    joint_BSE = F.normalize(joint_BSE.float(), dim=-1)
     return VisionFeatures(
-        image_BE=joint[:, 0], tokens_BNE=joint[:, 1:], block_tokens_BNW=block_tokens_BNW
+        image_BE=joint_BSE[:, 0],
+        tokens_BNE=joint_BSE[:, 1:],
+        block_tokens_BNW={number: outputs[number][:, 1:].float() for number in blocks},
     )
 
 
@@ -68,24 +76,11 @@ def position_embedding(
 
 def encode_texts(model: CLIP, embedded_KLC: Tensor, end_K: Tensor) -> Tensor:
     """(K, E) L2-normalised features of embedded token sequences that end at `end_K`."""
-    x = embedded_KLC + model.positional_embedding[: embedded_KLC.shape[1]]
-    for block in model.transformer.resblocks:
-        x = _apply(block, x, is_causal=True)
-    ends_KC = model.ln_final(x[torch.arange(len(x), device=x.device), end_K])
+    ends_KC = run_text_tower(model, embedded_KLC, end_K)
     return F.normalize((ends_KC @ model.text_projection).float(), dim=-1)
 
 
-def _apply(block: ResidualAttentionBlock, x: Tensor, *, is_causal: bool = False) -> Tensor:
-    """One of open_clip's residual attention blocks, with fused attention."""
-    attention = block.attn
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = (
-        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for part in qkv.float().chunk(3, -1)
-    )
-    # On CPUs the backward pass of fused attention is several times slower in bfloat16.
-    with torch.autocast(x.device.type, enabled=False):
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    output: Tensor = x + block.mlp(block.ln_2(x))
-    return output
+@functools.cache
+def _locality_mask(patches: int) -> Tensor:
+    side = round(patches**0.5)
+    return locality_mask((side, side), _SPEC.locality_radius)

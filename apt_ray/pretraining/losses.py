@@ -37,6 +37,12 @@ def balanced_bce(logits_PN: Tensor, labels_PN: Tensor) -> Tensor:
     return 0.5 * (anomalous + normal)
 
 
+def top_mean(score_PN: Tensor) -> Tensor:
+    """(P,): mean of each picture's highest 2 % of the patches, as an anomaly score is made."""
+    count = max(2, score_PN.shape[1] // 50)
+    return score_PN.topk(count, dim=1).values.mean(1)
+
+
 def reference_distance(
     query_layers: Sequence[Tensor], reference_layers: Sequence[Tensor]
 ) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from apt_ray.errors import SettingsError
@@ -17,15 +19,16 @@ class TrainSettings(BaseModel):
         default=None, gt=0, description="Length in minutes of training time."
     )
     seed: int = Field(default=0, ge=0)
-    batch_pairs: int = Field(default=16, ge=2, description="Pairs a step of the smaller pictures.")
-    window: int = Field(
-        default=64, multiple_of=8, ge=32, description="First picture size in pixels."
+    batch_pairs: int = Field(default=16, ge=2, description="Pairs a step of the smallest pictures.")
+    sizes: dict[float, int] = Field(
+        default={0.0: 64, 0.5: 96, 0.8: 128},
+        description="Picture sizes in pixels, by the share of the run from which on they hold.",
     )
-    late_window: int = Field(
-        default=96, multiple_of=8, ge=32, le=128, description="Later picture size."
+    start: Literal["scratch", "shipped"] = Field(
+        default="scratch", description="Random weights, or those that the package holds."
     )
-    late_from: float = Field(
-        default=0.6, ge=0, le=1, description="Share of the run at the first size."
+    left_out: tuple[str, ...] = Field(
+        default=(), description="Kinds of surface that the run never shows."
     )
     bfloat16: bool = Field(
         default=True, description="Towers in mixed precision; the losses never are."
@@ -48,6 +51,7 @@ class TrainSettings(BaseModel):
     reference_weight: float = Field(default=0.7, ge=0)
     head_weight: float = Field(default=0.5, ge=0)
     image_weight: float = Field(default=0.3, ge=0)
+    pooled_weight: float = Field(default=0.3, ge=0)
     phrase_weight: float = Field(default=0.5, ge=0)
     contrast_weight: float = Field(default=0.2, ge=0)
     spread_weight: float = Field(
@@ -58,4 +62,6 @@ class TrainSettings(BaseModel):
     def _one_length(self) -> TrainSettings:
         if (self.steps is None) == (self.minutes is None):
             raise SettingsError("give the length of the run as either steps or minutes")
+        if 0.0 not in self.sizes or any(size % 8 or size < 32 for size in self.sizes.values()):
+            raise SettingsError("sizes need one from 0.0 on, all multiples of 8 from 32 pixels up")
         return self

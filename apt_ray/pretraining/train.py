@@ -9,6 +9,7 @@ Shapes: P pairs, N patch tokens, E joint width, K phrases, L tokens, C text widt
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 import time
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_ray.errors import SettingsError
-from apt_ray.models.builtin import build_model, build_tokenizer
+from apt_ray.models.builtin import BackboneConstants, build_model, build_tokenizer, load_builtin
 from apt_ray.pretraining import losses
 from apt_ray.pretraining.captions import Phrase, Vocabulary, draw_phrases, draw_states, holds
 from apt_ray.pretraining.features import (
@@ -32,6 +33,7 @@ from apt_ray.pretraining.features import (
 )
 from apt_ray.pretraining.generator import Attribute, Pairs, generate
 from apt_ray.pretraining.settings import TrainSettings
+from apt_ray.pretraining.surfaces import TRAINING_SURFACES
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -40,6 +42,7 @@ REFERENCE_BLOCKS = (2, 3, 4)
 HEAD_BLOCKS = (1, 3, 5)
 _WHITENING_IMAGES = 256
 _CHECKPOINT = "checkpoint.pt"
+_CURVE = "curve.jsonl"
 
 
 class Scales(nn.Module):
@@ -51,6 +54,18 @@ class Scales(nn.Module):
         self.image = nn.Parameter(torch.tensor([math.log(10.0), 0.0]))
         self.phrase = nn.Parameter(torch.tensor([math.log(10.0), -2.0]))
         self.reference = nn.Parameter(torch.tensor([math.log(10.0), -2.0]))
+        self.pooled_dense = nn.Parameter(torch.tensor([math.log(10.0), 0.0]))
+        self.pooled_reference = nn.Parameter(torch.tensor([math.log(10.0), -2.0]))
+
+    def start_from(self, constants: BackboneConstants) -> None:
+        """Take the scales of a trained backbone; the biases follow within some steps."""
+        for scale_2, value in (
+            (self.dense, constants.dense_scale),
+            (self.pooled_dense, constants.dense_scale),
+            (self.reference, constants.reference_scale),
+            (self.pooled_reference, constants.reference_scale),
+        ):
+            scale_2.data[0] = math.log(value)
 
     @staticmethod
     def logits(scale_2: Tensor, similarity: Tensor) -> Tensor:
@@ -62,11 +77,24 @@ class Pretraining:
     """One run: `step` trains on one batch, `save` and `resume` carry it across processes."""
 
     def __init__(self, settings: TrainSettings, device: str = "cpu") -> None:
+        for name in settings.left_out:
+            if name not in TRAINING_SURFACES:
+                raise SettingsError(
+                    f"no kind of surface is called {name!r}: they are"
+                    f" {', '.join(TRAINING_SURFACES)}"
+                )
         torch.manual_seed(settings.seed)
         self.settings = settings
+        self.surfaces = [name for name in TRAINING_SURFACES if name not in settings.left_out]
         self.device = torch.device(device)
-        self.model = build_model().to(self.device)
-        self.scales = Scales().to(self.device)
+        self.scales = Scales()
+        if settings.start == "shipped":
+            shipped = load_builtin()
+            self.model = shipped.model.train().requires_grad_(True).to(self.device)
+            self.scales.start_from(shipped.constants)
+        else:
+            self.model = build_model().to(self.device)
+        self.scales.to(self.device)
         width = self.model.visual.conv1.out_channels
         self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in HEAD_BLOCKS).to(self.device)
         tokenizer = build_tokenizer()
@@ -82,7 +110,9 @@ class Pretraining:
         table = self.model.token_embedding.weight.detach()[self._trained_ids]
         self.token_table = nn.Parameter(table.clone())
         self.model.token_embedding.weight.requires_grad_(False)
-        _whiten_patches(self.model, self._seeds(-1, _WHITENING_IMAGES), settings.window)
+        if settings.start == "scratch":
+            seeds_P = self._seeds(-1, _WHITENING_IMAGES)
+            _whiten_patches(self.model, seeds_P, settings.sizes[0.0])
         self.optimizer = self._build_optimizer()
         self.steps_done = 0
         self.seconds = 0.0
@@ -98,10 +128,10 @@ class Pretraining:
         """Train on one batch; returns the terms of the loss."""
         started = time.perf_counter()
         settings = self.settings
-        late = self.progress >= settings.late_from
-        size = settings.late_window if late else settings.window
-        count = max(2, round(settings.batch_pairs * (settings.window / size) ** 2))
-        pairs = generate(self._seeds(self.steps_done, count), size=size)
+        size = settings.sizes[max(share for share in settings.sizes if share <= self.progress)]
+        count = max(2, round(settings.batch_pairs * (settings.sizes[0.0] / size) ** 2))
+        seeds_P = self._seeds(self.steps_done, count)
+        pairs = generate(seeds_P, size=size, surfaces=self.surfaces)
         terms, weights = self._losses(pairs), self._weights()
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros(()))
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,6 +211,7 @@ class Pretraining:
             ],
             lr=rate,
             betas=(0.9, 0.98),
+            fused=True,
         )
 
     def _schedule(self) -> float:
@@ -198,6 +229,7 @@ class Pretraining:
             "reference": settings.reference_weight,
             "heads": settings.head_weight,
             "image": settings.image_weight,
+            "pooled": settings.pooled_weight,
             "phrases": settings.phrase_weight,
             "contrast": settings.contrast_weight,
             "spread": settings.spread_weight,
@@ -248,6 +280,17 @@ class Pretraining:
             "heads": torch.stack(head_losses).mean(),
             "image": F.binary_cross_entropy_with_logits(
                 scales.logits(scales.image, image_similarity_B1)[:, 0], is_anomalous_B
+            ),
+            "pooled": 0.5
+            * (
+                F.binary_cross_entropy_with_logits(
+                    scales.logits(scales.pooled_dense, losses.top_mean(similarity_BN)),
+                    is_anomalous_B,
+                )
+                + F.binary_cross_entropy_with_logits(
+                    scales.logits(scales.pooled_reference, losses.top_mean(distance_PN)),
+                    is_anomalous_B[count:],
+                )
             ),
             "phrases": phrase_loss,
             "contrast": contrast_loss,
@@ -336,7 +379,11 @@ class Pretraining:
 def train(
     settings: TrainSettings, folder: Path, *, device: str = "cpu", report: Callable[[str], None]
 ) -> Pretraining:
-    """Train to the end, going on from a checkpoint in `folder`, which is renewed once a minute."""
+    """Train to the end, going on from a checkpoint in `folder`, which is renewed once a minute.
+
+    `folder/curve.jsonl` keeps the terms of the loss, a line about every ten seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
     run = Pretraining(settings, device)
     if run.resume(folder):
@@ -346,6 +393,9 @@ def train(
         terms = run.step()
         now = time.perf_counter()
         if now - reported > 10 or run.progress >= 1:
+            line = {"progress": run.progress, "step": run.steps_done, **terms}
+            with (folder / _CURVE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
             parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
             report(f"{run.progress:6.1%}  step {run.steps_done}  {parts}")
             reported = now
