@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import max_pool2d
 
 from apt_ray.errors import SettingsError
 from apt_ray.models.builtin import load_builtin
@@ -80,7 +81,8 @@ def test_a_defect_changes_the_picture_inside_its_mask_only(defect: str) -> None:
     clean = generate(seeds, size=64, defects=(defect,), defect_rate=0.0)
     assert torch.equal(marked.reference_P3HW, clean.reference_P3HW)
     change = (marked.query_P3HW - clean.query_P3HW).abs().amax(1)
-    assert (change[~marked.mask_PHW] == 0).all()
+    blurred = max_pool2d(marked.mask_PHW[:, None].float(), 5, stride=1, padding=2)[:, 0] > 0
+    assert (change[~blurred] == 0).all(), "but for a defocus of at most two pixels"
     drawn = marked.mask_PHW.flatten(1).any(1)
     assert drawn.sum() >= 4
     for picture, mask in zip(change[drawn], marked.mask_PHW[drawn], strict=True):

@@ -72,6 +72,9 @@ _SURFACE_WORDS: dict[str, tuple[str, ...]] = {
     "flange": ("flange", "round metal", "disk", "washer", "machined"),
     "capsule": ("capsule", "pill", "tablet", "moulded", "bean"),
     "rod": ("rod", "screw", "bolt", "pin"),
+    "traces": ("conductor", "copper trace", "wiring", "circuit board", "conductor pattern"),
+    "cell": ("solar cell", "luminescent cell", "photovoltaic cell", "panel"),
+    "casting": ("cast", "ferrite", "magnetic tile", "sintered", "ground casting"),
 }
 _DEFECT_WORDS: dict[str, tuple[str, ...]] = {
     "scratch": ("scratch", "scrape", "score line"),
@@ -88,13 +91,18 @@ _DEFECT_WORDS: dict[str, tuple[str, ...]] = {
     "warp": ("distortion", "misalignment", "deformation", "bent area"),
     "burn": ("burn", "scorch mark", "burnt area"),
     "worn": ("worn area", "abrasion", "missing texture", "rubbed area"),
+    "splice": ("spur", "bridge", "open circuit", "short circuit", "mouse bite", "excess material"),
+    "dead area": ("dead area", "inactive area", "dark patch", "missing segment"),
+    "dashes": ("interrupted finger", "broken line", "broken finger", "dashes"),
+    "uneven": ("uneven area", "unevenness", "shade", "cloudy area"),
 }
 _SHAPES: dict[str, tuple[str, ...]] = {
-    "line": ("scratch", "crack", "fibre"),
-    "thin mark": ("scratch", "crack", "fibre"),
+    "line": ("scratch", "crack", "fibre", "dashes"),
+    "thin mark": ("scratch", "crack", "fibre", "dashes"),
     "round spot": ("pit", "dent", "burn"),
+    "small spot": ("splice", "pit", "particle"),
     "irregular spot": ("stain", "chip", "particle", "discolour", "worn"),
-    "area": ("discolour", "smear", "warp", "worn", "stain"),
+    "area": ("discolour", "smear", "warp", "worn", "stain", "dead area", "uneven"),
 }
 _POLARITIES = ("", "dark", "bright")
 _EXTENTS = ("", "small", "medium sized", "large")

@@ -19,6 +19,7 @@ from apt_ray.pretraining.draws import Draws
 from apt_ray.pretraining.fields import (
     blob,
     fractal,
+    fraction,
     line,
     noise,
     per_image,
@@ -38,7 +39,7 @@ class Site:
         self.draws = draws
         self.image_B3HW = image_B3HW
         size = image_B3HW.shape[-1]
-        self.radius = per_image(draws.log_uniform(low=2.5, high=0.22 * size))
+        self.radius = per_image(draws.log_uniform(low=1.6, high=0.22 * size))
         centre = _centre_on_part(draws, part_BHW)
         x, y = pixel_grid(len(draws), size, image_B3HW.device)
         angle = draws.uniform(high=2 * math.pi)
@@ -229,6 +230,55 @@ def worn(site: Site) -> Mark:
     return alpha * site.amount(0.75, 1.0), site.mean_colour() + 0.2 * site.contrast(0.1, 0.5)
 
 
+def splice(site: Site) -> Mark:
+    """The other material of the picture where it does not belong: a spur, a bridge, a gap, a bite
+    or a pinhole, depending on where it lies."""
+    reach = site.radius.clamp(max=6.0)
+    stretch = site.amount(0.4, 1.6)
+    x, y = site.x / stretch, site.y
+    distance = torch.where(
+        site.draws.chance(0.5)[:, None, None],
+        torch.hypot(x, y) * (1 + 0.3 * fractal(site.draws, x / 3, y / 3, octaves=1)),
+        torch.maximum(x.abs(), y.abs()),
+    )
+    pixels_BP3 = site.image_B3HW.flatten(2).mT
+    order_BP = pixels_BP3.mean(-1).argsort(dim=1)
+    count = order_BP.shape[1]
+    tones = [
+        pixels_BP3[torch.arange(len(order_BP)), order_BP[:, int(share * count)]]
+        for share in (0.06, 0.94)
+    ]
+    dark, bright = (tone[:, :, None, None] for tone in tones)
+    paint = torch.where(site.draws.chance(0.5)[:, None, None, None], dark, bright)
+    return (reach + 0.5 - distance).clamp(0, 1), paint.expand_as(site.image_B3HW)
+
+
+def dead_area(site: Site) -> Mark:
+    """A sharply and straightly bounded region of another brightness."""
+    x, y = site.unit(1.5)
+    turn = site.amount(-0.6, 0.6)
+    inside = torch.maximum(torch.maximum(x.abs(), y.abs()), (x * turn.cos() + y * turn.sin()) * 1.3)
+    return step(inside, 1.0, 0.93), site.image_B3HW * (1 + site.contrast(0.15, 0.6))
+
+
+def dashes(site: Site) -> Mark:
+    """A few short thin parallel lines, as of interrupted fingers."""
+    gap = site.amount(2.5, 7.0)
+    row = fraction(site.y / gap) * gap
+    length = site.radius * (0.6 + 0.5 * noise(site.draws, site.y / gap / 1.0, site.y * 0))
+    near = step(site.y.abs(), site.radius * 0.8, site.radius * 0.6)
+    alpha = line(row, site.amount(0.1, 0.8)) * step(site.x.abs(), length, length - 1) * near
+    return alpha, site.image_B3HW * (1 + site.contrast(0.2, 0.6))
+
+
+def uneven(site: Site) -> Mark:
+    """A wide, soft change of brightness over a good part of the picture."""
+    spread = site.image_B3HW.shape[-1] * site.amount(0.15, 0.45) / site.radius
+    x, y = (axis / spread for axis in site.unit(1.5))
+    alpha = step(blob(site.draws, x, y, 0.5), 1.0, 0.3)
+    return alpha, site.image_B3HW + site.contrast(0.12, 0.35)
+
+
 def bubble(site: Site) -> Mark:
     """A blister: a ring with a highlight."""
     x, y = site.unit()
@@ -273,6 +323,10 @@ TRAINING_DEFECTS: dict[str, Renderer] = {
     "warp": warp,
     "burn": burn,
     "worn": worn,
+    "splice": splice,
+    "dead area": dead_area,
+    "dashes": dashes,
+    "uneven": uneven,
 }
 HELD_OUT_DEFECTS: dict[str, Renderer] = {"bubble": bubble, "fold": fold, "corrosion": corrosion}
 DEFECTS = TRAINING_DEFECTS | HELD_OUT_DEFECTS
@@ -280,6 +334,7 @@ DEFECTS = TRAINING_DEFECTS | HELD_OUT_DEFECTS
 VISIBLE = 0.06
 """Root mean square difference (of 1) that a defect has at least."""
 _MAX_GAIN = 4.0
+_SEEN = 0.02
 
 
 def draw_defect(
@@ -297,4 +352,9 @@ def draw_defect(
     strength = (change.square().mean(1).flatten(1).sum(1) / area).sqrt()
     gain = (VISIBLE / strength.clamp(min=1e-4)).clamp(min=1)
     gain = per_image(torch.where(gain <= _MAX_GAIN, gain, 0.0))
-    return (image_B3HW + gain[:, None] * change).clamp(0, 1), (alpha > 0) & (gain > 0)
+    marked_B3HW = (image_B3HW + gain[:, None] * change).clamp(0, 1)
+    # A mark that happens to have the colour below it is no defect there; its neighbours are.
+    seen_B1HW = ((marked_B3HW - image_B3HW).abs().amax(1, keepdim=True) > _SEEN).float()
+    closed_BHW = F.max_pool2d(seen_B1HW, 3, stride=1, padding=1)[:, 0] > 0
+    mask_BHW = closed_BHW & (alpha > 0)
+    return torch.where(mask_BHW[:, None], marked_B3HW, image_B3HW), mask_BHW

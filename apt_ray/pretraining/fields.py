@@ -133,3 +133,20 @@ def blob(draws: Draws, x_BHW: Tensor, y_BHW: Tensor, roughness: float) -> Tensor
         wave = (angle * (k + 2) + per_image(phase[:, k])).cos()
         outline = outline + wave * per_image(height[:, k]) / (k + 1.5)
     return torch.hypot(x_BHW, y_BHW) / outline.clamp(min=0.25)
+
+
+def region(style: Draws, pose: Draws, size: int) -> Tensor:
+    """1 inside a random box, band, spot or half of the picture, 0 outside; the pose moves it."""
+    x, y = pixel_grid(len(style), size, style.key_B.device)
+    angle = style.integers(4) * (math.pi / 2) + style.chance(0.3) * style.uniform(high=math.pi)
+    x, y = rotate(x, y, angle + pose.uniform(low=-0.05, high=0.05))
+    place = (style.uniform(2, low=-0.25, high=0.25) + pose.uniform(2, low=-0.05, high=0.05)) * size
+    x, y = x - per_image(place[:, 0]), y - per_image(place[:, 1])
+    extent = style.uniform(2, low=0.1, high=0.4) * size
+    width, height = per_image(extent[:, 0]), per_image(extent[:, 1])
+    shapes = torch.stack(
+        (box(x, y, width, height), x.abs() - width, torch.hypot(x, y) - width, x), dim=1
+    )
+    kind = style.integers(4)[:, None, None, None].expand(-1, 1, size, size)
+    distance = shapes.gather(1, kind)[:, 0]
+    return step(distance, per_image(style.log_uniform(low=0.7, high=6)), 0.0)

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from apt_ray.pretraining.defects import DEFECTS, TRAINING_DEFECTS, draw_defect
 from apt_ray.pretraining.draws import Draws
+from apt_ray.pretraining.fields import region
 from apt_ray.pretraining.nuisances import add_dirt, light, orient, recolour
 from apt_ray.pretraining.surfaces import SURFACES, TRAINING_SURFACES, Scene
 
 MAX_DEFECTS = 3
+COMPOUND_RATE = 0.2
+"""Share of the pairs that show two kinds of surface."""
 DEFECT_NAMES = tuple(DEFECTS)
 SURFACE_NAMES = tuple(SURFACES)
 
@@ -74,7 +77,8 @@ def generate(
 
     poses = [draws.fork(2), draws.fork(3)]
     both = _Both(style, poses)
-    image_B3HW, part_BHW = _render_surfaces(both, surface_P.repeat(2), size)
+    second_P = _choose(draws.fork(5), surfaces, SURFACE_NAMES)
+    image_B3HW, part_BHW = _render_surfaces(both, surface_P.repeat(2), second_P.repeat(2), size)
     image_B3HW = recolour(both.style(1), image_B3HW)
     image_B3HW = add_dirt(both.style(2), both.pose(2), image_B3HW)
     reference_P3HW, clean_P3HW = image_B3HW.chunk(2)
@@ -118,10 +122,29 @@ def _choose(draws: Draws, names: Sequence[str], among: Sequence[str]) -> Tensor:
     return index[draws.integers(len(names))]
 
 
-def _render_surfaces(both: _Both, surface_B: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _render_surfaces(
+    both: _Both, surface_B: Tensor, second_B: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """One kind a picture, and in some of them a second kind inside a region or as shading."""
+    style, pose = both.style(0), both.pose(0)
+    image_B3HW, part_BHW = _render_kinds(style, pose, surface_B, size)
+    choice, place = both.style(5), both.pose(5)
+    index = choice.chance(COMPOUND_RATE).nonzero()[:, 0]
+    choice, place = choice.take(index), place.take(index)
+    other_B3HW, _ = _render_kinds(choice.fork(0), place.fork(0), second_B[index], size)
+    inside_BHW = region(choice.fork(1), place.fork(1), size)
+    shading_B1HW = 0.6 + 0.8 * other_B3HW.mean(1, keepdim=True)
+    image_B3HW[index] = torch.where(
+        choice.fork(2).chance(0.3)[:, None, None, None],
+        (image_B3HW[index] * shading_B1HW).clamp(0, 1),
+        torch.lerp(image_B3HW[index], other_B3HW, inside_BHW[:, None]),
+    )
+    return image_B3HW, part_BHW
+
+
+def _render_kinds(style: Draws, pose: Draws, surface_B: Tensor, size: int) -> tuple[Tensor, Tensor]:
     image_B3HW = torch.empty(len(surface_B), 3, size, size, device=surface_B.device)
     part_BHW = torch.empty(len(surface_B), size, size, dtype=torch.bool, device=surface_B.device)
-    style, pose = both.style(0), both.pose(0)
     for kind in surface_B.unique().tolist():
         index = (surface_B == kind).nonzero()[:, 0]
         render = SURFACES[SURFACE_NAMES[kind]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apt_ray.pretraining.draws import Draws
@@ -16,7 +17,7 @@ from apt_ray.pretraining.fields import fractal, noise, per_image, pixel_grid, st
 
 
 def add_dirt(style: Draws, pose: Draws, image_B3HW: Tensor) -> Tensor:
-    """Dust all over and wide faint smudges."""
+    """Dust all over, soft blots, faint streaks and wide smudges."""
     x, y = pixel_grid(len(style), image_B3HW.shape[-1], image_B3HW.device)
     dusty, smudged = per_image(style.chance(0.3)), per_image(style.chance(0.35))
     polarity = per_image(style.sign())
@@ -24,21 +25,39 @@ def add_dirt(style: Draws, pose: Draws, image_B3HW: Tensor) -> Tensor:
     dust = dust * dusty * per_image(style.uniform(low=0.05, high=0.2))
     smudge = step(fractal(pose, x / 24, y / 24, octaves=3), 0.0, 0.5)
     smudge = smudge * smudged * per_image(style.uniform(low=0.04, high=0.14))
-    return (image_B3HW + (polarity * (dust + smudge))[:, None]).clamp(0, 1)
+    blot = step(noise(pose, x / 9, y / 9), 0.72, 1.0)
+    blot = blot * per_image(style.chance(0.3)) * per_image(style.uniform(low=0.08, high=0.35))
+    angle = per_image(style.uniform(high=math.pi))
+    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    wipe = step(noise(pose, along / 45 + 7, across / 2.5), 0.7, 1.0)
+    wipe = wipe * per_image(style.chance(0.25)) * per_image(style.uniform(low=0.03, high=0.14))
+    return (image_B3HW + (polarity * (dust + smudge + blot + wipe))[:, None]).clamp(0, 1)
 
 
 def light(style: Draws, pose: Draws, image_B3HW: Tensor) -> Tensor:
-    """Exposure, a gradient across the picture, a vignette and the sensor's noise."""
+    """Exposure, a gradient across the picture, a vignette, defocus, gamma and sensor noise."""
     size = image_B3HW.shape[-1]
     x, y = (axis * (2 / size) for axis in pixel_grid(len(style), size, image_B3HW.device))
     angle = per_image(pose.uniform(high=2 * math.pi))
-    slope = per_image(pose.uniform(high=0.22)) * (x * angle.cos() + y * angle.sin())
+    slope = per_image(pose.uniform(high=0.28)) * (x * angle.cos() + y * angle.sin())
     vignette = per_image(style.uniform(low=-0.25, high=0.08)) * (x**2 + y**2) * 0.5
-    exposure = per_image(pose.uniform(low=0.92, high=1.08))
-    lit = image_B3HW * (exposure + slope + vignette)[:, None]
+    exposure = per_image(pose.uniform(low=0.86, high=1.14))
+    lit = (_blur(style, image_B3HW) * (exposure + slope + vignette)[:, None]).clamp(1e-4, 1)
+    lit = lit ** per_image(style.log_uniform(low=0.65, high=1.5))[:, None]
     level = per_image(style.uniform(high=0.035).square() / 0.035)[:, None]
     sensor = pose.uniform(1, size, size) + pose.uniform(1, size, size) - 1
     return (lit + sensor * 2.4 * level).clamp(0, 1)
+
+
+def _blur(style: Draws, image_B3HW: Tensor) -> Tensor:
+    """Up to about one pixel of defocus, by a kernel (w, 1 - 2w, w) along both axes, twice."""
+    side = (style.chance(0.6) * style.uniform(high=0.25))[:, None, None, None]
+    for _ in range(2):
+        wide = F.pad(image_B3HW, (1, 1, 0, 0), mode="replicate")
+        image_B3HW = torch.lerp(image_B3HW, (wide[..., :-2] + wide[..., 2:]) / 2, 2 * side)
+        wide = F.pad(image_B3HW, (0, 0, 1, 1), mode="replicate")
+        image_B3HW = torch.lerp(image_B3HW, (wide[..., :-2, :] + wide[..., 2:, :]) / 2, 2 * side)
+    return image_B3HW
 
 
 def orient(draws: Draws, fields_BCHW: Tensor) -> Tensor:

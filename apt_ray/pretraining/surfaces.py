@@ -48,8 +48,14 @@ class Scene:
         self.style = style
         self.pose = pose
         self.size = size
-        self.x, self.y = pixel_grid(len(style), size, style.key_B.device)
+        # Pictures of any aspect are squashed to a square, so circles need not be round.
+        squash = per_image(style.log_uniform(low=0.8, high=1.25))
+        x, y = pixel_grid(len(style), size, style.key_B.device)
+        self.x, self.y = x * squash, y / squash
         self.palette_B33 = _palette(style)
+        # In use the good pictures often show another layout, or another place, than the query.
+        is_fixed = style.chance(0.6)
+        self.layout = Draws(torch.where(is_fixed, style.fork(1).key_B, pose.fork(1).key_B))
 
     def texture_frame(self) -> tuple[Tensor, Tensor]:
         """Coordinates in pixels of an endless texture: turned by the style, shifted by the pose."""
@@ -126,7 +132,7 @@ def _palette(style: Draws) -> Tensor:
     ground_low = style.uniform(1, 1, low=0.0, high=0.2)
     ground = torch.where(base > 0.5, ground_low, 1 - ground_low) + style.normal(1, 3) * 0.05
     colours = torch.cat((base + tint, partner, ground), dim=1).clamp(0.03, 0.97)
-    gray = style.chance(0.45)[:, None, None]
+    gray = style.chance(0.6)[:, None, None]
     return torch.where(gray, colours.mean(dim=-1, keepdim=True), colours)
 
 
@@ -251,8 +257,8 @@ def label(scene: Scene) -> Rendering:
     pixel = scene.scale(1.2, 2.6)
     row, column = v / pixel, u / pixel
     in_text = (torch.remainder(row, 8) < 5).float() * (torch.remainder(column, 5) < 4).float()
-    strokes = lookup((scene.style.uniform(32, 32) < 0.55).float(), column, row)
-    words = lookup((scene.style.uniform(32, 32) < 0.8).float(), column / 15, row / 8)
+    strokes = lookup((scene.layout.uniform(32, 32) < 0.55).float(), column, row)
+    words = lookup((scene.layout.uniform(32, 32) < 0.8).float(), column / 15, row / 8)
     ink = in_text * strokes * words
     image = scene.blend(ink * scene.amount(0.5, 1.0)) + scene.grain(
         u, v, 4, scene.amount(0.0, 0.06)
@@ -261,21 +267,21 @@ def label(scene: Scene) -> Rendering:
 
 
 def board(scene: Scene) -> Rendering:
-    """Conductor tracks, soldered pads and dark packages; the layout belongs to the style."""
+    """Conductor tracks, soldered pads and dark packages."""
     angle = scene.style.integers(4) * (math.pi / 2) + scene.pose.uniform(low=-0.02, high=0.02)
     u, v = rotate(scene.x, scene.y, angle)
-    shift = scene.pose.uniform(2, low=-4, high=4) + scene.style.uniform(2, high=100)
+    shift = scene.pose.uniform(2, low=-4, high=4) + scene.layout.uniform(2, high=100)
     u, v = u + per_image(shift[:, 0]), v + per_image(shift[:, 1])
     pitch = scene.scale(5, 11)
     s, t = u / pitch, v / pitch
     width = scene.amount(0.6, 1.6)
-    along = lookup((scene.style.uniform(16, 16) < 0.5).float(), s / 4, t + 0.5)
-    across = lookup((scene.style.uniform(16, 16) < 0.35).float(), s + 0.5, t / 5)
+    along = lookup((scene.layout.uniform(16, 16) < 0.5).float(), s / 4, t + 0.5)
+    across = lookup((scene.layout.uniform(16, 16) < 0.35).float(), s + 0.5, t / 5)
     tracks = torch.maximum(
         along * line(fraction(t) * pitch, width), across * line(fraction(s) * pitch, width)
     )
     image = scene.blend(tracks * scene.amount(0.25, 0.8))
-    has_pad = lookup((scene.style.uniform(16, 16) < 0.22).float(), s + 0.5, t + 0.5)
+    has_pad = lookup((scene.layout.uniform(16, 16) < 0.22).float(), s + 0.5, t + 0.5)
     radius = torch.hypot(fraction(s), fraction(t)) * pitch
     pad = has_pad * line(radius, pitch * scene.amount(0.25, 0.42))
     metal = per_image(scene.style.uniform(low=0.6, high=0.95))[:, None]
@@ -283,7 +289,7 @@ def board(scene: Scene) -> Rendering:
     drill = has_pad * line(radius, pitch * 0.13) * scene.option(0.6)
     image = image * (1 - 0.85 * drill[:, None])
     block = fraction(s / 9) * 9 * pitch, fraction(t / 7) * 7 * pitch
-    package = lookup((scene.style.uniform(16, 16) < 0.35).float(), s / 9 + 0.5, t / 7 + 0.5)
+    package = lookup((scene.layout.uniform(16, 16) < 0.35).float(), s / 9 + 0.5, t / 7 + 0.5)
     body = box(*block, pitch * scene.amount(1.2, 3.2), pitch * scene.amount(0.8, 2.2))
     image = torch.lerp(
         image, 0.25 * scene.colour(2), (package * line(body.clamp(min=0), 0))[:, None]
@@ -358,6 +364,83 @@ def rod(scene: Scene) -> Rendering:
     return scene.place(image, body)
 
 
+def traces(scene: Scene) -> Rendering:
+    """A dense two-tone conductor pattern: straight and slanted routes, pads and filled areas."""
+    angle = scene.style.integers(4) * (math.pi / 2) + scene.pose.uniform(low=-0.02, high=0.02)
+    u, v = rotate(scene.x, scene.y, angle)
+    shift = scene.layout.uniform(2, low=-99, high=99) + scene.pose.uniform(2, low=-2, high=2)
+    u, v = u + per_image(shift[:, 0]), v + per_image(shift[:, 1])
+    pitch = scene.scale(5, 16)
+    width = pitch * scene.amount(0.12, 0.32)
+    tone = _routes(scene, u / pitch, v / pitch, pitch, width)
+    slanted = _routes(scene, (u + v) * 0.7071 / pitch, (u - v) * 0.7071 / pitch, pitch, width)
+    is_slanted = fractal(scene.layout, u / (6 * pitch), v / (6 * pitch), octaves=1)
+    tone = torch.where(is_slanted > scene.amount(0.1, 0.9), slanted, tone)
+    s, t = u / pitch, v / pitch
+    has_pad = lookup((scene.layout.uniform(16, 16) < 0.18).float(), s + 0.5, t + 0.5)
+    is_square = lookup((scene.layout.uniform(16, 16) < 0.4).float(), s + 0.5, t + 0.5) > 0
+    ds, dt = fraction(s).abs(), fraction(t).abs()
+    radius = torch.where(is_square, torch.maximum(ds, dt), torch.hypot(ds, dt)) * pitch
+    pad = has_pad * line(radius, pitch * scene.amount(0.3, 0.48))
+    drill = has_pad * line(radius, pitch * 0.14) * scene.option(0.3)
+    area = fractal(scene.layout, u / (4 * pitch), v / (4 * pitch), octaves=1)
+    filled = step(area, 0.55, 0.58) * scene.option(0.4)
+    tone = torch.maximum(torch.maximum(tone, pad), filled) - drill
+    dark, bright = scene.amount(0.02, 0.3)[:, None], scene.amount(0.65, 0.98)[:, None]
+    near_binary = torch.lerp(dark, bright, tone[:, None]).expand(-1, 3, -1, -1)
+    image = torch.where(scene.option(0.6)[:, None] > 0, near_binary, scene.blend(tone))
+    return scene.fill(image + scene.grain(u, v, 2, scene.amount(0.0, 0.05)))
+
+
+def _routes(scene: Scene, s: Tensor, t: Tensor, pitch: Tensor, width: Tensor) -> Tensor:
+    """Lines along both axes of a lattice, present by the layout's tables."""
+    along = lookup((scene.layout.uniform(16, 16) < 0.7).float(), s / 4, t + 0.5)
+    across = lookup((scene.layout.uniform(16, 16) < 0.25).float(), s + 0.5, t / 3)
+    return torch.maximum(
+        along * line(fraction(t) * pitch, width), across * line(fraction(s) * pitch, width)
+    )
+
+
+def cell(scene: Scene) -> Rendering:
+    """A luminescent monocrystalline cell: bright inside, dark corners, busbars and fingers."""
+    x, y = scene.x * (2 / scene.size), scene.y * (2 / scene.size)
+    turn = scene.style.chance(0.5)[:, None, None]
+    x, y = torch.where(turn, y, x), torch.where(turn, x, y)
+    zoom = scene.amount(0.95, 1.15)
+    x, y = x * zoom + per_image(scene.pose.uniform(low=-0.03, high=0.03)), y * zoom
+    level, fall = scene.amount(0.35, 0.8), scene.amount(0.05, 0.45)
+    blotch = fractal(scene.pose, scene.x / 20, scene.y / 20, octaves=3) * scene.amount(0.0, 0.12)
+    tilt = (x * per_image(scene.pose.uniform(low=-1, high=1))) * 0.08
+    tone = level * (1 - fall * (x**2 + y**2) * 0.7) + blotch + tilt
+    bars = (scene.style.integers(4) + 2).float()[:, None, None]
+    bar = line(fraction(y * bars / 2 + 0.5) * scene.size / bars, scene.amount(0.3, 1.8))
+    contrast = scene.amount(-0.45, 0.2)
+    finger = line(fraction(x * scene.size / 2 / scene.amount(2.2, 5)) * 4, 0.2)
+    tone = tone + contrast * bar - finger * scene.amount(0.0, 0.08)
+    edge = torch.maximum(x.abs(), y.abs()) - scene.amount(0.95, 1.3)
+    corner = x.abs() + y.abs() - scene.amount(1.6, 2.2)
+    dark = step(torch.maximum(edge, corner), 0.0, scene.amount(0.01, 0.12)) * scene.amount(0.5, 1)
+    image = (tone * (1 - dark))[:, None].expand(-1, 3, -1, -1)
+    return scene.fill(image + scene.grain(x * 40, y * 40, 1.2, scene.amount(0.0, 0.06)))
+
+
+def casting(scene: Scene) -> Rendering:
+    """A matt gray casting: fine grain, ground streaks, shading, and margins of other brightness."""
+    u, v = scene.texture_frame()
+    grain = fractal(scene.pose, u / 2.2, v / 2.2, octaves=3, gain=0.8) * scene.amount(0.02, 0.14)
+    streak = noise(scene.pose, u / scene.scale(20, 90), v / scene.scale(0.8, 3)) - 0.5
+    cloud = fractal(scene.pose, u / 30, v / 30, octaves=2) * scene.amount(0.0, 0.12)
+    tone = scene.amount(0.2, 0.75) + grain + cloud + streak * scene.amount(0.0, 0.2)
+    for distance in (scene.x, -scene.x, scene.y, -scene.y):
+        inner = scene.size * (0.5 - per_image(scene.style.uniform(low=0.02, high=0.22)))
+        inner = inner + scene.size * per_image(scene.pose.uniform(low=-0.04, high=0.04))
+        margin = step(distance - inner, 0.0, scene.amount(0.7, 5))
+        tone = tone + margin * scene.amount(-0.45, 0.25) * scene.option(0.35)
+        rim = line(distance - inner, 0.5) * scene.amount(-0.2, 0.3) * scene.option(0.2)
+        tone = tone + rim
+    return scene.fill(tone[:, None].expand(-1, 3, -1, -1))
+
+
 def marble(scene: Scene) -> Rendering:
     u, v = scene.texture_frame()
     warp = fractal(scene.pose, u / 30, v / 30, octaves=3) * 2.0
@@ -415,6 +498,11 @@ TRAINING_SURFACES: dict[str, Renderer] = {
     "flange": flange,
     "capsule": capsule,
     "rod": rod,
+    "traces": traces,
+    "cell": cell,
+    "casting": casting,
 }
+BOARD_LIKE = ("board", "traces")
+SOLAR_LIKE = ("wafer", "cell")
 HELD_OUT_SURFACES: dict[str, Renderer] = {"marble": marble, "honeycomb": honeycomb, "nut": nut}
 SURFACES = TRAINING_SURFACES | HELD_OUT_SURFACES
