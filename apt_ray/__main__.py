@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from apt_ray.errors import AptError
 if TYPE_CHECKING:
     from apt_ray.backbone import FrozenCLIP
     from apt_ray.evaluation import Result
+
+_TWO_KINDS = 2
 
 # The heavy modules are imported inside the commands, so that `--help` answers at once.
 
@@ -90,8 +93,21 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=_seeds, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
     )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON")
+    evaluate.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="write the scores of every image (.npz), for `compare`",
+    )
     _add_settings(evaluate)
     _add_backbone(evaluate)
+
+    compare = _command(
+        commands, "compare", _compare, "say whether one evaluation is better than another"
+    )
+    compare.add_argument("before", type=Path, help="file of `evaluate --scores`")
+    compare.add_argument("after", type=Path, help="another, of the same test pictures")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the differences as JSON")
     return parser
 
 
@@ -270,6 +286,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from apt_ray.comparison import format_types, save_scores
     from apt_ray.data.folders import find_categories
     from apt_ray.evaluation import evaluate, format_table
 
@@ -300,9 +317,24 @@ def _evaluate(options: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
     if results:
         print(format_table(results))
+        scores = [result.scores for result in results]
+        if any(len(set(one.defect_types)) > _TWO_KINDS for one in scores):
+            print(f"\n{format_types(scores)}")
+        if options.scores is not None:
+            save_scores(options.scores, scores)
     if options.json is not None:
         _write_json(options.json, [result.as_dict() for result in results])
     return 1 if failed else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from apt_ray.comparison import compare, format_differences, load_scores
+
+    differences = compare(load_scores(options.before), load_scores(options.after))
+    print(format_differences(differences))
+    if options.json is not None:
+        _write_json(options.json, [asdict(difference) for difference in differences])
+    return 0
 
 
 def _pictures(paths: Sequence[Path]) -> list[Path]:

@@ -6,13 +6,14 @@ Every test image is encoded once; all seeds and variants score the same features
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from statistics import fmean, stdev
 
 import numpy as np
 import numpy.typing as npt
 
 from apt_ray.backbone import FrozenCLIP, ImageFeatures
+from apt_ray.comparison import ImageScores, histogram
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, LabelledImage
 from apt_ray.detector import Detector
@@ -40,9 +41,11 @@ class Result:
     image_auroc: float | None
     pixel_auroc: float | None
     aupro: float | None
+    scores: ImageScores = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """The figures; the scores of single images are kept by `comparison.save_scores`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
 
 
 def evaluate(
@@ -92,16 +95,23 @@ def evaluate(
             ("reference", 1.0),
             ("both", settings.reference_weight),
         ):
-            metrics = _measure(
+            maps, scores = _score(
                 detector,
-                [category.test[i] for i in kept],
                 features[kept],
-                [sizes[i] for i in kept],
-                [masks[i] for i in kept] if masks else None,
+                [sizes[i] for i in kept] if masks else [],
                 weight,
             )
             results.append(
-                Result(variant=variant, category=category.name, shots=shots, seed=seed, **metrics)
+                _result(
+                    variant,
+                    category,
+                    shots,
+                    seed,
+                    [category.test[i] for i in kept],
+                    scores,
+                    maps,
+                    [masks[i] for i in kept] if masks else None,
+                )
             )
     return results
 
@@ -154,26 +164,54 @@ def _read_masks(
     ]
 
 
-def _measure(
+def _score(
     detector: Detector,
-    images: Sequence[LabelledImage],
     features: ImageFeatures,
     sizes: Sequence[tuple[int, int]],
-    masks: Sequence[npt.NDArray[np.bool_]] | None,
     reference_weight: float,
-) -> dict[str, float | None]:
+) -> tuple[list[npt.NDArray[np.float32]], list[float]]:
+    """Anomaly maps at the images' sizes (none without sizes), and anomaly scores."""
     maps, scores = [], []
-    for start in range(0, len(images), _BATCH):
-        stop = min(start + _BATCH, len(images))
+    for start in range(0, len(features), _BATCH):
+        stop = min(start + _BATCH, len(features))
         maps_BHW, scores_B = detector.score(features[start:stop], reference_weight=reference_weight)
         scores += scores_B.tolist()
-        if masks:
-            maps += [
-                resize_map(map_HW, size).numpy()
-                for map_HW, size in zip(maps_BHW.cpu(), sizes[start:stop], strict=True)
-            ]
-    return {
-        "image_auroc": image_auroc(scores, [image.is_anomalous for image in images]),
-        "pixel_auroc": pixel_auroc(maps, masks) if masks else None,
-        "aupro": aupro(maps, masks) if masks else None,
-    }
+        maps += [
+            resize_map(map_HW, size).numpy()
+            for map_HW, size in zip(maps_BHW.cpu(), sizes[start:stop], strict=False)
+        ]
+    return maps, scores
+
+
+def _result(
+    variant: str,
+    category: Category,
+    shots: int,
+    seed: int,
+    images: Sequence[LabelledImage],
+    scores: Sequence[float],
+    maps: Sequence[npt.NDArray[np.float32]],
+    masks: Sequence[npt.NDArray[np.bool_]] | None,
+) -> Result:
+    is_anomalous = np.array([image.is_anomalous for image in images])
+    pixels = list(zip(maps, masks, strict=True)) if masks else []
+    return Result(
+        variant=variant,
+        category=category.name,
+        shots=shots,
+        seed=seed,
+        image_auroc=image_auroc(scores, is_anomalous),
+        pixel_auroc=pixel_auroc(maps, masks) if masks else None,
+        aupro=aupro(maps, masks) if masks else None,
+        scores=ImageScores(
+            variant=variant,
+            category=category.name,
+            seed=seed,
+            names=tuple(image.path.relative_to(category.root).as_posix() for image in images),
+            defect_types=tuple(image.defect_type for image in images),
+            score_I=np.asarray(scores, dtype=np.float64),
+            is_anomalous_I=is_anomalous,
+            normal_IH=np.stack([histogram(m, ~mask) for m, mask in pixels]) if pixels else None,
+            anomalous_IH=np.stack([histogram(m, mask) for m, mask in pixels]) if pixels else None,
+        ),
+    )

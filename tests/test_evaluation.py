@@ -4,10 +4,12 @@ import pytest
 from PIL import Image
 
 from apt_ray.backbone import FrozenCLIP
+from apt_ray.comparison import by_defect_type
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import DataError
 from apt_ray.evaluation import Result, evaluate, format_table
+from tests.test_comparison import scores
 
 QUICK = FitSettings(steps=2)
 
@@ -21,6 +23,12 @@ def test_every_seed_is_reported_in_three_ways(backbone: FrozenCLIP, category: Ca
         for value in (result.image_auroc, result.pixel_auroc, result.aupro):
             assert value is not None
             assert 0 <= value <= 1
+        figures = by_defect_type(result.scores)
+        defective = [image for image in category.test if image.is_anomalous]
+        assert sum(one.images for one in figures) == len(defective)
+        # Every defective image counts once, so the whole is the mean weighted by the images.
+        mean = sum(one.images * one.image_auroc for one in figures) / len(defective)
+        assert mean == pytest.approx(result.image_auroc)
 
 
 def _plain_category(root: Path, category: Category, masks: bool = False) -> Category:
@@ -79,6 +87,7 @@ def test_the_table_gives_percent_mean_and_deviation_and_a_dash_where_nothing_exi
             image_auroc=value,
             pixel_auroc=None,
             aupro=None,
+            scores=scores(seed, 1.0),
         )
         for seed, value in enumerate((0.5, 0.7))
     ]

@@ -40,6 +40,24 @@ def test_calibration_uses_the_other_good_pictures(
     assert "certified at 20.0%" in capsys.readouterr().out
 
 
+def test_compare_reads_what_evaluate_kept(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(sample_data.iterdir()).name
+    options = ["--categories", name, "--shots", "1", "--seeds", "0"]
+    files = [str(tmp_path / f"{steps}.npz") for steps in ("1", "2")]
+    for steps, file in zip(("1", "2"), files, strict=True):
+        arguments = ["evaluate", "--data", str(sample_data), *options, "--steps", steps]
+        assert main([*arguments, "--scores", file]) == 0
+    capsys.readouterr()
+    assert main(["compare", *files, "--json", str(tmp_path / "differences.json")]) == 0
+    assert f"| {name} | prompts | image AUROC |" in capsys.readouterr().out
+    differences = json.loads((tmp_path / "differences.json").read_text())
+    assert {d["metric"] for d in differences} == {"image_auroc", "pixel_auroc"}
+    reference = [d for d in differences if d["variant"] == "reference"]
+    assert all(d["low"] == d["high"] == 0 for d in reference), "steps do not change the memory"
+
+
 def test_evaluate_prints_a_table_and_writes_every_result(
     sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
