@@ -62,22 +62,25 @@ def generate(
     surfaces: Sequence[str] = tuple(TRAINING_SURFACES),
     defects: Sequence[str] = tuple(TRAINING_DEFECTS),
     defect_rate: float = 0.7,
+    product_seeds_P: Tensor | None = None,
 ) -> Pairs:
     """Draw one pair a seed (int64) of `size` pixels a side, on the device of the seeds.
 
     With another `defect_rate` the same seeds give the same pictures with other queries defective;
-    with 0 they are the pictures before the defects were drawn.
+    with 0 they are the pictures before the defects were drawn. Pairs of one `product_seeds_P` show
+    one product: its kind and style are drawn from these seeds, pose and defects from the others.
     """
     draws = Draws.from_seeds(seeds_P)
-    style, choice = draws.fork(0), draws.fork(1)
-    surface_P = _choose(choice, surfaces, SURFACE_NAMES)
+    product = draws if product_seeds_P is None else Draws.from_seeds(product_seeds_P)
+    style, choice = product.fork(0), draws.fork(1)
+    surface_P = _choose(product.fork(6), surfaces, SURFACE_NAMES)
     defect_P = _choose(choice, defects, DEFECT_NAMES)
     count_P = 1 + (choice.uniform() ** 2 * MAX_DEFECTS).long()
     count_P = count_P * choice.chance(defect_rate)
 
     poses = [draws.fork(2), draws.fork(3)]
     both = _Both(style, poses)
-    second_P = _choose(draws.fork(5), surfaces, SURFACE_NAMES)
+    second_P = _choose(product.fork(5), surfaces, SURFACE_NAMES)
     image_B3HW, part_BHW = _render_surfaces(both, surface_P.repeat(2), second_P.repeat(2), size)
     image_B3HW = recolour(both.style(1), image_B3HW)
     image_B3HW = add_dirt(both.style(2), both.pose(2), image_B3HW)

@@ -29,17 +29,15 @@ _TERMS = ("dense", "reference", "heads", "image", "pooled", "phrases")
 
 def contact_sheet(*, size: int = 80, pairs: int = 3, seed: int = 0) -> Image.Image:
     """Every kind with `pairs` examples: reference, query, and the query with its mask outlined."""
-    cells = [
-        _cell(f"{kind}: {name}{held_out}", generate(seeds, size=size, defect_rate=1.0, **chosen))
-        for kind, names, unseen in (
-            ("surface", SURFACES, HELD_OUT_SURFACES),
-            ("defect", DEFECTS, HELD_OUT_DEFECTS),
-        )
-        for number, name in enumerate(names)
-        for held_out in (" (held out)" if name in unseen else "",)
-        for chosen in ({"surfaces": (name,)} if kind == "surface" else {"defects": (name,)},)
-        for seeds in (seed + 100 * number + torch.arange(pairs),)
-    ]
+    cells = []
+    for number, name in enumerate(SURFACES):
+        seeds = seed + 100 * number + torch.arange(pairs)
+        drawn = generate(seeds, size=size, surfaces=(name,), defect_rate=1.0)
+        cells.append(_cell("surface", name, name in HELD_OUT_SURFACES, drawn))
+    for number, name in enumerate(DEFECTS):
+        seeds = seed + 100 * number + torch.arange(pairs)
+        drawn = generate(seeds, size=size, defects=(name,), defect_rate=1.0)
+        cells.append(_cell("defect", name, name in HELD_OUT_DEFECTS, drawn))
     width, height = cells[0].size
     rows = -(-len(cells) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * (width + 6), rows * (height + 2)), "white")
@@ -70,7 +68,8 @@ def draw_curve(path: Path) -> Figure:
     return figure
 
 
-def _cell(title: str, pairs: Pairs) -> Image.Image:
+def _cell(kind: str, name: str, is_held_out: bool, pairs: Pairs) -> Image.Image:
+    title = f"{kind}: {name}{' (held out)' if is_held_out else ''}"
     outlined_P3HW = _outline(pairs.query_P3HW, pairs.mask_PHW)
     row_3HW = torch.cat(
         [
