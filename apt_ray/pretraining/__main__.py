@@ -14,6 +14,7 @@ from pathlib import Path
 from apt_ray.models.builtin import save_builtin
 from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
 from apt_ray.pretraining.settings import TrainSettings
+from apt_ray.pretraining.surfaces import BOARD_LIKE, SOLAR_LIKE
 from apt_ray.pretraining.train import Pretraining, train
 
 _FIT_SEED, _MEASURE_SEED = 2**40, 2**41
@@ -35,7 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="random weights, or go on from those that the package holds",
     )
     parser.add_argument(
-        "--leave-out", nargs="*", default=(), metavar="KIND", help="kinds of surface never shown"
+        "--leave-out",
+        nargs="*",
+        default=(),
+        metavar="KIND",
+        help=f"kinds of surface never shown, such as {' '.join(BOARD_LIKE + SOLAR_LIKE)}",
     )
     parser.add_argument(
         "--set",
