@@ -1,17 +1,29 @@
-"""Locality-aware attention: a patch attends only to patches near it and to the CLS token.
+"""How patches attend to one another in inference: in a window, by their values, or as trained.
+
+Locality-aware attention: a patch attends only to patches near it and to the CLS token.
 
 Ordinary attention mixes tokens over the whole image, so that a patch token of the last block no
-longer says what lies at its own place. A window keeps it local, without any training.
+longer says what lies at its own place. A window keeps it local, without any training. Value-value
+attention reaches far, but only what looks alike.
 
 B images, N patch tokens, D width of the vision tower; a sequence is `[CLS, patches]`, so `S = 1 +
 N`.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 Block = Callable[..., torch.Tensor]
+
+
+class ValueBlock(Protocol):
+    """A block that can attend by its values alone."""
+
+    def __call__(self, x_BSD: torch.Tensor) -> torch.Tensor: ...
+
+    def value_value(self, x_BSD: torch.Tensor) -> torch.Tensor: ...
 
 
 def locality_mask(grid: tuple[int, int], radius: int) -> torch.Tensor:
@@ -58,3 +70,21 @@ def run_blocks(
         local_BSD = windowed_BSD
         outputs.append(local_BSD)
     return local_BSD, outputs
+
+
+def run_value_value(
+    blocks: Sequence[ValueBlock], x_BSD: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run residual blocks with a second path for the patches, as in PromptAD and CLIP Surgery.
+
+    The second path begins with the first block's input and adds up what each block's value-value
+    attention says of the ordinary tokens, without any feed-forward; so a patch gathers from those
+    that look like it. CLS comes from the ordinary path, as do the blocks' outputs `(B, S, D)`.
+    """
+    path_BSD = x_BSD
+    outputs = []
+    for block in blocks:
+        path_BSD = path_BSD + block.value_value(x_BSD)
+        x_BSD = block(x_BSD)
+        outputs.append(x_BSD)
+    return torch.cat([x_BSD[:, :1], path_BSD[:, 1:]], dim=1), outputs

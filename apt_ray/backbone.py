@@ -161,6 +161,7 @@ class FrozenCLIP:
             self._position_SD,
             mask_SS=self._mask_SS,
             local_blocks=self._local_blocks,
+            value_value=self.spec.attention == "value_value",
         )
         joint_BSE = F.normalize(joint_BSE, dim=-1)
         return ImageFeatures(

@@ -50,8 +50,10 @@ class BackboneSpec(Settings):
     input_size: int | None = Field(
         default=None, gt=0, description="Pixels a side; None is the model's native size."
     )
-    attention: Literal["locality", "ordinary"] = Field(
-        default="locality", description="How patches attend to one another in the last blocks."
+    attention: Literal["locality", "ordinary", "value_value"] = Field(
+        default="locality",
+        description="How patches attend to one another: in windows, as trained, or by their"
+        " values.",
     )
     locality_radius: int = Field(
         default=3, ge=1, description="Radius of the attention window, in patches."

@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from apt_ray.attention import locality_mask
 from apt_ray.models.builtin import build_model
 from apt_ray.torchvision_guard import import_open_clip
-from apt_ray.towers import FusedBlock, run_text_tower, run_vision_tower
+from apt_ray.towers import FusedBlock, embed_patches, run_text_tower, run_vision_tower
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -57,3 +58,28 @@ def test_the_text_tower_ignores_what_stands_behind_the_end(model: CLIP) -> None:
     torch.testing.assert_close(run_text_tower(model, changed, end_K), features)
     short = run_text_tower(model, embedded[1:2, :5], end_K[1:2])
     torch.testing.assert_close(short, features[1:2], atol=1e-5, rtol=1e-4)
+
+
+def test_the_value_value_path_adds_up_the_blocks_and_leaves_cls_as_it_is(model: CLIP) -> None:
+    visual = model.visual
+    pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(4))
+    ordinary_BSE, ordinary = run_vision_tower(visual, pixels, visual.positional_embedding)
+    tokens_BSE, outputs = run_vision_tower(
+        visual, pixels, visual.positional_embedding, value_value=True
+    )
+    torch.testing.assert_close(tokens_BSE[:, 0], ordinary_BSE[:, 0])
+    torch.testing.assert_close(outputs, ordinary)
+
+    x_BSD = embed_patches(visual, pixels, visual.positional_embedding)
+    path_BSD = x_BSD
+    for block, output_BSD in zip(visual.transformer.resblocks, outputs, strict=True):
+        normed_BSD = block.ln_1(x_BSD)
+        _, _, v = F.linear(normed_BSD, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(
+            3, -1
+        )
+        v = v.unflatten(-1, (6, 32)).transpose(1, 2)
+        mixed = ((v @ v.mT) * 32**-0.5).softmax(-1) @ v
+        path_BSD = path_BSD + block.attn.out_proj(mixed.transpose(1, 2).flatten(2))
+        x_BSD = output_BSD
+    expected_BSE = visual.ln_post(path_BSD) @ visual.proj
+    torch.testing.assert_close(tokens_BSE[:, 1:], expected_BSE[:, 1:], atol=1e-4, rtol=1e-4)
