@@ -5,17 +5,19 @@ Every test image is encoded once; all seeds and variants score the same features
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from apt_ray.backbone import FrozenCLIP, ImageFeatures
 from apt_ray.comparison import ImageScores, histogram
 from apt_ray.config import FitSettings
-from apt_ray.data.folders import Category, LabelledImage
+from apt_ray.data.folders import Category
 from apt_ray.detector import Detector
 from apt_ray.errors import DataError
 from apt_ray.fitting import fit
@@ -70,15 +72,10 @@ def evaluate(
         size.
     """
     settings = settings or FitSettings()
-    if len({image.is_anomalous for image in category.test}) < 2:
-        raise DataError(
-            f"category {category.name} in {category.root} needs good and defective test images to"
-            f" be evaluated: add the missing kind"
-        )
-    supports = {seed: category.support_set(shots, seed) for seed in seeds}
     report = progress or (lambda _what, _done, _total: None)
-    features, sizes = _encode(category, backbone, report)
-    masks = _read_masks(category, sizes) if category.has_masks else None
+    test = TestSet.read(category)
+    supports = {seed: category.support_set(shots, seed) for seed in seeds}
+    features = test.encode(backbone, report)
     results = []
     for seed, support in supports.items():
         prompt_set = fit(
@@ -89,31 +86,110 @@ def evaluate(
             progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]
         )
         detector = Detector(backbone, prompt_set)
-        kept = [i for i, image in enumerate(category.test) if image.path not in support]
         for variant, weight in (
             ("prompts", 0.0),
             ("reference", 1.0),
             ("both", settings.reference_weight),
         ):
-            maps, scores = _score(
-                detector,
-                features[kept],
-                [sizes[i] for i in kept] if masks else [],
-                weight,
-            )
             results.append(
-                _result(
-                    variant,
-                    category,
-                    shots,
-                    seed,
-                    [category.test[i] for i in kept],
-                    scores,
-                    maps,
-                    [masks[i] for i in kept] if masks else None,
+                test.result(
+                    lambda index, detector=detector, weight=weight: detector.score(  # type: ignore[misc]
+                        features[index], reference_weight=weight
+                    ),
+                    variant=variant,
+                    support=support,
+                    seed=seed,
                 )
             )
     return results
+
+
+Scorer = Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]]
+"""Places in a test set -> anomaly maps `(B, size, size)` in 0..1 and anomaly scores `(B,)`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestSet:
+    """The test images of a category and what is true of them.
+
+    Attributes:
+        category: whose they are; `category.test` lists them.
+        sizes: (width, height) of each.
+        masks: ground truth of each, or None unless every anomalous one has a mask.
+    """
+
+    __test__ = False
+
+    category: Category
+    sizes: tuple[tuple[int, int], ...]
+    masks: tuple[npt.NDArray[np.bool_], ...] | None
+
+    @classmethod
+    def read(cls, category: Category) -> TestSet:
+        """Read sizes and masks; DataError if there are no test images of one kind."""
+        if len({image.is_anomalous for image in category.test}) < 2:
+            raise DataError(
+                f"category {category.name} in {category.root} needs good and defective test images"
+                f" to be evaluated: add the missing kind"
+            )
+        sizes = tuple(read_image(image.path).size for image in category.test)
+        masks = tuple(_read_masks(category, sizes)) if category.has_masks else None
+        return cls(category=category, sizes=sizes, masks=masks)
+
+    def encode(self, backbone: FrozenCLIP, progress: Progress) -> ImageFeatures:
+        """Features of all of them, in order, on the CPU."""
+        parts = []
+        images = self.category.test
+        for start in range(0, len(images), _BATCH):
+            batch = [read_image(image.path) for image in images[start : start + _BATCH]]
+            features = backbone.encode_images(backbone.preprocess(batch))
+            parts.append(features.to(torch.device("cpu")))
+            progress("encode test images", start + len(batch), len(images))
+        return ImageFeatures.concatenate(parts)
+
+    def result(
+        self, score: Scorer, *, variant: str, support: Collection[Path], seed: int
+    ) -> Result:
+        """Score every test image outside the support set, and measure."""
+        kept = [i for i, image in enumerate(self.category.test) if image.path not in support]
+        maps, scores = [], []
+        for start in range(0, len(kept), _BATCH):
+            index = kept[start : start + _BATCH]
+            maps_BHW, scores_B = score(index)
+            scores += scores_B.tolist()
+            if self.masks is not None:
+                maps += [
+                    resize_map(map_HW, self.sizes[i]).numpy()
+                    for i, map_HW in zip(index, maps_BHW.cpu(), strict=True)
+                ]
+        images = [self.category.test[i] for i in kept]
+        is_anomalous = np.array([image.is_anomalous for image in images])
+        masks = [self.masks[i] for i in kept] if self.masks is not None else []
+        pixels = list(zip(maps, masks, strict=True))
+        return Result(
+            variant=variant,
+            category=self.category.name,
+            shots=len(support),
+            seed=seed,
+            image_auroc=image_auroc(scores, is_anomalous),
+            pixel_auroc=pixel_auroc(maps, masks) if pixels else None,
+            aupro=aupro(maps, masks) if pixels else None,
+            scores=ImageScores(
+                variant=variant,
+                category=self.category.name,
+                seed=seed,
+                names=tuple(
+                    image.path.relative_to(self.category.root).as_posix() for image in images
+                ),
+                defect_types=tuple(image.defect_type for image in images),
+                score_I=np.asarray(scores, dtype=np.float64),
+                is_anomalous_I=is_anomalous,
+                normal_IH=np.stack([histogram(m, ~mask) for m, mask in pixels]) if pixels else None,
+                anomalous_IH=(
+                    np.stack([histogram(m, mask) for m, mask in pixels]) if pixels else None
+                ),
+            ),
+        )
 
 
 def format_table(results: Sequence[Result]) -> str:
@@ -141,18 +217,6 @@ def _cell(values: Sequence[float | None]) -> str:
     return f"{fmean(known):.1f}{spread}"
 
 
-def _encode(
-    category: Category, backbone: FrozenCLIP, report: Progress
-) -> tuple[ImageFeatures, list[tuple[int, int]]]:
-    parts, sizes = [], []
-    for start in range(0, len(category.test), _BATCH):
-        images = [read_image(image.path) for image in category.test[start : start + _BATCH]]
-        sizes += [image.size for image in images]
-        parts.append(backbone.encode_images(backbone.preprocess(images)))
-        report("encode test images", len(sizes), len(category.test))
-    return ImageFeatures.concatenate(parts), sizes
-
-
 def _read_masks(
     category: Category, sizes: Sequence[tuple[int, int]]
 ) -> list[npt.NDArray[np.bool_]]:
@@ -162,56 +226,3 @@ def _read_masks(
         else read_mask(image.mask, size)
         for image, size in zip(category.test, sizes, strict=True)
     ]
-
-
-def _score(
-    detector: Detector,
-    features: ImageFeatures,
-    sizes: Sequence[tuple[int, int]],
-    reference_weight: float,
-) -> tuple[list[npt.NDArray[np.float32]], list[float]]:
-    """Anomaly maps at the images' sizes (none without sizes), and anomaly scores."""
-    maps, scores = [], []
-    for start in range(0, len(features), _BATCH):
-        stop = min(start + _BATCH, len(features))
-        maps_BHW, scores_B = detector.score(features[start:stop], reference_weight=reference_weight)
-        scores += scores_B.tolist()
-        maps += [
-            resize_map(map_HW, size).numpy()
-            for map_HW, size in zip(maps_BHW.cpu(), sizes[start:stop], strict=False)
-        ]
-    return maps, scores
-
-
-def _result(
-    variant: str,
-    category: Category,
-    shots: int,
-    seed: int,
-    images: Sequence[LabelledImage],
-    scores: Sequence[float],
-    maps: Sequence[npt.NDArray[np.float32]],
-    masks: Sequence[npt.NDArray[np.bool_]] | None,
-) -> Result:
-    is_anomalous = np.array([image.is_anomalous for image in images])
-    pixels = list(zip(maps, masks, strict=True)) if masks else []
-    return Result(
-        variant=variant,
-        category=category.name,
-        shots=shots,
-        seed=seed,
-        image_auroc=image_auroc(scores, is_anomalous),
-        pixel_auroc=pixel_auroc(maps, masks) if masks else None,
-        aupro=aupro(maps, masks) if masks else None,
-        scores=ImageScores(
-            variant=variant,
-            category=category.name,
-            seed=seed,
-            names=tuple(image.path.relative_to(category.root).as_posix() for image in images),
-            defect_types=tuple(image.defect_type for image in images),
-            score_I=np.asarray(scores, dtype=np.float64),
-            is_anomalous_I=is_anomalous,
-            normal_IH=np.stack([histogram(m, ~mask) for m, mask in pixels]) if pixels else None,
-            anomalous_IH=np.stack([histogram(m, mask) for m, mask in pixels]) if pixels else None,
-        ),
-    )

@@ -169,22 +169,29 @@ class PromptTrainer:
         return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
 
     def _draw_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each lane's next images: noisy draws, then clean views."""
-        tokens, labels = [], []
-        for lane, g in zip(self._lanes, self._generators, strict=True):
-            bank = lane.bank
-            noisy_SDNE = bank.noisy_SDNE[lane.settings.noise_strength]
-            images = torch.tensor(lane.images)
-            image_B = images[torch.randint(len(images), (_NOISY + _CLEAN,), generator=g)]
-            noisy_B, clean_B = image_B[:_NOISY], image_B[_NOISY:]
-            draw_B = torch.randint(noisy_SDNE.shape[1], (_NOISY,), generator=g)
-            view_B = torch.randint(bank.clean_SVNE.shape[1], (_CLEAN,), generator=g)
-            clean_BNE = bank.clean_SVNE[clean_B, view_B]
-            tokens.append(torch.cat([noisy_SDNE[noisy_B, draw_B], clean_BNE]))
-            noisy_BN = bank.noisy_labels_SDN[noisy_B, draw_B]
-            labels.append(torch.cat([noisy_BN, noisy_BN.new_zeros(clean_BNE.shape[:2])]))
+        drawn = [
+            draw_batch(lane, generator)
+            for lane, generator in zip(self._lanes, self._generators, strict=True)
+        ]
+        tokens, labels = zip(*drawn, strict=True)
         device = self._backbone.device
         return torch.stack(tokens).to(device).float(), torch.stack(labels).to(device)
+
+
+def draw_batch(lane: Lane, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A lane's next images, noisy draws, then clean views: tokens `(B, N, E)` and labels
+    `(B, N)`, 1 anomalous, 0 normal, -1 ignored."""
+    bank = lane.bank
+    noisy_SDNE = bank.noisy_SDNE[lane.settings.noise_strength]
+    images = torch.tensor(lane.images)
+    image_B = images[torch.randint(len(images), (_NOISY + _CLEAN,), generator=g)]
+    noisy_B, clean_B = image_B[:_NOISY], image_B[_NOISY:]
+    draw_B = torch.randint(noisy_SDNE.shape[1], (_NOISY,), generator=g)
+    view_B = torch.randint(bank.clean_SVNE.shape[1], (_CLEAN,), generator=g)
+    clean_BNE = bank.clean_SVNE[clean_B, view_B]
+    noisy_BN = bank.noisy_labels_SDN[noisy_B, draw_B]
+    tokens_BNE = torch.cat([noisy_SDNE[noisy_B, draw_B], clean_BNE])
+    return tokens_BNE, torch.cat([noisy_BN, noisy_BN.new_zeros(clean_BNE.shape[:2])])
 
 
 def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:
