@@ -91,18 +91,31 @@ _DEFECT_WORDS: dict[str, tuple[str, ...]] = {
     "warp": ("distortion", "misalignment", "deformation", "bent area"),
     "burn": ("burn", "scorch mark", "burnt area"),
     "worn": ("worn area", "abrasion", "missing texture", "rubbed area"),
-    "splice": ("spur", "bridge", "open circuit", "short circuit", "mouse bite", "excess material"),
+    "splice": ("spur", "excess material", "mouse bite", "pinhole", "gap"),
     "dead area": ("dead area", "inactive area", "dark patch", "missing segment"),
     "dashes": ("interrupted finger", "broken line", "broken finger", "dashes"),
-    "uneven": ("uneven area", "unevenness", "shade", "cloudy area"),
+    "uneven": ("uneven area", "unevenness", "cloudy area"),
+    "bridge": ("bridge", "short circuit", "open circuit", "cut"),
+    "graft": ("frayed area", "wrong texture", "other material", "unground area"),
+    "shade": ("shade", "uneven half", "change of brightness", "step in brightness"),
 }
 _SHAPES: dict[str, tuple[str, ...]] = {
-    "line": ("scratch", "crack", "fibre", "dashes"),
-    "thin mark": ("scratch", "crack", "fibre", "dashes"),
+    "line": ("scratch", "crack", "fibre", "dashes", "bridge"),
+    "thin mark": ("scratch", "crack", "fibre", "dashes", "bridge"),
     "round spot": ("pit", "dent", "burn"),
     "small spot": ("splice", "pit", "particle"),
     "irregular spot": ("stain", "chip", "particle", "discolour", "worn"),
-    "area": ("discolour", "smear", "warp", "worn", "stain", "dead area", "uneven"),
+    "area": (
+        "discolour",
+        "smear",
+        "warp",
+        "worn",
+        "stain",
+        "dead area",
+        "uneven",
+        "graft",
+        "shade",
+    ),
 }
 _POLARITIES = ("", "dark", "bright")
 _EXTENTS = ("", "small", "medium sized", "large")

@@ -241,16 +241,20 @@ def splice(site: Site) -> Mark:
         torch.hypot(x, y) * (1 + 0.3 * fractal(site.draws, x / 3, y / 3, octaves=1)),
         torch.maximum(x.abs(), y.abs()),
     )
-    pixels_BP3 = site.image_B3HW.flatten(2).mT
+    return (reach + 0.5 - distance).clamp(0, 1), _either_tone(site)
+
+
+def _either_tone(site: Site) -> Tensor:
+    """A dark or a bright colour that the picture shows elsewhere."""
+    # Every 16th pixel is enough to find both tones, and a sixteenth of the sort.
+    pixels_BP3 = site.image_B3HW[..., ::4, ::4].flatten(2).mT
     order_BP = pixels_BP3.mean(-1).argsort(dim=1)
     count = order_BP.shape[1]
-    tones = [
-        pixels_BP3[torch.arange(len(order_BP)), order_BP[:, int(share * count)]]
-        for share in (0.06, 0.94)
-    ]
+    rows_B = torch.arange(len(order_BP), device=order_BP.device)
+    tones = [pixels_BP3[rows_B, order_BP[:, int(share * count)]] for share in (0.06, 0.94)]
     dark, bright = (tone[:, :, None, None] for tone in tones)
     paint = torch.where(site.draws.chance(0.5)[:, None, None, None], dark, bright)
-    return (reach + 0.5 - distance).clamp(0, 1), paint.expand_as(site.image_B3HW)
+    return paint.expand_as(site.image_B3HW)
 
 
 def dead_area(site: Site) -> Mark:
@@ -279,6 +283,35 @@ def uneven(site: Site) -> Mark:
     return alpha, site.image_B3HW + site.contrast(0.12, 0.35)
 
 
+def bridge(site: Site) -> Mark:
+    """A short straight bar in one of the picture's two tones: it joins or parts what it crosses."""
+    width = site.amount(0.3, 1.6)
+    length = site.radius.clamp(max=9.0)
+    along = (length + 0.5 - site.x.abs()).clamp(0, 1)
+    return line(site.y, width) * along, _either_tone(site)
+
+
+def graft(site: Site) -> Mark:
+    """A wide, sharply outlined region of another texture and brightness."""
+    reach = site.radius * site.amount(1.0, 2.0)
+    distance = blob(site.draws, site.x / (reach * 1.8), site.y / reach, 0.5)
+    cell, stretch = site.amount(1.5, 7.0), site.amount(0.15, 1.0)
+    texture = fractal(site.draws, site.x / cell, site.y / cell * stretch, octaves=3)[:, None]
+    ground = site.mean_colour().mean((2, 3), keepdim=True)
+    paint = ground + 0.4 * site.contrast(0.05, 0.7) + site.amount(0.0, 0.15)[:, None] * texture
+    return step(distance, 1.0, 0.94), torch.lerp(
+        site.image_B3HW, paint, site.amount(0.5, 1.0)[:, None]
+    )
+
+
+def shade(site: Site) -> Mark:
+    """Half of the picture, up to a nearly straight outline, of another brightness and grain."""
+    bend = fractal(site.draws, site.x / 25, site.y / 25, octaves=2) * site.amount(0.0, 8.0)
+    alpha = step(site.x + bend, 0.0, site.amount(0.8, 12.0))
+    softer = torch.lerp(site.image_B3HW, site.mean_colour(), site.amount(0.0, 0.8)[:, None])
+    return alpha, softer * (1 + site.contrast(0.12, 0.5))
+
+
 def bubble(site: Site) -> Mark:
     """A blister: a ring with a highlight."""
     x, y = site.unit()
@@ -296,6 +329,23 @@ def fold(site: Site) -> Mark:
     profile = (bent / width) * torch.exp(-((bent / width) ** 2))
     alpha = step(bent.abs(), width * 2.2, width * 1.6) * _taper(site, length)
     return alpha, site.image_B3HW * (1 + 2.0 * site.amount(0.4, 0.9) * profile)[:, None]
+
+
+def nick(site: Site) -> Mark:
+    """A small wedge cut into what lies there, dark on one flank and bright on the other."""
+    x, y = site.unit()
+    depth = site.radius.clamp(max=8.0) / site.radius
+    x, y = x / depth, y / depth
+    wedge = torch.maximum(y.abs() * 2.5 - (1 - x) * 0.6, -x - 0.6)
+    flank = torch.where(y > 0, 1.0, -1.0)[:, None] * site.amount(0.15, 0.5)[:, None]
+    return step(wedge, 0.1, 0.0), site.image_B3HW + flank
+
+
+def haze(site: Site) -> Mark:
+    """A veil that takes contrast away and brightens a little."""
+    alpha = site.region(roughness=0.6, softness=site.amount(0.3, 0.9), stretch=1.5)
+    veil = torch.lerp(site.image_B3HW, site.mean_colour(), 0.5)
+    return alpha, veil + site.amount(0.08, 0.25)[:, None]
 
 
 def corrosion(site: Site) -> Mark:
@@ -327,8 +377,17 @@ TRAINING_DEFECTS: dict[str, Renderer] = {
     "dead area": dead_area,
     "dashes": dashes,
     "uneven": uneven,
+    "bridge": bridge,
+    "graft": graft,
+    "shade": shade,
 }
-HELD_OUT_DEFECTS: dict[str, Renderer] = {"bubble": bubble, "fold": fold, "corrosion": corrosion}
+HELD_OUT_DEFECTS: dict[str, Renderer] = {
+    "bubble": bubble,
+    "fold": fold,
+    "corrosion": corrosion,
+    "nick": nick,
+    "haze": haze,
+}
 DEFECTS = TRAINING_DEFECTS | HELD_OUT_DEFECTS
 
 VISIBLE = 0.06

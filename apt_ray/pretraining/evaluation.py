@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +23,12 @@ from apt_ray.pretraining.captions import (
     state_phrase,
 )
 from apt_ray.pretraining.defects import HELD_OUT_DEFECTS
-from apt_ray.pretraining.features import encode_images, encode_texts, position_embedding
+from apt_ray.pretraining.features import (
+    REFERENCE_BLOCKS,
+    encode_images,
+    encode_texts,
+    position_embedding,
+)
 from apt_ray.pretraining.generator import generate
 from apt_ray.pretraining.losses import participation_ratio, patch_labels, reference_distance
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from open_clip import CLIP
 
 _CHUNK = 32
-_MAX_LAYERS = 3
 _MIN_SCALE = 1e-3
 
 
@@ -121,17 +124,20 @@ def state_features(model: CLIP, vocabulary: Vocabulary) -> Tensor:
 
 
 def fit_constants(held_out: HeldOut, states_2E: Tensor) -> BackboneConstants:
-    """Calibrated scales and biases, and the layers that separate best."""
-    layers = max(_layer_choices(held_out), key=lambda choice: _patch_auroc(held_out, choice))
+    """Calibrated scales and biases of the prompts and of the reference.
+
+    The layers of the reference are those trained for it, all of them: held-out kinds rank single
+    blocks within their noise, and an average over depths suits more products than the best one.
+    """
     contrast_PN = held_out.tokens_PNE @ (states_2E[1] - states_2E[0])
     dense_scale, dense_bias = _logistic(contrast_PN, held_out)
-    reference_scale, reference_bias = _logistic(_distance(held_out, layers), held_out)
+    reference_scale, reference_bias = _logistic(_distance(held_out, REFERENCE_BLOCKS), held_out)
     return BackboneConstants(
         dense_scale=dense_scale,
         dense_bias=dense_bias,
         reference_scale=reference_scale,
         reference_bias=reference_bias,
-        reference_layers=layers,
+        reference_layers=REFERENCE_BLOCKS,
     )
 
 
@@ -152,20 +158,8 @@ def measure(held_out: HeldOut, states_2E: Tensor, constants: BackboneConstants) 
     )
 
 
-def _layer_choices(held_out: HeldOut) -> list[tuple[int, ...]]:
-    blocks = sorted(held_out.distances_PN)
-    return [c for count in range(1, _MAX_LAYERS + 1) for c in combinations(blocks, count)]
-
-
 def _distance(held_out: HeldOut, layers: Sequence[int]) -> Tensor:
     return torch.stack([held_out.distances_PN[layer] for layer in layers]).mean(0)
-
-
-def _patch_auroc(held_out: HeldOut, layers: Sequence[int]) -> float:
-    distance_PN = _distance(held_out, layers)
-    return float(
-        roc_auc_score(held_out.labels_PN[held_out.known].cpu(), distance_PN[held_out.known].cpu())
-    )
 
 
 def _logistic(score_PN: Tensor, held_out: HeldOut) -> tuple[float, float]:

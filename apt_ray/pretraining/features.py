@@ -21,6 +21,9 @@ from apt_ray.towers import run_text_tower, run_vision_tower
 if TYPE_CHECKING:
     from open_clip import CLIP
 
+REFERENCE_BLOCKS = (2, 3, 4)
+"""Blocks whose patch tokens are trained to tell a defect by its distance to a good picture."""
+
 # The tower is trained with the windows that inference gives it by default.
 _SPEC = BackboneSpec()
 

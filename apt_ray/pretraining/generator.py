@@ -17,7 +17,7 @@ from torch import Tensor
 from apt_ray.pretraining.defects import DEFECTS, TRAINING_DEFECTS, draw_defect
 from apt_ray.pretraining.draws import Draws
 from apt_ray.pretraining.fields import region
-from apt_ray.pretraining.nuisances import add_dirt, light, orient, recolour
+from apt_ray.pretraining.nuisances import add_dirt, cut_off, light, orient, recolour
 from apt_ray.pretraining.surfaces import SURFACES, TRAINING_SURFACES, Scene
 
 MAX_DEFECTS = 3
@@ -82,6 +82,7 @@ def generate(
     both = _Both(style, poses)
     second_P = _choose(product.fork(5), surfaces, SURFACE_NAMES)
     image_B3HW, part_BHW = _render_surfaces(both, surface_P.repeat(2), second_P.repeat(2), size)
+    image_B3HW, part_BHW = cut_off(both.style(4), both.pose(4), image_B3HW, part_BHW)
     image_B3HW = recolour(both.style(1), image_B3HW)
     image_B3HW = add_dirt(both.style(2), both.pose(2), image_B3HW)
     reference_P3HW, clean_P3HW = image_B3HW.chunk(2)

@@ -23,18 +23,27 @@ def patch_labels(mask_PHW: Tensor, patch_size: int) -> Tensor:
     return labels_PN.masked_fill((coverage_PN > 0) & (labels_PN == 0), torch.nan)
 
 
-def balanced_bce(logits_PN: Tensor, labels_PN: Tensor) -> Tensor:
+def balanced_bce(logits_PN: Tensor, labels_PN: Tensor, *, focus: float = 0.0) -> Tensor:
     """Binary cross-entropy in which both classes weigh the same, and small defects as much as
-    large ones; NaN labels do not count."""
+    large ones; NaN labels do not count.
+
+    With `focus` a patch weighs in proportion to (1 - the probability of its label) ** focus, as in
+    focal loss (arXiv 1708.02002) but normalised: the hardest good patches make the false alarms.
+    """
     is_anomalous, is_normal = labels_PN == 1, labels_PN == 0
     loss_PN = F.binary_cross_entropy_with_logits(
         logits_PN, labels_PN.nan_to_num(0), reduction="none"
     )
+    hardness_PN = (1 - torch.exp(-loss_PN.detach())) ** focus
     per_image_P1 = is_anomalous.sum(1, keepdim=True).clamp(min=1).sqrt()
-    weight_PN = is_anomalous / per_image_P1
-    anomalous = (loss_PN * weight_PN).sum() / weight_PN.sum().clamp(min=1)
-    normal = (loss_PN * is_normal).sum() / is_normal.sum().clamp(min=1)
-    return 0.5 * (anomalous + normal)
+    return 0.5 * (
+        _weighted_mean(loss_PN, hardness_PN * is_anomalous / per_image_P1)
+        + _weighted_mean(loss_PN, hardness_PN * is_normal)
+    )
+
+
+def _weighted_mean(loss_PN: Tensor, weight_PN: Tensor) -> Tensor:
+    return (loss_PN * weight_PN).sum() / weight_PN.sum().clamp(min=1e-6)
 
 
 def top_mean(score_PN: Tensor) -> Tensor:

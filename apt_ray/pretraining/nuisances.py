@@ -31,7 +31,36 @@ def add_dirt(style: Draws, pose: Draws, image_B3HW: Tensor) -> Tensor:
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     wipe = step(noise(pose, along / 45 + 7, across / 2.5), 0.7, 1.0)
     wipe = wipe * per_image(style.chance(0.25)) * per_image(style.uniform(low=0.03, high=0.14))
-    return (image_B3HW + (polarity * (dust + smudge + blot + wipe))[:, None]).clamp(0, 1)
+    # One good part is dirtier than another.
+    dirt = (dust + smudge + blot + wipe) * per_image(pose.uniform(low=0.3, high=1.5))
+    return (image_B3HW + (polarity * dirt)[:, None]).clamp(0, 1)
+
+
+def cut_off(
+    style: Draws, pose: Draws, image_B3HW: Tensor, part_BHW: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pictures, in a fifth of the styles with the part's rough outline near some sides and
+    something else behind it; and what is left of the part."""
+    index = style.chance(0.2).nonzero()[:, 0]
+    style, pose = style.take(index).fork(0), pose.take(index).fork(0)
+    size = image_B3HW.shape[-1]
+    x, y = pixel_grid(len(style), size, image_B3HW.device)
+    wobble = fractal(pose, x / 7, y / 7, octaves=2) * per_image(style.uniform(high=3.0))
+    beyond = torch.full_like(x, -99.0)
+    for distance in (x, -x, y, -y):
+        inset = style.uniform(low=0.01, high=0.12) + 0.03 * pose.normal()
+        reach = distance - size * (0.5 - per_image(inset))
+        beyond = torch.where(per_image(style.chance(0.4)), torch.maximum(beyond, reach), beyond)
+    beyond = beyond + wobble
+    outside = step(beyond, 0.0, per_image(style.uniform(low=0.6, high=3.0)))
+    rim = step(beyond, -4.0, 0.0) * per_image(style.uniform(low=-0.3, high=0.2))
+    grit = noise(pose, x / 2.5 + 9, y / 2.5) * per_image(style.uniform(high=0.3))
+    ground = per_image(style.uniform()) + grit
+    cut = torch.lerp(image_B3HW[index] + rim[:, None], ground[:, None], outside[:, None])
+    image_B3HW, part_BHW = image_B3HW.clone(), part_BHW.clone()
+    image_B3HW[index] = cut.clamp(0, 1)
+    part_BHW[index] &= outside < 0.5
+    return image_B3HW, part_BHW
 
 
 def light(style: Draws, pose: Draws, image_B3HW: Tensor) -> Tensor:
@@ -41,7 +70,10 @@ def light(style: Draws, pose: Draws, image_B3HW: Tensor) -> Tensor:
     angle = per_image(pose.uniform(high=2 * math.pi))
     slope = per_image(pose.uniform(high=0.28)) * (x * angle.cos() + y * angle.sin())
     vignette = per_image(style.uniform(low=-0.25, high=0.08)) * (x**2 + y**2) * 0.5
+    # Most stations hold the exposure; some picture one product at several.
+    varies = per_image(style.chance(0.3).float())
     exposure = per_image(pose.uniform(low=0.86, high=1.14))
+    exposure = exposure * per_image(pose.log_uniform(low=0.55, high=1.4)) ** varies
     lit = (_blur(style, image_B3HW) * (exposure + slope + vignette)[:, None]).clamp(1e-4, 1)
     lit = lit ** per_image(style.log_uniform(low=0.65, high=1.5))[:, None]
     level = per_image(style.uniform(high=0.035).square() / 0.035)[:, None]

@@ -30,8 +30,10 @@ class TrainSettings(BaseModel):
     left_out: tuple[str, ...] = Field(
         default=(), description="Kinds of surface that the run never shows."
     )
-    bfloat16: bool = Field(
-        default=True, description="Towers in mixed precision; the losses never are."
+    bfloat16: bool | None = Field(
+        default=None,
+        description="Towers in mixed precision, the losses never; None: where it is fast, on GPUs"
+        " and on CPUs with AVX-512.",
     )
     phrases: int = Field(default=160, ge=8, description="Compositional phrases a step.")
     state_phrases: int = Field(
@@ -50,6 +52,11 @@ class TrainSettings(BaseModel):
     dense_weight: float = Field(default=2.0, ge=0)
     reference_weight: float = Field(default=0.7, ge=0)
     head_weight: float = Field(default=0.5, ge=0)
+    focus: float = Field(
+        default=0.0,
+        ge=0,
+        description="Focal exponent of the patch losses: how much more hard patches count.",
+    )
     image_weight: float = Field(default=0.3, ge=0)
     pooled_weight: float = Field(default=0.3, ge=0)
     phrase_weight: float = Field(default=0.5, ge=0)

@@ -26,6 +26,7 @@ from apt_ray.models.builtin import BackboneConstants, build_model, build_tokeniz
 from apt_ray.pretraining import losses
 from apt_ray.pretraining.captions import Phrase, Vocabulary, draw_phrases, draw_states, holds
 from apt_ray.pretraining.features import (
+    REFERENCE_BLOCKS,
     VisionFeatures,
     encode_images,
     encode_texts,
@@ -38,7 +39,6 @@ from apt_ray.pretraining.surfaces import TRAINING_SURFACES
 if TYPE_CHECKING:
     from open_clip import CLIP
 
-REFERENCE_BLOCKS = (2, 3, 4)
 HEAD_BLOCKS = (1, 3, 5)
 _WHITENING_IMAGES = 256
 _CHECKPOINT = "checkpoint.pt"
@@ -273,9 +273,13 @@ class Pretraining:
         )
         sampled = vision.tokens_BNE.flatten(0, 1)
         return {
-            "dense": losses.balanced_bce(scales.logits(scales.dense, similarity_BN), labels_BN),
+            "dense": losses.balanced_bce(
+                scales.logits(scales.dense, similarity_BN), labels_BN, focus=settings.focus
+            ),
             "reference": losses.balanced_bce(
-                scales.logits(scales.reference, distance_PN), query_labels_PN
+                scales.logits(scales.reference, distance_PN),
+                query_labels_PN,
+                focus=settings.focus,
             ),
             "heads": torch.stack(head_losses).mean(),
             "image": F.binary_cross_entropy_with_logits(
@@ -336,7 +340,12 @@ class Pretraining:
         return encode_texts(self.model, embedded_KLC, ends_K)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+        enabled = self.settings.bfloat16
+        if enabled is None:
+            # Without AVX-512 a product of bfloat16 matrices takes fifty times as long.
+            capability = torch.backends.cpu.get_cpu_capability()
+            enabled = self.device.type != "cpu" or capability.startswith("AVX512")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _noise(self, shape: tuple[int, ...], rng: random.Random) -> Tensor:
         generator = torch.Generator().manual_seed(rng.getrandbits(60))

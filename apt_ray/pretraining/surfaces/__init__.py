@@ -24,8 +24,10 @@ from apt_ray.pretraining.surfaces.textures import (
     leather,
     marble,
     mesh,
+    panel,
     ribs,
     rough,
+    slab,
     smooth,
     tiles,
     weave,
@@ -68,5 +70,11 @@ TRAINING_SURFACES: dict[str, Renderer] = {
 }
 BOARD_LIKE = ("board", "traces")
 SOLAR_LIKE = ("wafer", "cell")
-HELD_OUT_SURFACES: dict[str, Renderer] = {"marble": marble, "honeycomb": honeycomb, "nut": nut}
+HELD_OUT_SURFACES: dict[str, Renderer] = {
+    "marble": marble,
+    "honeycomb": honeycomb,
+    "slab": slab,
+    "panel": panel,
+    "nut": nut,
+}
 SURFACES = TRAINING_SURFACES | HELD_OUT_SURFACES

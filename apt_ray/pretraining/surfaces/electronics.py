@@ -63,7 +63,8 @@ def traces(scene: Scene) -> Rendering:
     u, v = u + per_image(shift[:, 0]), v + per_image(shift[:, 1])
     pitch = scene.scale(5, 16)
     width = pitch * scene.amount(0.12, 0.32)
-    tone = _routes(scene, u / pitch, v / pitch, pitch, width)
+    bent = v + pitch * _bends(scene, u / pitch)
+    tone = _routes(scene, u / pitch, bent / pitch, pitch, width)
     slanted = _routes(scene, (u + v) * 0.7071 / pitch, (u - v) * 0.7071 / pitch, pitch, width)
     is_slanted = fractal(scene.layout, u / (6 * pitch), v / (6 * pitch), octaves=1)
     tone = torch.where(is_slanted > scene.amount(0.1, 0.9), slanted, tone)
@@ -72,10 +73,11 @@ def traces(scene: Scene) -> Rendering:
     is_square = lookup((scene.layout.uniform(16, 16) < 0.4).float(), s + 0.5, t + 0.5) > 0
     ds, dt = fraction(s).abs(), fraction(t).abs()
     radius = torch.where(is_square, torch.maximum(ds, dt), torch.hypot(ds, dt)) * pitch
-    pad = has_pad * line(radius, pitch * scene.amount(0.3, 0.48))
+    extent = lookup(scene.layout.uniform(16, 16, low=0.25, high=0.5), s + 0.5, t + 0.5)
+    pad = has_pad * line(radius, pitch * extent)
     drill = has_pad * line(radius, pitch * 0.14) * scene.option(0.3)
     area = fractal(scene.layout, u / (4 * pitch), v / (4 * pitch), octaves=1)
-    filled = step(area, 0.55, 0.58) * scene.option(0.4)
+    filled = step(area, 0.58 - scene.amount(0.0, 0.5), 0.6) * scene.option(0.5)
     tone = torch.maximum(torch.maximum(tone, pad), filled) - drill
     dark, bright = scene.amount(0.02, 0.3)[:, None], scene.amount(0.65, 0.98)[:, None]
     near_binary = torch.lerp(dark, bright, tone[:, None]).expand(-1, 3, -1, -1)
@@ -89,6 +91,19 @@ def _routes(scene: Scene, s: Tensor, t: Tensor, pitch: Tensor, width: Tensor) ->
     across = lookup((scene.layout.uniform(16, 16) < 0.25).float(), s + 0.5, t / 3)
     return torch.maximum(
         along * line(fraction(t) * pitch, width), across * line(fraction(s) * pitch, width)
+    )
+
+
+def _bends(scene: Scene, s: Tensor) -> Tensor:
+    """Offset, in cells, of routes that swerve by 45 degrees here and there."""
+    slope = scene.layout.integers(3, 1, 16).float() - 1
+    slope = slope * scene.layout.chance(0.35, 1, 16) * scene.layout.chance(0.6, 1, 1)
+    closed = slope - slope.mean(-1, keepdim=True)
+    start = (closed.cumsum(-1) - closed).expand(-1, 16, -1)
+    within = s / 2 - (s / 2).floor()
+    rows = torch.zeros_like(s)
+    return 2 * (
+        lookup(start, s / 2, rows) + within * lookup(closed.expand(-1, 16, -1), s / 2, rows)
     )
 
 

@@ -159,6 +159,9 @@ def casting(scene: Scene) -> Rendering:
     streak = noise(scene.pose, u / scene.scale(20, 90), v / scene.scale(0.8, 3)) - 0.5
     cloud = fractal(scene.pose, u / 30, v / 30, octaves=2) * scene.amount(0.0, 0.12)
     tone = scene.amount(0.2, 0.75) + grain + cloud + streak * scene.amount(0.0, 0.2)
+    # A zone that was ground less, or not at all.
+    zone = step(fractal(scene.pose, u / 26, v / 26, octaves=2), 0.15, 0.25) * scene.option(0.3)
+    tone = tone + zone * (scene.amount(-0.12, 0.12) + grain * scene.amount(-0.8, 0.8))
     for distance in (scene.x, -scene.x, scene.y, -scene.y):
         inner = scene.size * (0.5 - per_image(scene.style.uniform(low=0.02, high=0.22)))
         inner = inner + scene.size * per_image(scene.pose.uniform(low=-0.04, high=0.04))
@@ -176,6 +179,34 @@ def marble(scene: Scene) -> Rendering:
     cloud = 0.3 * fractal(scene.pose, u / 45, v / 45, octaves=2)
     tone = (1 - step(vein, 0.0, scene.amount(0.06, 0.25))) * scene.amount(0.3, 0.9)
     return scene.fill(scene.blend((tone + cloud).clamp(0, 1)))
+
+
+def slab(scene: Scene) -> Rendering:
+    """A hot rolled slab: long scale streaks, clouds of oxide, dark sides, dirt."""
+    u, v = scene.texture_frame()
+    scale = fractal(scene.pose, u / scene.scale(12, 40), v / scene.scale(3, 8), octaves=4, gain=0.7)
+    oxide = step(fractal(scene.pose, u / 18, v / 11, octaves=3), 0.1, 0.6)
+    tone = scene.amount(0.25, 0.6) + 0.12 * scale - scene.amount(0.02, 0.14) * oxide
+    side = scene.x.abs() * (2 / scene.size) + 0.06 * fractal(scene.pose, u / 12, v / 12)
+    tone = tone - scene.amount(0.0, 0.4) * step(side, scene.amount(0.6, 0.95), 1.05)
+    image = scene.blend(tone.clamp(0, 1)) + scene.grain(u, v, 1.5, scene.amount(0.0, 0.15))
+    return scene.fill(image)
+
+
+def panel(scene: Scene) -> Rendering:
+    """A two-tone front panel: nested frames, slots and rows of holes on a lattice."""
+    u, v = scene.texture_frame()
+    pitch = scene.scale(14, 34)
+    s, t = u / pitch, v / (pitch * scene.amount(0.6, 1.0))
+    kind = lookup(scene.layout.uniform(16, 16), s + 0.5, t + 0.5)
+    ds, dt = fraction(s).abs(), fraction(t).abs()
+    square, round_ = torch.maximum(ds, dt), torch.hypot(ds, dt)
+    slot = torch.maximum(ds / 3, dt)
+    distance = torch.where(kind < 0.4, square, torch.where(kind < 0.7, round_, slot)) * pitch
+    ring = line(distance - pitch * scene.amount(0.24, 0.4), pitch * 0.05)
+    core = line(distance, pitch * scene.amount(0.06, 0.16))
+    image = scene.blend(torch.maximum(ring, core) * (kind < scene.amount(0.5, 1.0)))
+    return scene.fill(image + scene.grain(u, v, 3, scene.amount(0.0, 0.08)))
 
 
 def honeycomb(scene: Scene) -> Rendering:
