@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from tqdm import tqdm
 
-from apt_ray.config import BUILTIN, NOISE_LADDER, BackboneSpec, FitSettings
+from apt_ray.config import NOISE_LADDER, BackboneSpec, FitSettings, Settings, SomeSettings
 from apt_ray.errors import AptError
 
 if TYPE_CHECKING:
@@ -123,35 +124,56 @@ def _command(
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    """One flag for each field of FitSettings, with its description and default."""
     group = command.add_argument_group("settings of the fit", "the defaults need no tuning")
-    for name, field in FitSettings.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name == "seed" and command.prog.endswith("evaluate"):
-            continue
-        group.add_argument(
-            flag,
-            dest=f"fit_{name}",
-            type={int: int, float: float}[field.annotation],  # type: ignore[index]
-            choices=NOISE_LADDER if name == "noise_strength" else None,
-            metavar=None if name == "noise_strength" else name.split("_")[-1].upper(),
-            help=f"{field.description} ({field.default})",
-        )
+    skipped = {"seed"} if command.prog.endswith("evaluate") else set()
+    _add_fields(group, FitSettings, "fit_", skipped)
 
 
 def _add_backbone(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("backbone", "the frozen vision-language model")
     group.add_argument(
-        "--backbone", default=BUILTIN, help="'builtin', or a CLIP ViT of open_clip, e.g. ViT-B-16"
+        "--backbone",
+        dest="backbone_name",
+        help="'builtin', or a CLIP ViT of open_clip, e.g. ViT-B-16 (builtin)",
     )
-    group.add_argument("--pretrained", help="pretrained tag of open_clip, or a checkpoint file")
-    group.add_argument(
-        "--quick-gelu",
-        action=argparse.BooleanOptionalAction,
-        help="whether a checkpoint file was trained with QuickGELU (OpenAI's were)",
-    )
-    group.add_argument("--input-size", type=_count, help="pixels a side (the model's native size)")
+    _add_fields(group, BackboneSpec, "backbone_", {"name"})
     group.add_argument("--device", default="cpu", help="torch device (cpu)")
+
+
+def _add_fields(
+    group: argparse._ArgumentGroup, settings: type[Settings], prefix: str, skipped: set[str]
+) -> None:
+    """One flag for each field of `settings`, with its description and default."""
+    for name, field in settings.model_fields.items():
+        if name in skipped:
+            continue
+        flag, kind = f"--{name.replace('_', '-')}", field.annotation
+        kinds = [kind, *get_args(kind)]
+        text = f"{field.description} ({field.default})".replace("%", "%%")
+        if bool in kinds:
+            group.add_argument(
+                flag, dest=prefix + name, action=argparse.BooleanOptionalAction, help=text
+            )
+            continue
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        if name == "noise_strength":
+            choices = NOISE_LADDER
+        is_several = any(get_origin(part) is tuple for part in kinds)
+        number = next((part for part in (int, float) if part in kinds), str)
+        group.add_argument(
+            flag,
+            dest=prefix + name,
+            type=type(choices[0]) if choices else int if is_several else number,
+            choices=choices,
+            nargs="+" if is_several else None,
+            metavar=None if choices else name.split("_")[-1].upper(),
+            help=text,
+        )
+
+
+def _given(options: argparse.Namespace, settings: type[SomeSettings], prefix: str) -> SomeSettings:
+    given = {name: getattr(options, prefix + name, None) for name in settings.model_fields}
+    return settings.parse({name: value for name, value in given.items() if value is not None})
 
 
 def _count(text: str) -> int:
@@ -166,22 +188,32 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _settings(options: argparse.Namespace) -> FitSettings:
-    given = {name: getattr(options, f"fit_{name}", None) for name in FitSettings.model_fields}
-    return FitSettings.parse({name: value for name, value in given.items() if value is not None})
+    return _given(options, FitSettings, "fit_")
 
 
 def _backbone(options: argparse.Namespace) -> FrozenCLIP:
     from apt_ray.backbone import load_backbone
 
-    spec = BackboneSpec.parse(
-        {
-            "name": options.backbone,
-            "pretrained": options.pretrained,
-            "quick_gelu": options.quick_gelu,
-            "input_size": options.input_size,
-        }
+    backbone = load_backbone(_given(options, BackboneSpec, "backbone_"), device=options.device)
+    if backbone.tiles > 1:
+        _print_cost_of_tiles(backbone)
+    return backbone
+
+
+def _print_cost_of_tiles(backbone: FrozenCLIP) -> None:
+    import torch
+
+    image = torch.zeros(1, 3, backbone.input_size, backbone.input_size)
+    seconds = []
+    for _ in range(2):  # the first pass warms up
+        started = time.perf_counter()
+        backbone.encode_images(image).tokens_BNE.cpu()
+        seconds.append(time.perf_counter() - started)
+    side = backbone.tiles
+    print(
+        f"{side} x {side} tiles: an image of {backbone.input_size} px takes {side**2} passes of the"
+        f" vision tower, {1000 * seconds[-1]:.0f} ms here"
     )
-    return load_backbone(spec, device=options.device)
 
 
 @contextmanager

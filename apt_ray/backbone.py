@@ -88,8 +88,9 @@ class FrozenCLIP:
     Attributes:
         spec: what it was loaded from.
         constants: how its similarities become probabilities.
-        input_size: pixels a side of the square that the vision tower sees.
-        grid: (rows, columns) of patches.
+        input_size: pixels a side of the square that an image is resized to.
+        tiles: tiles a side that the square is cut into; the vision tower sees one at a time.
+        grid: (rows, columns) of patches in the whole square.
         fingerprint: hex digest over the weights and everything else that shapes the features.
     """
 
@@ -119,18 +120,20 @@ class FrozenCLIP:
             )
         self.spec = spec
         self.constants = constants.model_copy(update={"reference_layers": layers})
-        self.input_size = size
-        self.grid = (size // patch, size // patch)
+        self.tiles = spec.tiles
+        self.input_size = spec.tiles * size
+        self.grid = (self.input_size // patch, self.input_size // patch)
+        tile_grid = (size // patch, size // patch)
         self.device = torch.device(device)
         self.fingerprint = _fingerprint(model, spec, self.constants, size)
         self._model = model.eval().requires_grad_(False).to(self.device)
         self._tokenize = tokenize
         self._mean_3 = torch.tensor(visual.image_mean, device=self.device)
         self._std_3 = torch.tensor(visual.image_std, device=self.device)
-        self._position_SD = resize_position_embedding(visual.positional_embedding, self.grid)
-        radius = spec.locality_radius if spec.attention == "locality" else max(self.grid)
+        self._position_SD = resize_position_embedding(visual.positional_embedding, tile_grid)
+        radius = spec.locality_radius if spec.attention == "locality" else max(tile_grid)
         self._local_blocks = spec.locality_blocks if spec.attention == "locality" else 0
-        self._mask_SS = locality_mask(self.grid, radius).to(self.device)
+        self._mask_SS = locality_mask(tile_grid, radius).to(self.device)
         vocabulary_NC = model.token_embedding.weight
         start, end = tokenize([""])[0][:2].tolist()
         self._start_C, self._end_C = vocabulary_NC[start], vocabulary_NC[end]
@@ -157,28 +160,37 @@ class FrozenCLIP:
         pixels_B3HW = (pixels_B3HW - self._mean_3[:, None, None]) / self._std_3[:, None, None]
         joint_BSE, outputs = run_vision_tower(
             visual,
-            pixels_B3HW,
+            _cut(pixels_B3HW, self.tiles),
             self._position_SD,
             mask_SS=self._mask_SS,
             local_blocks=self._local_blocks,
             value_value=self.spec.attention == "value_value",
         )
         joint_BSE = F.normalize(joint_BSE, dim=-1)
+        cls_BE = joint_BSE[:, 0].unflatten(0, (-1, self.tiles**2)).mean(1)
         return ImageFeatures(
-            tokens_BNE=joint_BSE[:, 1:],
-            cls_BE=joint_BSE[:, 0],
+            tokens_BNE=self._join(joint_BSE[:, 1:]),
+            cls_BE=F.normalize(cls_BE, dim=-1),
             layers={
-                layer: F.normalize(outputs[layer][:, 1:], dim=-1)
+                layer: F.normalize(self._join(outputs[layer][:, 1:]), dim=-1)
                 for layer in self.constants.reference_layers
             },
         )
 
+    def _join(self, tokens_XNE: torch.Tensor) -> torch.Tensor:
+        """Patch tokens of the tiles of each image -> those of the image, row by row."""
+        tiles, rows, columns = self.tiles, self.grid[0] // self.tiles, self.grid[1] // self.tiles
+        tokens = tokens_XNE.unflatten(0, (-1, tiles, tiles)).unflatten(3, (rows, columns))
+        joined_BNE: torch.Tensor = tokens.transpose(2, 3).flatten(1, 4)
+        return joined_BNE
+
     def encode_in_batches(
         self, pixels_B3HW: torch.Tensor, *, batch_size: int = 16
     ) -> ImageFeatures:
-        """`encode_images`, at most `batch_size` images a forward pass, to bound its memory."""
+        """`encode_images`, at most `batch_size` tiles a forward pass, to bound its memory."""
+        images = max(1, batch_size // self.tiles**2)
         return ImageFeatures.concatenate(
-            [self.encode_images(batch) for batch in pixels_B3HW.split(batch_size)]
+            [self.encode_images(batch) for batch in pixels_B3HW.split(images)]
         )
 
     def encode_contexts(self, contexts_TLC: torch.Tensor, lengths_T: torch.Tensor) -> torch.Tensor:
@@ -239,6 +251,14 @@ def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> F
     return FrozenCLIP(
         model, open_clip.get_tokenizer(spec.name), spec=spec, constants=constants, device=device
     )
+
+
+def _cut(pixels_B3HW: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Each image's tiles, row by row: `(B * tiles ** 2, 3, H / tiles, W / tiles)`."""
+    height, width = pixels_B3HW.shape[-2] // tiles, pixels_B3HW.shape[-1] // tiles
+    cut = pixels_B3HW.unflatten(-1, (tiles, width)).unflatten(-3, (tiles, height))
+    tiles_X3hw: torch.Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return tiles_X3hw
 
 
 def resize_position_embedding(position_SD: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -321,6 +341,7 @@ def _fingerprint(
         "mean": [float(value) for value in visual.image_mean],
         "std": [float(value) for value in visual.image_std],
         "input_size": input_size,
+        "tiles": spec.tiles,
         "attention": spec.model_dump(include={"attention", "locality_radius", "locality_blocks"}),
         "constants": constants.model_dump(),
     }

@@ -50,6 +50,13 @@ class BackboneSpec(Settings):
     input_size: int | None = Field(
         default=None, gt=0, description="Pixels a side; None is the model's native size."
     )
+    tiles: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="Each image is cut into so many tiles a side, each seen at the input size:"
+        " smaller defects, tiles x tiles the time.",
+    )
     attention: Literal["locality", "ordinary", "value_value"] = Field(
         default="locality",
         description="How patches attend to one another: in windows, as trained, or by their"
@@ -69,7 +76,10 @@ class BackboneSpec(Settings):
 
 
 class FitSettings(Settings):
-    """How one prompt set is fitted. The defaults need no tuning; a search varies the first four."""
+    """How one prompt set is fitted. The defaults need no tuning; a search varies the first four.
+
+    Why each default is what it is stands in docs/method.md.
+    """
 
     context_length: int = Field(
         default=8, ge=1, le=32, description="Learnable vectors in each prompt context."
@@ -78,7 +88,11 @@ class FitSettings(Settings):
         default=0.3, description=f"Standard deviation of the pixel noise, one of {NOISE_LADDER}."
     )
     smgs_weight: float = Field(
-        default=1.0, ge=0, le=1, description="Share of the conflicting gradient that is removed."
+        default=1.0,
+        ge=0,
+        le=1,
+        description="How strongly the meta-prompt guides: by projection the share of the"
+        " conflicting gradient that is removed, as a penalty its weight in the loss; 0 is off.",
     )
     learning_rate: float = Field(
         default=0.03,
@@ -86,10 +100,49 @@ class FitSettings(Settings):
         le=1,
         description="First step's length as a fraction of the contexts' initial norm.",
     )
+    smgs: Literal["projection", "penalty"] = Field(
+        default="projection", description="How the meta-prompt guides the gradient."
+    )
+    self_optimising: bool = Field(
+        default=True, description="Whether the meta-prompt follows what was learned."
+    )
+    anomalous_prompts: int = Field(
+        default=1, ge=1, le=8, description="Anomalous prompts; their probabilities add up."
+    )
+    diversity_weight: float = Field(
+        default=0.1, ge=0, description="Penalty on anomalous prompts that are alike."
+    )
+    margin_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of PromptAD's margin: good patches nearer to the normal prompt.",
+    )
+    noise: Literal["pixel", "token", "mixed"] = Field(
+        default="pixel",
+        description="What noise is added to: pixels, patch tokens (then relative to their"
+        " length), or either in turn.",
+    )
+    region: Literal["random", "object"] = Field(
+        default="random", description="Where noise falls: in random regions, or everywhere."
+    )
+    object_mask: bool = Field(
+        default=True,
+        description="Keep noise on the part, where the backbone tells it from its ground.",
+    )
     steps: int = Field(default=100, ge=1, le=100_000, description="Optimisation steps.")
     seed: int = Field(default=0, ge=0, description="Seed of contexts, noise and batches.")
     reference_weight: float = Field(
         default=0.5, ge=0, le=1, description="0 uses the prompts only, 1 the reference only."
+    )
+    reference_rotations: Literal[1, 4, 8] = Field(
+        default=1,
+        description="Turns of each support image in the reference memory: 4 by 90, 8 by 45"
+        " degrees.",
+    )
+    reference_size: int = Field(
+        default=4096,
+        ge=1,
+        description="Patches of a layer in the reference memory at most; a coreset of more.",
     )
     cls_weight: float = Field(
         default=0.0, ge=0, le=1, description="Share of the whole-image prompt score in the score."

@@ -16,7 +16,7 @@ from apt_ray.detector import score_features
 from apt_ray.errors import DataError
 from apt_ray.images import read_image
 from apt_ray.prompt_set import PromptSet, Provenance
-from apt_ray.reference import ReferenceMemory
+from apt_ray.reference import ReferenceMemory, encode_turns
 from apt_ray.selection import fold
 from apt_ray.synthesis import harmless_copies
 from apt_ray.training import Lane, PromptTrainer
@@ -60,7 +60,13 @@ def fit(
     settings = settings or FitSettings()
     images = [read_image(path) for path in support]
     bank = bank or encode_support(
-        backbone, images, seed=settings.seed, strengths=[settings.noise_strength]
+        backbone,
+        images,
+        seed=settings.seed,
+        strengths=[settings.noise_strength],
+        region=settings.region,
+        object_mask=settings.object_mask,
+        judged=False,
     )
     everything = Lane(
         settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=settings.seed
@@ -75,8 +81,16 @@ def fit(
         if progress is not None:
             progress(trainer.steps_done, settings.steps)
     text_TPE = trainer.text_features()
-    support_features = bank.support.to(backbone.device)
-    memory = ReferenceMemory.of(support_features)
+    shown = [
+        bank.support.to(backbone.device),
+        *encode_turns(backbone.preprocess(images), settings.reference_rotations, backbone),
+    ]
+
+    def memory_of(kept: list[int]) -> ReferenceMemory:
+        turns = ImageFeatures.concatenate([features[kept] for features in shown])
+        return ReferenceMemory.of(turns, settings.reference_size)
+
+    memory = memory_of(list(range(bank.shots)))
 
     def scores(
         features: ImageFeatures, text_PE: torch.Tensor, memory: ReferenceMemory
@@ -101,9 +115,8 @@ def fit(
         left_out_scores = []
         for image in range(bank.shots):
             others = [other for other in range(bank.shots) if other != image]
-            others_memory = ReferenceMemory.of(support_features[others])
-            one = support_features[image : image + 1]
-            left_out_scores += scores(one, text_TPE[1 + image], others_memory)
+            one = shown[0][image : image + 1]
+            left_out_scores += scores(one, text_TPE[1 + image], memory_of(others))
         threshold = estimate(left_out_scores, "left-out support images")
     else:
         g = torch.Generator().manual_seed(settings.seed)
@@ -127,6 +140,6 @@ def fit(
         ),
         text_features=text_TPE[0].cpu(),
         contexts=trainer.contexts()[0].cpu(),
-        meta_features=trainer.meta_TPE[0].cpu(),
+        meta_features=trainer.meta_T2E[0].cpu(),
         memory=memory,
     )

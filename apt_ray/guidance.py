@@ -5,7 +5,7 @@ the gradient of the loss on synthetic anomalies would lead the learned prompts a
 conflicting part is removed, so that they do not overfit to the synthetic noise. After each round
 the meta-prompt takes over a little of what the prompts have learned, if that makes it better.
 
-T lanes, P polarities (normal, anomalous ...), L context length, C token width, E joint width.
+T lanes, P prompts (0 normal, the others anomalous), L context length, C token width, E joint width.
 """
 
 import torch
@@ -65,6 +65,11 @@ def remove_conflict(
     return gradient_TPLC - share_T[:, None, None, None] * guide_TPLC
 
 
-def move_meta(meta_TPE: torch.Tensor, learned_TPE: torch.Tensor) -> torch.Tensor:
-    """The meta-prompt one step nearer to the learned text features, normalised again."""
-    return F.normalize(torch.lerp(meta_TPE, learned_TPE, META_STEP), dim=-1)
+def move_meta(meta_T2E: torch.Tensor, learned_TPE: torch.Tensor) -> torch.Tensor:
+    """The meta-prompt one step nearer to the learned text features, normalised again.
+
+    Its anomalous side moves towards the middle of all anomalous prompts.
+    """
+    anomalous_TE = F.normalize(learned_TPE[:, 1:].mean(1), dim=-1)
+    learned_T2E = torch.stack([learned_TPE[:, 0], anomalous_TE], dim=1)
+    return F.normalize(torch.lerp(meta_T2E, learned_T2E, META_STEP), dim=-1)

@@ -1,11 +1,11 @@
 """PromptSet: everything that one category needs beside the backbone, in one safetensors file.
 
-Tensors: `text_features` (P, E), `contexts` (P, L, C), `meta_features` (P, E), and
+Tensors: `text_features` (P, E), `contexts` (P, L, C), `meta_features` (2, E), and
 `memory.<layer>` (M, D) in float16. The header holds everything else as JSON. Nothing is ever
 unpickled.
 
-P prompts (0 normal, 1 anomalous), E joint width, L context length, C token width, M patches, D
-width.
+P prompts (0 normal, the others anomalous), E joint width, L context length, C token width, M
+patches, D width.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PromptSet:
         provenance: its origin, settings and threshold.
         text_features: `(P, E)` float32, L2-normalised; row 0 normal, the others anomalous.
         contexts: `(P, L, C)` float32, the learned prompt contexts.
-        meta_features: `(P, E)` float32, the meta-prompt at the end of the training.
+        meta_features: `(2, E)` float32, the meta-prompt at the end of the training.
         memory: the support set's patch tokens.
     """
 
@@ -182,7 +182,7 @@ def _check_shapes(tensors: dict[str, torch.Tensor], source: str, remedy: str) ->
     fits = (
         len(text) == 2
         and text[0] >= 2
-        and shapes.get("meta_features") == text
+        and shapes.get("meta_features") == (2, text[1])
         and len(contexts) == 3
         and contexts[0] == text[0]
         and memories

@@ -6,8 +6,9 @@ B images, N patch tokens, M patches in memory, D width of the vision tower.
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
-from apt_ray.backbone import ImageFeatures
+from apt_ray.backbone import FrozenCLIP, ImageFeatures
 
 
 class ReferenceMemory:
@@ -25,9 +26,12 @@ class ReferenceMemory:
         }
 
     @classmethod
-    def of(cls, support: ImageFeatures) -> "ReferenceMemory":
-        """The memory of all patches of the support images."""
-        return cls({layer: tokens.flatten(0, 1) for layer, tokens in support.layers.items()})
+    def of(cls, support: ImageFeatures, size: int | None = None) -> "ReferenceMemory":
+        """The memory of the support images' patches: of all, or of a coreset of `size` a layer."""
+        layers = {layer: tokens.flatten(0, 1) for layer, tokens in support.layers.items()}
+        if size is not None:
+            layers = {layer: tokens[coreset(tokens, size)] for layer, tokens in layers.items()}
+        return cls(layers)
 
     def to(self, device: torch.device) -> "ReferenceMemory":
         """The same memory on another device."""
@@ -41,3 +45,41 @@ class ReferenceMemory:
                 for layer, tokens_BND in features.layers.items()
             ]
         ).mean(0)
+
+
+def coreset(tokens_MD: torch.Tensor, size: int) -> torch.Tensor:
+    """Indices of at most `size` tokens such that every token has a near one among them.
+
+    Greedy k-centre, as in PatchCore (arXiv 2106.08265): always the token next that is farthest
+    from all chosen ones. Tokens are of unit length; the first is the one nearest to their mean.
+    """
+    if size >= len(tokens_MD):
+        return torch.arange(len(tokens_MD))
+    chosen = [int((tokens_MD @ tokens_MD.mean(0)).argmax())]
+    nearest_M = tokens_MD @ tokens_MD[chosen[0]]
+    while len(chosen) < size:
+        chosen.append(int(nearest_M.argmin()))
+        nearest_M = torch.maximum(nearest_M, tokens_MD @ tokens_MD[chosen[-1]])
+    return torch.tensor(chosen)
+
+
+def encode_turns(
+    pixels_S3HW: torch.Tensor, turns: int, backbone: FrozenCLIP
+) -> list[ImageFeatures]:
+    """The features of the images turned by 1 to `turns - 1` times 360 / `turns` degrees.
+
+    Corners that a turn leaves empty show the image mirrored at its edge.
+    """
+    encoded = []
+    for turn in range(1, turns):
+        angle = torch.tensor(2 * torch.pi * turn / turns)
+        cos, sin = angle.cos(), angle.sin()
+        rotation_23 = torch.stack(
+            [torch.stack([cos, -sin, sin * 0]), torch.stack([sin, cos, sin * 0])]
+        )
+        grid = F.affine_grid(
+            rotation_23.expand(len(pixels_S3HW), 2, 3), list(pixels_S3HW.shape), align_corners=False
+        )
+        turned = F.grid_sample(pixels_S3HW, grid, padding_mode="reflection", align_corners=False)
+        encoded.append(backbone.encode_in_batches(turned))
+    return encoded

@@ -12,7 +12,9 @@ import torch
 from apt_ray.backbone import FrozenCLIP
 from apt_ray.bank import SupportBank
 from apt_ray.config import FitSettings
+from apt_ray.errors import SettingsError
 from apt_ray.scoring import anomalous_probability, auroc, top_mean
+from apt_ray.synthesis import SELECTION
 from apt_ray.training import Lane, PromptTrainer
 
 
@@ -46,6 +48,8 @@ class HeldOutTrial:
     def __init__(
         self, backbone: FrozenCLIP, banks: Sequence[SupportBank], settings: FitSettings
     ) -> None:
+        if any(bank.selection is None for bank in banks):
+            raise SettingsError("encode the support sets with what judges trials (judged=True)")
         self._backbone = backbone
         self._judged = [(bank, image) for bank in banks for image in range(bank.shots)]
         self._trainer = PromptTrainer(
@@ -74,15 +78,14 @@ class HeldOutTrial:
         return HeldOutValue(
             value=fmean(lanes),
             sd=stdev(lanes) if len(lanes) > 1 else 0.0,
-            families=dict(
-                zip(self._judged[0][0].selection.names, value_TF.nanmean(0).tolist(), strict=True)
-            ),
+            families=dict(zip(SELECTION, value_TF.nanmean(0).tolist(), strict=True)),
             lanes=tuple(lanes),
         )
 
     def _judge(self, bank: SupportBank, image: int, text_PE: torch.Tensor) -> torch.Tensor:
         """Per family the mean of the AUROC over patches and that over images."""
         device, constants = self._backbone.device, self._backbone.constants
+        assert bank.selection is not None
         tokens_FDNE = bank.selection.tokens_FSDNE[:, image].to(device).float()
         clean_VNE = bank.judged_clean_SVNE[image].to(device).float()
         p_FDN = anomalous_probability(tokens_FDNE, text_PE, constants)

@@ -129,6 +129,26 @@ def random_regions(batch: int, size: tuple[int, int], g: torch.Generator) -> tor
     return kinds[turn_B, torch.arange(batch)]
 
 
+def move_onto(
+    region_BHW: torch.Tensor, object_BHW: torch.Tensor, g: torch.Generator
+) -> torch.Tensor:
+    """Regions shifted so that they lie on the object, and cut by its outline.
+
+    Where the object is the whole image a region stays as it is.
+    """
+    moved = []
+    for region_HW, object_HW in zip(region_BHW, object_BHW, strict=True):
+        if object_HW.all():
+            moved.append(region_HW)
+            continue
+        place_X2 = object_HW.nonzero()
+        target_2 = place_X2[int(torch.randint(len(place_X2), (), generator=g))]
+        centre_2 = region_HW.nonzero().double().mean(0).round().long()
+        shift = (target_2 - centre_2).tolist()
+        moved.append(region_HW.roll(shift, dims=(0, 1)) & object_HW)
+    return torch.stack(moved)
+
+
 # Perturbation families. Each replaces the pixels of a region; `_blend` finds what visibly changed.
 
 

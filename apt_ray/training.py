@@ -1,13 +1,14 @@
 """PromptTrainer: many prompt sets, the lanes, trained together in one batch of the text encoder.
 
-T lanes, P prompts (0 normal, 1 anomalous), L longest context, C token width, B images a step, N
-patch tokens, E joint width.
+T lanes, P prompts (0 normal, the others anomalous), L longest context, C token width, B images a
+step, N patch tokens, E joint width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from apt_ray.backbone import FrozenCLIP
 from apt_ray.bank import SupportBank
@@ -15,8 +16,6 @@ from apt_ray.config import FitSettings
 from apt_ray.errors import SettingsError
 from apt_ray.guidance import ROUND, meta_features, move_meta, remove_conflict
 from apt_ray.scoring import anomalous_probability, auroc, prompt_log_probabilities, top_mean
-
-PROMPTS = 2
 
 _NOISY, _CLEAN = 4, 4
 _MOMENTUM = 0.9
@@ -51,7 +50,7 @@ class PromptTrainer:
 
     Attributes:
         steps_done: steps taken so far.
-        meta_TPE: each lane's meta-prompt.
+        meta_T2E: each lane's meta-prompt, normal and anomalous.
     """
 
     def __init__(self, backbone: FrozenCLIP, lanes: Sequence[Lane]) -> None:
@@ -66,19 +65,26 @@ class PromptTrainer:
         self._learning_rate_T = torch.tensor([s.learning_rate for s in settings], device=device)
         self._steps_T = torch.tensor([s.steps for s in settings], device=device)
         self._generators = [torch.Generator().manual_seed(lane.seed) for lane in self._lanes]
+        self._is_penalty_T = torch.tensor([s.smgs == "penalty" for s in settings], device=device)
+        self._diversity_T = torch.tensor([s.diversity_weight for s in settings], device=device)
+        self._margin_T = torch.tensor([s.margin_weight for s in settings], device=device)
+        counts = {1 + s.anomalous_prompts for s in settings}
+        if len(counts) > 1:
+            raise SettingsError("lanes that train together need equally many anomalous_prompts")
+        (self._prompts,) = counts
         longest = int(self._lengths_T.max())
         self._contexts_TPLC = torch.zeros(
-            len(self._lanes), PROMPTS, longest, backbone.token_width, device=device
+            len(self._lanes), self._prompts, longest, backbone.token_width, device=device
         )
         for context_PLC, lane, generator in zip(
             self._contexts_TPLC, self._lanes, self._generators, strict=True
         ):
             length = lane.settings.context_length
-            drawn = torch.randn(PROMPTS, length, backbone.token_width, generator=generator)
+            drawn = torch.randn(self._prompts, length, backbone.token_width, generator=generator)
             context_PLC[:, :length] = backbone.token_std * drawn
         self._norm_T = self._contexts_TPLC.flatten(1).norm(dim=1)
         self._velocity_TPLC = torch.zeros_like(self._contexts_TPLC)
-        self.meta_TPE = meta_features(backbone).expand(len(self._lanes), -1, -1).clone()
+        self.meta_T2E = meta_features(backbone).expand(len(self._lanes), -1, -1).clone()
         self.steps_done = 0
 
     def contexts(self) -> list[torch.Tensor]:
@@ -107,7 +113,9 @@ class PromptTrainer:
         text_TPE = self._encode(contexts_TPLC)
         leaf_TPE = text_TPE.detach().requires_grad_(True)
         learned_TBNP = self._log_probabilities(tokens_TBNE, leaf_TPE)
-        synthetic_T = synthetic_loss(learned_TBNP, labels_TBN)
+        synthetic_T = synthetic_loss(learned_TBNP, labels_TBN) + self._penalties(
+            tokens_TBNE, labels_TBN, leaf_TPE
+        )
         # Each lane's loss depends on its own text features alone, so the gradient of the sum over
         # lanes holds every lane's own gradient; the text encoder is walked back once for each loss.
         (at_text_TPE,) = torch.autograd.grad(synthetic_T.sum(), leaf_TPE, retain_graph=True)
@@ -117,12 +125,16 @@ class PromptTrainer:
         )
         if is_guided:
             with torch.no_grad():
-                meta_TBNP = self._log_probabilities(tokens_TBNE, self.meta_TPE)
+                meta_TBN2 = self._log_probabilities(tokens_TBNE, self.meta_T2E)
             (at_text_TPE,) = torch.autograd.grad(
-                divergence(meta_TBNP, learned_TBNP).sum(), leaf_TPE
+                divergence(meta_TBN2, learned_TBNP).sum(), leaf_TPE
             )
             (guide_TPLC,) = torch.autograd.grad(text_TPE, contexts_TPLC, at_text_TPE)
-            gradient_TPLC = remove_conflict(gradient_TPLC, guide_TPLC, self._smgs_weight_T)
+            gradient_TPLC = torch.where(
+                self._is_penalty_T[:, None, None, None],
+                gradient_TPLC + self._smgs_weight_T[:, None, None, None] * guide_TPLC,
+                remove_conflict(gradient_TPLC, guide_TPLC, self._smgs_weight_T),
+            )
         self._descend(gradient_TPLC)
 
     @torch.no_grad()
@@ -139,8 +151,10 @@ class PromptTrainer:
     @torch.no_grad()
     def _optimise_meta(self) -> None:
         """Let each lane's meta-prompt follow what it learned where guidance gets better."""
-        moved_TPE = move_meta(self.meta_TPE, self.text_features())
+        moved_T2E = move_meta(self.meta_T2E, self.text_features())
         for position, lane in enumerate(self._lanes):
+            if not lane.settings.self_optimising:
+                continue
             guidance = lane.bank.guidance
             images = list(lane.images)
             tokens = guidance.tokens_FSDNE[:, images].to(self._backbone.device).float()
@@ -148,19 +162,30 @@ class PromptTrainer:
             before, after = (
                 auroc(
                     anomalous_probability(
-                        tokens, text_PE[position], self._backbone.constants
+                        tokens, meta_2E[position], self._backbone.constants
                     ).flatten(1),
                     labels_FX,
                 ).nanmean()
-                for text_PE in (self.meta_TPE, moved_TPE)
+                for meta_2E in (self.meta_T2E, moved_T2E)
             )
             if after > before:
-                self.meta_TPE[position] = moved_TPE[position]
+                self.meta_T2E[position] = moved_T2E[position]
 
     def _encode(self, contexts_TPLC: torch.Tensor) -> torch.Tensor:
-        lengths_X = self._lengths_T.repeat_interleave(PROMPTS)
+        lengths_X = self._lengths_T.repeat_interleave(self._prompts)
         text_XE = self._backbone.encode_contexts(contexts_TPLC.flatten(0, 1), lengths_X)
-        return text_XE.reshape(-1, PROMPTS, text_XE.shape[-1])
+        return text_XE.reshape(-1, self._prompts, text_XE.shape[-1])
+
+    def _penalties(
+        self, tokens_TBNE: torch.Tensor, labels_TBN: torch.Tensor, text_TPE: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted terms beside the synthetic loss, one value a lane."""
+        penalty_T = torch.zeros_like(self._margin_T)
+        if self._prompts > 2:
+            penalty_T = penalty_T + self._diversity_T * likeness(text_TPE[:, 1:])
+        if bool((self._margin_T > 0).any()):
+            penalty_T = penalty_T + self._margin_T * margin(tokens_TBNE, labels_TBN, text_TPE)
+        return penalty_T
 
     def _log_probabilities(self, tokens_TBNE: torch.Tensor, text_TPE: torch.Tensor) -> torch.Tensor:
         log_p_TXP = prompt_log_probabilities(
@@ -182,16 +207,24 @@ def draw_batch(lane: Lane, g: torch.Generator) -> tuple[torch.Tensor, torch.Tens
     """A lane's next images, noisy draws, then clean views: tokens `(B, N, E)` and labels
     `(B, N)`, 1 anomalous, 0 normal, -1 ignored."""
     bank = lane.bank
-    noisy_SDNE = bank.noisy_SDNE[lane.settings.noise_strength]
+    settings = lane.settings
+    noisy_SDNE = bank.noisy_SDNE[settings.noise_strength]
     images = torch.tensor(lane.images)
     image_B = images[torch.randint(len(images), (_NOISY + _CLEAN,), generator=g)]
     noisy_B, clean_B = image_B[:_NOISY], image_B[_NOISY:]
     draw_B = torch.randint(noisy_SDNE.shape[1], (_NOISY,), generator=g)
     view_B = torch.randint(bank.clean_SVNE.shape[1], (_CLEAN,), generator=g)
     clean_BNE = bank.clean_SVNE[clean_B, view_B]
-    noisy_BN = bank.noisy_labels_SDN[noisy_B, draw_B]
-    tokens_BNE = torch.cat([noisy_SDNE[noisy_B, draw_B], clean_BNE])
-    return tokens_BNE, torch.cat([noisy_BN, noisy_BN.new_zeros(clean_BNE.shape[:2])])
+    label_BN = bank.noisy_labels_SDN[noisy_B, draw_B]
+    noisy_BNE = noisy_SDNE[noisy_B, draw_B]
+    if settings.noise != "pixel":
+        undisturbed_BNE = bank.clean_SVNE[noisy_B, bank.noisy_views_SD[noisy_B, draw_B]]
+        on_tokens_BNE = add_token_noise(undisturbed_BNE, label_BN == 1, settings.noise_strength, g)
+        by_turns_B = torch.arange(_NOISY) % 2 == 0
+        is_token_B = by_turns_B if settings.noise == "mixed" else torch.ones_like(by_turns_B)
+        noisy_BNE = torch.where(is_token_B[:, None, None], on_tokens_BNE, noisy_BNE)
+    tokens_BNE = torch.cat([noisy_BNE, clean_BNE])
+    return tokens_BNE, torch.cat([label_BN, label_BN.new_zeros(clean_BNE.shape[:2])])
 
 
 def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:
@@ -217,9 +250,44 @@ def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.
     return focal_T + dice_T + _mean(image_TB, is_known_TB)
 
 
-def divergence(meta_TBNP: torch.Tensor, learned_TBNP: torch.Tensor) -> torch.Tensor:
-    """KL(p_meta || p_learned) of log-probabilities, averaged over the patches, one value a lane."""
-    return (meta_TBNP.exp() * (meta_TBNP - learned_TBNP)).sum(-1).mean((1, 2))
+def divergence(meta_TBN2: torch.Tensor, learned_TBNP: torch.Tensor) -> torch.Tensor:
+    """KL(p_meta || p_learned) of log-probabilities, averaged over the patches, one value a lane.
+
+    Between normal and anomalous, whichever of the anomalous prompts it is.
+    """
+    learned_TBN2 = torch.stack([learned_TBNP[..., 0], learned_TBNP[..., 1:].logsumexp(-1)], dim=-1)
+    return (meta_TBN2.exp() * (meta_TBN2 - learned_TBN2)).sum(-1).mean((1, 2))
+
+
+def likeness(text_TAE: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of each two of a lane's prompts, one value a lane; features of unit length."""
+    count = text_TAE.shape[1]
+    cosine_TAA = text_TAE @ text_TAE.mT
+    return (cosine_TAA.sum((1, 2)) - count) / (count * (count - 1))
+
+
+def margin(
+    tokens_TBNE: torch.Tensor, labels_TBN: torch.Tensor, text_TPE: torch.Tensor
+) -> torch.Tensor:
+    """How much farther good patches are from the normal prompt than from the middle of the
+    anomalous ones, where they are; the explicit anomaly margin of PromptAD (arXiv 2404.05231), one
+    value a lane."""
+    anomalous_TE = F.normalize(text_TPE[:, 1:].mean(1), dim=-1)
+    poles_T2E = torch.stack([text_TPE[:, 0], anomalous_TE], dim=1)
+    cosine_TX2 = tokens_TBNE.flatten(1, 2) @ poles_T2E.mT
+    distance_TX2 = (2 - 2 * cosine_TX2).clamp_min(_TINY).sqrt()
+    excess_TX = (distance_TX2[..., 0] - distance_TX2[..., 1]).clamp_min(0)
+    return _mean(excess_TX, labels_TBN.flatten(1) == 0)
+
+
+def add_token_noise(
+    tokens_BNE: torch.Tensor, chosen_BN: torch.Tensor, strength: float, g: torch.Generator
+) -> torch.Tensor:
+    """Chosen tokens of unit length plus noise of about `strength` times their length, again of
+    unit length."""
+    noise_BNE = torch.randn(tokens_BNE.shape, generator=g) / tokens_BNE.shape[-1] ** 0.5
+    noisy_BNE = tokens_BNE + strength * chosen_BN[..., None] * noise_BNE
+    return F.normalize(noisy_BNE, dim=-1).to(tokens_BNE.dtype)
 
 
 def _mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -238,4 +306,11 @@ def _check(lane: Lane, backbone: FrozenCLIP) -> None:
         raise SettingsError(
             f"the anomaly bank holds no noise of strength {lane.settings.noise_strength}, only"
             f" {tuple(lane.bank.noisy_SDNE)}: encode the support set with it"
+        )
+    asked = (lane.settings.region, lane.settings.object_mask)
+    held = (lane.bank.region, lane.bank.object_mask)
+    if asked != held:
+        raise SettingsError(
+            f"the anomaly bank was encoded with (region, object_mask) = {held}, not {asked}:"
+            f" encode the support set with these settings"
         )

@@ -184,3 +184,21 @@ def test_missing_or_unknown_weights_are_refused() -> None:
 def test_sizes_and_blocks_that_the_model_lacks_are_refused(spec: BackboneSpec) -> None:
     with pytest.raises(BackboneError, match="choose"):
         load_backbone(spec)
+
+
+def test_tiles_are_seen_one_at_a_time_and_joined_row_by_row(backbone: FrozenCLIP) -> None:
+    tiled = load_backbone(BackboneSpec(tiles=2))
+    assert tiled.input_size == 2 * backbone.input_size
+    assert tiled.grid == (32, 32)
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 256, 256, generator=g)
+    features = tiled.encode_in_batches(pixels)
+    lower_left = backbone.encode_images(pixels[:, :, 128:, :128])
+    for whole, part in (
+        (features.tokens_BNE, lower_left.tokens_BNE),
+        *zip(features.layers.values(), lower_left.layers.values(), strict=True),
+    ):
+        square = whole.unflatten(1, (32, 32))[:, 16:, :16].flatten(1, 2)
+        torch.testing.assert_close(square, part, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features.cls_BE.norm(dim=1), torch.ones(2))
+    assert tiled.fingerprint != backbone.fingerprint

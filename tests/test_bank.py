@@ -1,10 +1,18 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from apt_ray.backbone import FrozenCLIP
-from apt_ray.bank import DRAWS, FAMILY_DRAWS, SupportBank, encode_support
+from apt_ray.bank import (
+    DRAWS,
+    GUIDANCE_DRAWS,
+    SELECTION_DRAWS,
+    SupportBank,
+    encode_support,
+)
 from apt_ray.data.folders import Category
 from apt_ray.images import read_image
 from apt_ray.synthesis import GUIDANCE, SELECTION
@@ -17,9 +25,11 @@ def test_a_bank_holds_every_draw_of_every_image(backbone: FrozenCLIP, bank: Supp
     assert bank.noisy_SDNE[0.1].shape == (3, DRAWS, patches, width)
     assert bank.noisy_labels_SDN.shape == (3, DRAWS, patches)
     assert bank.guidance.names == tuple(GUIDANCE)
+    assert bank.guidance.tokens_FSDNE.shape == (5, 3, GUIDANCE_DRAWS, patches, width)
+    assert bank.selection is not None
     assert bank.selection.names == tuple(SELECTION)
-    assert bank.selection.tokens_FSDNE.shape == (7, 3, FAMILY_DRAWS, patches, width)
-    assert bank.selection.labels_FSDN.shape == (7, 3, FAMILY_DRAWS, patches)
+    assert bank.selection.tokens_FSDNE.shape == (7, 3, SELECTION_DRAWS, patches, width)
+    assert bank.selection.labels_FSDN.shape == (7, 3, SELECTION_DRAWS, patches)
 
 
 def test_tokens_belong_to_the_image_that_they_are_filed_under(
@@ -45,6 +55,8 @@ def test_a_bank_is_repeatable_survives_pickling_and_counts_its_work(
     )
     second = pickle.loads(pickle.dumps(encode_support(backbone, images, seed=1, strengths=[0.2])))  # noqa: S301
     assert torch.equal(first.noisy_SDNE[0.2], second.noisy_SDNE[0.2])
+    assert first.selection is not None
+    assert second.selection is not None
     assert torch.equal(first.selection.labels_FSDN, second.selection.labels_FSDN)
     done, total = seen[-1]
     assert done == total
@@ -61,3 +73,45 @@ def test_a_single_image_is_judged_on_another_crop_of_it(
     assert cosine.item() == pytest.approx(
         one.clean_SVNE.float().mean((0, 1, 2)).square().sum().item(), rel=0.2
     )
+
+
+def _disk(size: int = 128) -> Image.Image:
+    """A bright rough disk on a dark ground."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    gray = np.where(np.hypot(x, y) < 0.3, 0.75, 0.15) + 0.05 * rng.standard_normal((size, size))
+    pixels = (gray.clip(0, 1)[..., None].repeat(3, 2) * 255).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_noise_stays_on_the_part(backbone: FrozenCLIP) -> None:
+    bank = encode_support(backbone, [_disk()], seed=0, strengths=[0.3], judged=False)
+    assert 0.15 < bank.objects_SN.float().mean() < 0.45
+    off_part_N = ~bank.objects_SN[0]
+    # The disk lies in the middle, so its mirror images do too.
+    labels_DN = bank.noisy_labels_SDN[0][:, off_part_N]
+    assert (labels_DN == 0).float().mean() > 0.97
+    assert (bank.noisy_labels_SDN == 1).any()
+
+    whole = encode_support(
+        backbone, [_disk()], seed=0, strengths=[0.3], region="object", judged=False
+    )
+    on_part = bank.objects_SN[0]
+    assert (whole.noisy_labels_SDN[0][:, on_part] == 1).float().mean() > 0.8
+
+    everywhere = encode_support(
+        backbone, [_disk()], seed=0, strengths=[0.3], object_mask=False, judged=False
+    )
+    assert everywhere.objects_SN.all()
+
+
+def test_a_draw_remembers_the_view_that_it_was_made_from(
+    backbone: FrozenCLIP, bank: SupportBank
+) -> None:
+    undisturbed = bank.noisy_labels_SDN == 0
+    views_SDNE = bank.clean_SVNE[torch.arange(bank.shots)[:, None], bank.noisy_views_SD].float()
+    cosine_SDN = (views_SDNE * bank.noisy_SDNE[0.1].float()).sum(-1)
+    assert cosine_SDN[undisturbed].mean() > 0.9
+    others_SDNE = bank.clean_SVNE[torch.arange(bank.shots)[:, None], 3 - bank.noisy_views_SD]
+    others = (others_SDNE.float() * bank.noisy_SDNE[0.1].float()).sum(-1)
+    assert others[undisturbed].mean() < cosine_SDN[undisturbed].mean() - 0.1

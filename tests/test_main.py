@@ -5,6 +5,7 @@ import pytest
 
 from apt_ray.__main__ import main
 from apt_ray.images import read_image
+from apt_ray.prompt_set import PromptSet
 
 
 def test_fit_then_inspect_writes_overlays_and_results(
@@ -28,6 +29,30 @@ def test_fit_then_inspect_writes_overlays_and_results(
     (row,) = json.loads(results.read_text())
     assert row["image"] == str(picture)
     assert read_image(Path(row["overlay"])).size == read_image(picture).size
+
+
+def test_every_switch_of_the_method_is_a_flag(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    category = min(sample_data.iterdir())
+    file = tmp_path / "set.safetensors"
+    switches = (
+        "--tiles 2 --attention value_value --reference-layers 1 3 --noise mixed --region object"
+        " --no-object-mask --anomalous-prompts 2 --margin-weight 0.5 --smgs penalty"
+        " --no-self-optimising --reference-rotations 4 --reference-size 50"
+    )
+    arguments = ["fit", "--data", str(category), "--out", str(file), "--shots", "2", "--steps", "2"]
+    assert main([*arguments, *switches.split()]) == 0
+    assert "4 passes of the vision tower" in capsys.readouterr().out
+    prompt_set = PromptSet.load(file)
+    assert prompt_set.backbone.tiles == 2
+    assert prompt_set.text_features.shape[0] == 3
+    assert {layer: len(rows) for layer, rows in prompt_set.memory.layers.items()} == {1: 50, 3: 50}
+    assert not prompt_set.settings.object_mask
+    assert prompt_set.settings.smgs == "penalty"
+    assert main(["inspect", str(file), str(min((category / "test" / "good").iterdir()))]) == 0
+    with pytest.raises(SystemExit):
+        main([*arguments, "--noise", "salt"])
 
 
 def test_calibration_uses_the_other_good_pictures(

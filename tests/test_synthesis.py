@@ -10,6 +10,7 @@ from apt_ray.synthesis import (
     Region,
     add_noise,
     harmless_copies,
+    move_onto,
     patch_labels,
     random_regions,
 )
@@ -93,3 +94,15 @@ def test_harmless_copies_resemble_their_image() -> None:
     other = (copies - pixels.flip(0).repeat_interleave(4, 0)).abs().mean()
     assert own < 0.6 * other
     assert own > 0
+
+
+def test_regions_are_moved_onto_the_object_and_cut_by_it() -> None:
+    g = torch.Generator().manual_seed(0)
+    objects = torch.zeros(12, 64, 64, dtype=torch.bool)
+    objects[:, 40:60, 5:25] = True
+    objects[6:] = True
+    regions = random_regions(12, (64, 64), g)
+    moved = move_onto(regions, objects, g)
+    assert (moved & ~objects).sum() == 0
+    assert (moved.flatten(1).sum(1) > 0).all()
+    assert torch.equal(moved[6:], regions[6:])

@@ -6,11 +6,20 @@ from apt_ray.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import SettingsError
 from apt_ray.scoring import anomalous_probability, auroc
-from apt_ray.training import Lane, PromptTrainer, divergence, synthetic_loss
+from apt_ray.training import (
+    Lane,
+    PromptTrainer,
+    add_token_noise,
+    divergence,
+    draw_batch,
+    likeness,
+    margin,
+    synthetic_loss,
+)
 
 
 def _lane(
-    bank: SupportBank, seed: int = 0, images: tuple[int, ...] = (0, 1, 2), **settings: float
+    bank: SupportBank, seed: int = 0, images: tuple[int, ...] = (0, 1, 2), **settings: float | str
 ) -> Lane:
     return Lane(
         settings=FitSettings.parse({"steps": 30, **settings}), bank=bank, images=images, seed=seed
@@ -41,7 +50,7 @@ def test_a_lane_alone_equals_the_same_lane_among_sixteen(
             alone.text_features()[0], together.text_features()[position], atol=1e-4
         )
         assert torch.allclose(alone.contexts()[0], together.contexts()[position], atol=1e-4)
-        assert torch.allclose(alone.meta_TPE[0], together.meta_TPE[position], atol=1e-4)
+        assert torch.allclose(alone.meta_T2E[0], together.meta_T2E[position], atol=1e-4)
 
 
 def test_training_learns_to_separate_the_noise(backbone: FrozenCLIP, bank: SupportBank) -> None:
@@ -66,9 +75,9 @@ def test_the_smgs_weight_changes_what_is_learned(backbone: FrozenCLIP, bank: Sup
 
 def test_the_meta_prompt_moves_only_after_a_round(backbone: FrozenCLIP, bank: SupportBank) -> None:
     trainer = PromptTrainer(backbone, [_lane(bank, seed=seed) for seed in range(6)])
-    start = trainer.meta_TPE.clone()
+    start = trainer.meta_T2E.clone()
     trainer.advance(19)
-    assert torch.equal(trainer.meta_TPE, start)
+    assert torch.equal(trainer.meta_T2E, start)
 
 
 def test_a_finished_lane_stands_still(backbone: FrozenCLIP, bank: SupportBank) -> None:
@@ -116,3 +125,88 @@ def test_settings_that_do_not_suit_are_refused(backbone: FrozenCLIP, bank: Suppo
         PromptTrainer(backbone, [_lane(bank, context_length=31)])
     with pytest.raises(SettingsError, match=r"holds no noise of strength 0\.8"):
         PromptTrainer(backbone, [_lane(bank, noise_strength=0.8)])
+    with pytest.raises(SettingsError, match="equally many anomalous_prompts"):
+        PromptTrainer(backbone, [_lane(bank), _lane(bank, anomalous_prompts=2)])
+    with pytest.raises(SettingsError, match=r"\('random', True\), not \('object', True\)"):
+        PromptTrainer(backbone, [_lane(bank, region="object")])
+
+
+def test_the_divergence_adds_up_the_anomalous_prompts() -> None:
+    meta = torch.tensor([0.7, 0.3]).log().reshape(1, 1, 1, 2)
+    two = torch.tensor([0.5, 0.5]).log().reshape(1, 1, 1, 2)
+    three = torch.tensor([0.5, 0.2, 0.3]).log().reshape(1, 1, 1, 3)
+    torch.testing.assert_close(divergence(meta, three), divergence(meta, two))
+
+
+def test_a_penalty_and_a_projection_guide_differently(
+    backbone: FrozenCLIP, bank: SupportBank
+) -> None:
+    off, projection, penalty = (
+        _lane(bank, smgs_weight=weight, smgs=way)
+        for weight, way in ((0.0, "penalty"), (1.0, "projection"), (1.0, "penalty"))
+    )
+    trainer = PromptTrainer(backbone, [off, projection, penalty])
+    trainer.advance(15)
+    first, second, third = trainer.text_features()
+    assert not torch.allclose(second, third, atol=1e-3)
+    assert not torch.allclose(first, third, atol=1e-3)
+
+
+def test_a_meta_prompt_that_may_not_optimise_itself_stays(
+    backbone: FrozenCLIP, bank: SupportBank
+) -> None:
+    lanes = [_lane(bank, seed=seed, self_optimising=seed % 2) for seed in range(6)]
+    trainer = PromptTrainer(backbone, lanes)
+    start = trainer.meta_T2E.clone()
+    trainer.advance(20)
+    assert torch.equal(trainer.meta_T2E[::2], start[::2])
+
+
+def test_several_anomalous_prompts_are_kept_apart_by_the_penalty(
+    backbone: FrozenCLIP, bank: SupportBank
+) -> None:
+    lanes = [
+        _lane(bank, anomalous_prompts=3, diversity_weight=weight, learning_rate=0.1, smgs_weight=0)
+        for weight in (0.0, 5.0)
+    ]
+    trainer = PromptTrainer(backbone, lanes)
+    trainer.advance(30)
+    alike, apart = likeness(trainer.text_features()[:, 1:]).tolist()
+    assert apart < alike - 0.05
+    assert trainer.contexts()[0].shape[0] == 4
+
+
+def test_likeness_is_the_mean_cosine_of_pairs() -> None:
+    vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1]]), dim=-1)
+    expected = (2 * 0.5**0.5 + 0) / 3
+    assert likeness(vectors[None]).item() == pytest.approx(expected)
+
+
+def test_the_margin_counts_good_patches_on_the_wrong_side() -> None:
+    text = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    tokens = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]])
+    labels = torch.tensor([[[0, 0, 1]]])
+    assert margin(tokens, labels, text).item() == pytest.approx(2**0.5 / 2, rel=1e-3)
+    assert margin(tokens[:, :, :1], labels[:, :, :1], text).item() == 0
+
+
+def test_token_noise_falls_on_the_chosen_tokens(bank: SupportBank) -> None:
+    tokens = bank.clean_SVNE[0].float()
+    chosen = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+    chosen[:, :50] = True
+    noisy = add_token_noise(tokens, chosen, 0.5, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(noisy[:, 50:], tokens[:, 50:], atol=1e-3, rtol=0)
+    cosine = (noisy * tokens).sum(-1)[:, :50]
+    # The noise is nearly orthogonal to a token, so the angle's tangent is the strength.
+    assert cosine.mean().item() == pytest.approx(1 / (1 + 0.5**2) ** 0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("noise", ["pixel", "token", "mixed"])
+def test_a_batch_is_disturbed_where_its_labels_say_so(bank: SupportBank, noise: str) -> None:
+    lane = _lane(bank, noise=noise, noise_strength=0.3)
+    tokens_BNE, labels_BN = draw_batch(lane, torch.Generator().manual_seed(1))
+    assert (labels_BN[:4] == 1).any(1).sum() >= 2
+    assert (labels_BN[4:] == 0).all()
+    torch.testing.assert_close(
+        tokens_BNE.float().norm(dim=-1), torch.ones(labels_BN.shape), atol=3e-3, rtol=0
+    )

@@ -1,0 +1,188 @@
+"""Varies the switches of the method one at a time: `python -m benchmarks.ablation`.
+
+Without `--data` the products are generated ones, of kinds of surface and defect that the built-in
+backbone was never trained on: what the defaults may be chosen by. With `--data DIR` it reports the
+same table on labelled pictures, which choose nothing. Differences to the defaults are paired over
+products and seeds, with their standard error. Writes `--out` after every variant, so that a run
+that is stopped keeps what it has.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from apt_ray import find_categories, load_backbone
+from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.data.folders import Category
+from apt_ray.evaluation import Result, evaluate
+from apt_ray.pretraining.defects import HELD_OUT_DEFECTS
+from apt_ray.pretraining.generator import generate
+from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES
+
+# What changes in the backbone's spec, and in the settings of the fit.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "defaults": ({}, {}),
+    "attention ordinary": ({"attention": "ordinary"}, {}),
+    "attention value_value": ({"attention": "value_value"}, {}),
+    "locality_radius 1": ({"locality_radius": 1}, {}),
+    "locality_radius 5": ({"locality_radius": 5}, {}),
+    "input_size 192": ({"input_size": 192}, {}),
+    "tiles 2": ({"tiles": 2}, {}),
+    "smgs off": ({}, {"smgs_weight": 0.0}),
+    "smgs 0.5": ({}, {"smgs_weight": 0.5}),
+    "smgs penalty": ({}, {"smgs": "penalty"}),
+    "not self-optimising": ({}, {"self_optimising": False}),
+    "3 anomalous prompts": ({}, {"anomalous_prompts": 3}),
+    "3 anomalous prompts, no diversity": ({}, {"anomalous_prompts": 3, "diversity_weight": 0.0}),
+    "margin_weight 1": ({}, {"margin_weight": 1.0}),
+    "noise token": ({}, {"noise": "token"}),
+    "noise mixed": ({}, {"noise": "mixed"}),
+    "region object": ({}, {"region": "object"}),
+    "no object mask": ({}, {"object_mask": False}),
+    "noise_strength 0.1": ({}, {"noise_strength": 0.1}),
+    "noise_strength 0.6": ({}, {"noise_strength": 0.6}),
+    "context_length 2": ({}, {"context_length": 2}),
+    "context_length 16": ({}, {"context_length": 16}),
+    "learning_rate 0.01": ({}, {"learning_rate": 0.01}),
+    "learning_rate 0.1": ({}, {"learning_rate": 0.1}),
+    "reference_rotations 4": ({}, {"reference_rotations": 4}),
+    "reference_size 256": ({}, {"reference_size": 256}),
+    "reference_weight 0.3": ({}, {"reference_weight": 0.3}),
+    "reference_weight 0.7": ({}, {"reference_weight": 0.7}),
+}
+_COLUMNS = (
+    ("prompts", "image_auroc"),
+    ("prompts", "pixel_auroc"),
+    ("reference", "image_auroc"),
+    ("reference", "pixel_auroc"),
+    ("both", "image_auroc"),
+    ("both", "pixel_auroc"),
+)
+_FIRST_SEED = 2**43
+
+
+def main() -> None:
+    """Measure every variant and print a row for each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="labelled products (generated ones)")
+    parser.add_argument("--categories", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--products", type=int, default=4, help="generated products a surface (4)")
+    parser.add_argument("--pictures", type=int, default=48, help="test pictures a product (48)")
+    parser.add_argument("--shots", type=int, default=4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), metavar="NAME"
+    )
+    parser.add_argument("--out", type=Path, help="write the table (Markdown)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data is None:
+            draw_products(Path(folder), options.products, options.pictures)
+        categories = find_categories(options.data or Path(folder), options.categories)
+        rows = [
+            "| variant | prompts image / pixel | reference image / pixel | both image / pixel |"
+            " s a fit and test |",
+            "|---|---|---|---|---|",
+        ]
+        default: list[list[float]] | None = None
+        for name in dict.fromkeys(["defaults", *options.variants]):
+            started = time.perf_counter()
+            values = _measure(name, categories, options.shots, options.seeds)
+            fits = len(categories) * len(options.seeds)
+            seconds = (time.perf_counter() - started) / fits
+            default = default or values
+            rows.append(f"| {name} | {_cells(values, default)} | {seconds:.1f} |")
+            print(rows[-1], flush=True)
+            if options.out is not None:
+                options.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def draw_products(root: Path, products: int, pictures: int, size: int = 192) -> None:
+    """Write generated products of unseen kinds in the MVTec AD layout, with eight good pictures
+    each and `pictures` test pictures, half of them defective."""
+    for surface in HELD_OUT_SURFACES:
+        for product in range(products):
+            count = 8 + pictures
+            pairs = generate(
+                _FIRST_SEED + 1000 * product + torch.arange(count),
+                size=size,
+                surfaces=(surface,),
+                defects=tuple(HELD_OUT_DEFECTS),
+                defect_rate=0.5,
+                product_seeds_P=torch.full((count,), _FIRST_SEED + product),
+            )
+            folder = root / f"{surface}-{product}"
+            for index in range(count):
+                is_good = not bool(pairs.mask_PHW[index].any())
+                if index < 8:
+                    _save(pairs.reference_P3HW[index], folder / "train/good" / f"{index}.png")
+                    continue
+                kind = "good" if is_good else "defect"
+                _save(pairs.query_P3HW[index], folder / "test" / kind / f"{index:03}.png")
+                if not is_good:
+                    mask_3HW = pairs.mask_PHW[index].expand(3, -1, -1).float()
+                    _save(mask_3HW, folder / "ground_truth/defect" / f"{index:03}_mask.png")
+
+
+def _save(picture_3HW: torch.Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((picture_3HW * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def _measure(
+    name: str, categories: Sequence[Category], shots: int, seeds: Sequence[int]
+) -> list[list[float]]:
+    """AUROC in percent, a row for each category and seed, a column for each of `_COLUMNS`."""
+    spec, settings = VARIANTS[name]
+    backbone = load_backbone(BackboneSpec.parse(spec))
+    rows = []
+    for category in tqdm(categories, desc=name, leave=False, disable=None):
+        results = evaluate(
+            category,
+            backbone=backbone,
+            shots=shots,
+            seeds=seeds,
+            settings=FitSettings.parse(settings),
+        )
+        rows += [_row(results, seed) for seed in seeds]
+    return rows
+
+
+def _row(results: Sequence[Result], seed: int) -> list[float]:
+    found = {result.variant: result for result in results if result.seed == seed}
+    values = [getattr(found[variant], metric) for variant, metric in _COLUMNS]
+    return [float("nan") if value is None else 100 * value for value in values]
+
+
+def _cells(values: list[list[float]], default: list[list[float]]) -> str:
+    cells = []
+    for column in range(len(_COLUMNS)):
+        known = [
+            (row[column], base[column])
+            for row, base in zip(values, default, strict=True)
+            if row[column] == row[column]
+        ]
+        if not known:
+            cells.append("-")
+            continue
+        differences = [ours - base for ours, base in known]
+        cell = f"{fmean(ours for ours, _ in known):.1f}"
+        if values is not default and len(differences) > 1:
+            error = stdev(differences) / len(differences) ** 0.5
+            cell += f" ({fmean(differences):+.1f} ± {error:.1f})"
+        cells.append(cell)
+    return " | ".join(" / ".join(cells[i : i + 2]) for i in range(0, len(cells), 2))
+
+
+if __name__ == "__main__":
+    main()
