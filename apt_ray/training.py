@@ -4,10 +4,11 @@ T lanes, P prompts (0 normal, 1 anomalous), L longest context, C token width, B 
 patch tokens, E joint width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from apt_ray.backbone import FrozenCLIP
 from apt_ray.bank import SupportBank
@@ -23,10 +24,16 @@ _MOMENTUM = 0.9
 _FOCAL_GAMMA = 2
 _TINY = 1e-12
 
+_LANES_PER_PASS = {"cpu": 16}
+"""Lanes in one pass through the text encoder: more gain nothing on a CPU, and lanes of similar
+length pad each other less. Elsewhere `_MOST_LANES_PER_PASS` bounds the memory of a pass."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+_MOST_LANES_PER_PASS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Lane:
-    """One prompt set in training.
+    """One prompt set in training, known to its trainer by identity.
 
     Attributes:
         settings: its own hyperparameters; `steps` is the length of its cosine schedule.
@@ -41,8 +48,31 @@ class Lane:
     seed: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LaneState:
+    """All that a lane needs to go on elsewhere, on the CPU.
+
+    Attributes:
+        contexts_PLC: learned contexts, float32.
+        velocity_PLC: the optimiser's momentum, float32.
+        meta_PE: the meta-prompt, float32.
+        norm: norm of the initial contexts, a scalar.
+        generator: state of the lane's random generator, uint8.
+        steps_done: steps taken so far.
+    """
+
+    contexts_PLC: torch.Tensor
+    velocity_PLC: torch.Tensor
+    meta_PE: torch.Tensor
+    norm: torch.Tensor
+    generator: torch.Tensor
+    steps_done: int
+
+
 class PromptTrainer:
     """Trains its lanes together; each comes out as if it had been trained alone.
+
+    Lanes join and leave between steps, and each is at a step of its own schedule.
 
     The optimiser is gradient descent with momentum 0.9 on each lane's gradient at unit length,
     with cosine decay: a learning rate is the first step's length as a fraction of the contexts'
@@ -50,115 +80,203 @@ class PromptTrainer:
     thereby undo SMGS.
 
     Attributes:
-        steps_done: steps taken so far.
+        lanes: those in training, in the order of joining: row T of every result.
         meta_TPE: each lane's meta-prompt.
     """
 
-    def __init__(self, backbone: FrozenCLIP, lanes: Sequence[Lane]) -> None:
+    def __init__(self, backbone: FrozenCLIP, lanes: Sequence[Lane] = ()) -> None:
         self._backbone = backbone
-        self._lanes = tuple(lanes)
-        for lane in self._lanes:
-            _check(lane, backbone)
-        settings = [lane.settings for lane in self._lanes]
-        device = backbone.device
-        self._lengths_T = torch.tensor([s.context_length for s in settings], device=device)
-        self._smgs_weight_T = torch.tensor([s.smgs_weight for s in settings], device=device)
-        self._learning_rate_T = torch.tensor([s.learning_rate for s in settings], device=device)
-        self._steps_T = torch.tensor([s.steps for s in settings], device=device)
-        self._generators = [torch.Generator().manual_seed(lane.seed) for lane in self._lanes]
-        longest = int(self._lengths_T.max())
-        self._contexts_TPLC = torch.zeros(
-            len(self._lanes), PROMPTS, longest, backbone.token_width, device=device
-        )
-        for context_PLC, lane, generator in zip(
-            self._contexts_TPLC, self._lanes, self._generators, strict=True
-        ):
-            length = lane.settings.context_length
-            drawn = torch.randn(PROMPTS, length, backbone.token_width, generator=generator)
-            context_PLC[:, :length] = backbone.token_std * drawn
-        self._norm_T = self._contexts_TPLC.flatten(1).norm(dim=1)
-        self._velocity_TPLC = torch.zeros_like(self._contexts_TPLC)
-        self.meta_TPE = meta_features(backbone).expand(len(self._lanes), -1, -1).clone()
-        self.steps_done = 0
+        self._start_PE = meta_features(backbone)
+        self.lanes: tuple[Lane, ...] = ()
+        self._generators: list[torch.Generator] = []
+        self._steps_done: list[int] = []
+        empty_TPLC = torch.zeros(0, PROMPTS, 1, backbone.token_width, device=backbone.device)
+        self._contexts_TPLC, self._velocity_TPLC = empty_TPLC, empty_TPLC.clone()
+        self._norm_T = empty_TPLC.flatten(1).norm(dim=1)
+        self.meta_TPE = self._start_PE[None][:0]
+        self._arrange()
+        self.join(lanes)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that every lane has taken."""
+        return min(self._steps_done, default=0)
+
+    def join(self, lanes: Sequence[Lane], states: Sequence[LaneState] | None = None) -> None:
+        """Take further lanes in, at their start or where `states` say that they had come to.
+
+        SettingsError, before anything has changed, if one of them does not suit the backbone.
+        """
+        for lane in lanes:
+            _check(lane, self._backbone)
+        if states is None:
+            states = [_initial_state(lane, self._backbone, self._start_PE) for lane in lanes]
+        if not lanes:
+            return
+        device = self._backbone.device
+        longest = max(state.contexts_PLC.shape[1] for state in states)
+        longest = max(longest, self._contexts_TPLC.shape[2])
+
+        def grown(rows_TPLC: torch.Tensor, new: list[torch.Tensor]) -> torch.Tensor:
+            padded = [_pad(tensor_PLC, longest) for tensor_PLC in new]
+            return torch.cat([_pad(rows_TPLC, longest), torch.stack(padded).to(device)])
+
+        self._contexts_TPLC = grown(self._contexts_TPLC, [s.contexts_PLC for s in states])
+        self._velocity_TPLC = grown(self._velocity_TPLC, [s.velocity_PLC for s in states])
+        self._norm_T = torch.cat([self._norm_T, torch.stack([s.norm for s in states]).to(device)])
+        meta_TPE = torch.stack([s.meta_PE for s in states]).to(device)
+        self.meta_TPE = torch.cat([self.meta_TPE, meta_TPE])
+        self._generators += [torch.Generator().set_state(s.generator) for s in states]
+        self._steps_done += [s.steps_done for s in states]
+        self.lanes += tuple(lanes)
+        self._arrange()
+
+    def leave(self, lanes: Collection[Lane]) -> list[LaneState]:
+        """Let lanes go, in the order given; they can join again, here or elsewhere."""
+        gone = [self.lanes.index(lane) for lane in lanes]
+        contexts_TPLC, velocity_TPLC = self._contexts_TPLC.cpu(), self._velocity_TPLC.cpu()
+        meta_TPE, norm_T = self.meta_TPE.cpu(), self._norm_T.cpu()
+        states = []
+        for position in gone:
+            length = self.lanes[position].settings.context_length
+            states.append(
+                LaneState(
+                    contexts_PLC=contexts_TPLC[position, :, :length].clone(),
+                    velocity_PLC=velocity_TPLC[position, :, :length].clone(),
+                    meta_PE=meta_TPE[position].clone(),
+                    norm=norm_T[position].clone(),
+                    generator=self._generators[position].get_state(),
+                    steps_done=self._steps_done[position],
+                )
+            )
+        kept = [position for position in range(len(self.lanes)) if position not in set(gone)]
+        self.lanes = tuple(self.lanes[position] for position in kept)
+        self._generators = [self._generators[position] for position in kept]
+        self._steps_done = [self._steps_done[position] for position in kept]
+        longest = max((lane.settings.context_length for lane in self.lanes), default=1)
+        self._contexts_TPLC = self._contexts_TPLC[kept, :, :longest]
+        self._velocity_TPLC = self._velocity_TPLC[kept, :, :longest]
+        self._norm_T, self.meta_TPE = self._norm_T[kept], self.meta_TPE[kept]
+        self._arrange()
+        return states
 
     def contexts(self) -> list[torch.Tensor]:
         """The learned contexts, `(P, L, C)` with each lane's own length L."""
         return [
             context_PLC[:, : lane.settings.context_length].clone()
-            for context_PLC, lane in zip(self._contexts_TPLC, self._lanes, strict=True)
+            for context_PLC, lane in zip(self._contexts_TPLC, self.lanes, strict=True)
         ]
 
     @torch.no_grad()
-    def text_features(self) -> torch.Tensor:
-        """The learned text features `(T, P, E)`, float32, L2-normalised."""
-        return self._encode(self._contexts_TPLC)
+    def text_features(self, lanes: Collection[Lane] | None = None) -> torch.Tensor:
+        """The learned text features `(T, P, E)` of some lanes, or all; float32, L2-normalised."""
+        rows = range(len(self.lanes)) if lanes is None else [self.lanes.index(x) for x in lanes]
+        return self._features(list(rows))
 
     def advance(self, steps: int) -> None:
         """Take `steps` further steps on every lane; finished lanes stand still."""
         for _ in range(steps):
-            self._step()
-            self.steps_done += 1
-            if self.steps_done % ROUND == 0:
-                self._optimise_meta()
+            for rows in self._passes:
+                self._step(rows)
+            self._steps_done = [done + 1 for done in self._steps_done]
+            due = [row for row, done in enumerate(self._steps_done) if done % ROUND == 0]
+            if due:
+                self._optimise_meta(due)
 
-    def _step(self) -> None:
-        tokens_TBNE, labels_TBN = self._draw_batch()
-        contexts_TPLC = self._contexts_TPLC.requires_grad_(True)
-        text_TPE = self._encode(contexts_TPLC)
+    def _arrange(self) -> None:
+        """What follows from which lanes there are: their settings as tensors, and the passes."""
+        settings, device = [lane.settings for lane in self.lanes], self._backbone.device
+        self._lengths_T = torch.tensor(
+            [s.context_length for s in settings], dtype=torch.long, device=device
+        )
+        self._smgs_weight_T = torch.tensor([s.smgs_weight for s in settings], device=device)
+        self._learning_rate_T = torch.tensor([s.learning_rate for s in settings], device=device)
+        self._steps_T = torch.tensor([s.steps for s in settings], device=device)
+        # Lanes without SMGS need one walk back less, so they go together; then by length.
+        order = sorted(
+            range(len(settings)),
+            key=lambda row: (settings[row].smgs_weight > 0, settings[row].context_length),
+        )
+        size = _LANES_PER_PASS.get(device.type, _MOST_LANES_PER_PASS)
+        self._passes = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def _step(self, rows: list[int]) -> None:
+        """One step of the lanes in `rows`, which share a pass through the text encoder."""
+        tokens_TBNE, labels_TBN = self._draw_batch(rows)
+        lengths_T, longest = self._lengths_T[rows], self._longest(rows)
+        contexts_TPLC = self._contexts_TPLC[rows, :, :longest].requires_grad_(True)
+        text_TPE = self._encode(contexts_TPLC, lengths_T)
         leaf_TPE = text_TPE.detach().requires_grad_(True)
         learned_TBNP = self._log_probabilities(tokens_TBNE, leaf_TPE)
         synthetic_T = synthetic_loss(learned_TBNP, labels_TBN)
         # Each lane's loss depends on its own text features alone, so the gradient of the sum over
         # lanes holds every lane's own gradient; the text encoder is walked back once for each loss.
         (at_text_TPE,) = torch.autograd.grad(synthetic_T.sum(), leaf_TPE, retain_graph=True)
-        is_guided = bool((self._smgs_weight_T > 0).any())
+        is_guided = any(self.lanes[row].settings.smgs_weight > 0 for row in rows)
         (gradient_TPLC,) = torch.autograd.grad(
             text_TPE, contexts_TPLC, at_text_TPE, retain_graph=is_guided
         )
         if is_guided:
             with torch.no_grad():
-                meta_TBNP = self._log_probabilities(tokens_TBNE, self.meta_TPE)
+                meta_TBNP = self._log_probabilities(tokens_TBNE, self.meta_TPE[rows])
             (at_text_TPE,) = torch.autograd.grad(
                 divergence(meta_TBNP, learned_TBNP).sum(), leaf_TPE
             )
             (guide_TPLC,) = torch.autograd.grad(text_TPE, contexts_TPLC, at_text_TPE)
-            gradient_TPLC = remove_conflict(gradient_TPLC, guide_TPLC, self._smgs_weight_T)
-        self._descend(gradient_TPLC)
+            gradient_TPLC = remove_conflict(gradient_TPLC, guide_TPLC, self._smgs_weight_T[rows])
+        self._descend(rows, gradient_TPLC)
 
     @torch.no_grad()
-    def _descend(self, gradient_TPLC: torch.Tensor) -> None:
-        self._contexts_TPLC.requires_grad_(False)
+    def _descend(self, rows: list[int], gradient_TPLC: torch.Tensor) -> None:
         length_T = gradient_TPLC.flatten(1).norm(dim=1).clamp_min(_TINY)
         unit_TPLC = gradient_TPLC / length_T[:, None, None, None]
-        self._velocity_TPLC.mul_(_MOMENTUM).add_(unit_TPLC, alpha=1 - _MOMENTUM)
-        progress_T = (self.steps_done / self._steps_T).clamp(max=1)
+        longest = gradient_TPLC.shape[2]
+        velocity_TPLC = self._velocity_TPLC[rows, :, :longest]
+        velocity_TPLC = velocity_TPLC.mul_(_MOMENTUM).add_(unit_TPLC, alpha=1 - _MOMENTUM)
+        done_T = torch.tensor([self._steps_done[row] for row in rows], device=length_T.device)
+        progress_T = (done_T / self._steps_T[rows]).clamp(max=1)
         decay_T = 0.5 * (1 + torch.cos(torch.pi * progress_T))
-        rate_T = self._learning_rate_T * decay_T * self._norm_T
-        self._contexts_TPLC -= rate_T[:, None, None, None] * self._velocity_TPLC
+        rate_T = self._learning_rate_T[rows] * decay_T * self._norm_T[rows]
+        self._velocity_TPLC[rows, :, :longest] = velocity_TPLC
+        self._contexts_TPLC[rows, :, :longest] -= rate_T[:, None, None, None] * velocity_TPLC
 
     @torch.no_grad()
-    def _optimise_meta(self) -> None:
+    def _optimise_meta(self, rows: list[int]) -> None:
         """Let each lane's meta-prompt follow what it learned where guidance gets better."""
-        moved_TPE = move_meta(self.meta_TPE, self.text_features())
-        for position, lane in enumerate(self._lanes):
+        moved_TPE = move_meta(self.meta_TPE[rows], self._features(rows))
+        for row, moved_PE in zip(rows, moved_TPE, strict=True):
+            lane = self.lanes[row]
             guidance = lane.bank.guidance
             images = list(lane.images)
             tokens = guidance.tokens_FSDNE[:, images].to(self._backbone.device).float()
             labels_FX = guidance.labels_FSDN[:, images].to(self._backbone.device).flatten(1)
             before, after = (
                 auroc(
-                    anomalous_probability(
-                        tokens, text_PE[position], self._backbone.constants
-                    ).flatten(1),
+                    anomalous_probability(tokens, text_PE, self._backbone.constants).flatten(1),
                     labels_FX,
                 ).nanmean()
-                for text_PE in (self.meta_TPE, moved_TPE)
+                for text_PE in (self.meta_TPE[row], moved_PE)
             )
-            if after > before:
-                self.meta_TPE[position] = moved_TPE[position]
+            self.meta_TPE[row] = torch.where(after > before, moved_PE, self.meta_TPE[row])
 
-    def _encode(self, contexts_TPLC: torch.Tensor) -> torch.Tensor:
-        lengths_X = self._lengths_T.repeat_interleave(PROMPTS)
+    def _longest(self, rows: list[int]) -> int:
+        return max(self.lanes[row].settings.context_length for row in rows)
+
+    @torch.no_grad()
+    def _features(self, rows: list[int]) -> torch.Tensor:
+        """The text features `(T, P, E)` of the lanes in `rows`."""
+        size = len(self._passes[0]) if self._passes else 1
+        return torch.cat(
+            [
+                self._encode(
+                    self._contexts_TPLC[some, :, : self._longest(some)], self._lengths_T[some]
+                )
+                for some in (rows[start : start + size] for start in range(0, len(rows), size))
+            ]
+        )
+
+    def _encode(self, contexts_TPLC: torch.Tensor, lengths_T: torch.Tensor) -> torch.Tensor:
+        lengths_X = lengths_T.repeat_interleave(PROMPTS)
         text_XE = self._backbone.encode_contexts(contexts_TPLC.flatten(0, 1), lengths_X)
         return text_XE.reshape(-1, PROMPTS, text_XE.shape[-1])
 
@@ -168,11 +286,8 @@ class PromptTrainer:
         )
         return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
 
-    def _draw_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn = [
-            draw_batch(lane, generator)
-            for lane, generator in zip(self._lanes, self._generators, strict=True)
-        ]
+    def _draw_batch(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = [draw_batch(self.lanes[row], self._generators[row]) for row in rows]
         tokens, labels = zip(*drawn, strict=True)
         device = self._backbone.device
         return torch.stack(tokens).to(device).float(), torch.stack(labels).to(device)
@@ -220,6 +335,25 @@ def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.
 def divergence(meta_TBNP: torch.Tensor, learned_TBNP: torch.Tensor) -> torch.Tensor:
     """KL(p_meta || p_learned) of log-probabilities, averaged over the patches, one value a lane."""
     return (meta_TBNP.exp() * (meta_TBNP - learned_TBNP)).sum(-1).mean((1, 2))
+
+
+def _initial_state(lane: Lane, backbone: FrozenCLIP, meta_PE: torch.Tensor) -> LaneState:
+    generator = torch.Generator().manual_seed(lane.seed)
+    shape = (PROMPTS, lane.settings.context_length, backbone.token_width)
+    contexts_PLC = backbone.token_std * torch.randn(shape, generator=generator)
+    return LaneState(
+        contexts_PLC=contexts_PLC,
+        velocity_PLC=torch.zeros_like(contexts_PLC),
+        meta_PE=meta_PE,
+        norm=contexts_PLC.norm(),
+        generator=generator.get_state(),
+        steps_done=0,
+    )
+
+
+def _pad(values_PLC: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros behind the contexts up to `length`."""
+    return F.pad(values_PLC, (0, 0, 0, length - values_PLC.shape[-2]))
 
 
 def _mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
