@@ -126,7 +126,7 @@ class PromptTrainer:
         self._norm_T = torch.cat([self._norm_T, torch.stack([s.norm for s in states]).to(device)])
         meta_TPE = torch.stack([s.meta_PE for s in states]).to(device)
         self.meta_TPE = torch.cat([self.meta_TPE, meta_TPE])
-        self._generators += [torch.Generator().set_state(s.generator) for s in states]
+        self._generators += [_generator(state.generator) for state in states]
         self._steps_done += [s.steps_done for s in states]
         self.lanes += tuple(lanes)
         self._arrange()
@@ -349,6 +349,12 @@ def _initial_state(lane: Lane, backbone: FrozenCLIP, meta_PE: torch.Tensor) -> L
         generator=generator.get_state(),
         steps_done=0,
     )
+
+
+def _generator(state: torch.Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state.clone())  # torch reads it as a struct, which must be aligned
+    return generator
 
 
 def _pad(values_PLC: torch.Tensor, length: int) -> torch.Tensor:
