@@ -8,16 +8,26 @@ S support images, D draws, F families, V clean views of an image, N patch tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from apt_ray import synthesis
 from apt_ray.backbone import FrozenCLIP, ImageFeatures
 from apt_ray.config import NOISE_LADDER
+from apt_ray.errors import DataError
 from apt_ray.object_mask import object_masks
 from apt_ray.synthesis import (
     GUIDANCE,
@@ -57,6 +67,12 @@ class FamilyBank:
     tokens_FSDNE: torch.Tensor
     labels_FSDN: torch.Tensor
 
+    def to(self, device: torch.device) -> FamilyBank:
+        """The same bank on another device."""
+        return replace(
+            self, tokens_FSDNE=self.tokens_FSDNE.to(device), labels_FSDN=self.labels_FSDN.to(device)
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SupportBank:
@@ -92,6 +108,24 @@ class SupportBank:
     def shots(self) -> int:
         """The number of support images."""
         return len(self.support)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in _flatten(self).values())
+
+    def to(self, device: torch.device) -> SupportBank:
+        """The same bank, what is trained and judged on moved to another device."""
+        return replace(
+            self,
+            clean_SVNE=self.clean_SVNE.to(device),
+            noisy_SDNE={rung: tokens.to(device) for rung, tokens in self.noisy_SDNE.items()},
+            noisy_labels_SDN=self.noisy_labels_SDN.to(device),
+            noisy_views_SD=self.noisy_views_SD.to(device),
+            guidance=self.guidance.to(device),
+            selection=None if self.selection is None else self.selection.to(device),
+            judged_clean_SVNE=self.judged_clean_SVNE.to(device),
+        )
 
 
 def encode_support(
@@ -187,6 +221,159 @@ def encode_support(
         guidance=encode_families(GUIDANCE, pixels, GUIDANCE_DRAWS),
         selection=encode_families(SELECTION, source, SELECTION_DRAWS) if judged else None,
         judged_clean_SVNE=tokens(_views(source).flatten(0, 1)) if judged_views else clean_tokens,
+    )
+
+
+class BankCache:
+    """Banks on disk, each under a key that covers all that it was made from.
+
+    A file that is damaged or cannot be written is as good as none: the bank is encoded again.
+
+    Args:
+        folder: Where they lie; it is created when first written to.
+        limit_bytes: Those used least recently are removed where there would be more.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int = 8 * 2**30) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+
+    def load(self, key: str) -> SupportBank | None:
+        """The bank under a key, if it is there and whole."""
+        path = self._path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = json.loads(file.metadata()["apt-ray"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            bank = _restore(tensors, metadata)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return bank
+
+    def save(self, key: str, bank: SupportBank) -> None:
+        """Write a bank, whole or not at all."""
+        path = self._path(key)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        metadata = {
+            "region": bank.region,
+            "object_mask": bank.object_mask,
+            "guidance": bank.guidance.names,
+            "selection": bank.selection and bank.selection.names,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in _flatten(bank).items()}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, unfinished, {"apt-ray": json.dumps(metadata)})
+            unfinished.replace(path)
+            self._make_room()
+        except (OSError, SafetensorError):
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"
+
+    def _make_room(self) -> None:
+        newest_first = sorted(
+            ((file.stat(), file) for file in self._folder.glob("*.safetensors")),
+            key=lambda entry: -entry[0].st_mtime,
+        )
+        total = 0
+        for status, file in newest_first:
+            total += status.st_size
+            if total > self._limit_bytes:
+                file.unlink(missing_ok=True)
+
+
+def default_cache_folder() -> Path:
+    """Where banks are cached unless told otherwise: $XDG_CACHE_HOME/apt-ray, or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "apt-ray" / "banks"
+
+
+def bank_key(
+    fingerprint: str,
+    support: Sequence[Path],
+    *,
+    seed: int,
+    strengths: Sequence[float] = NOISE_LADDER,
+    region: Region = "random",
+    object_mask: bool = True,
+) -> str:
+    """What a bank is made from, as a hex digest; DataError if a picture cannot be read.
+
+    It covers the backbone, the pictures' bytes in their order, the seed, the strengths, where noise
+    falls, and the code that perturbs and encodes.
+    """
+    digest = hashlib.sha256(
+        json.dumps([fingerprint, seed, list(strengths), region, object_mask]).encode()
+    )
+    for source in (synthesis.__file__, inspect.getfile(object_masks), __file__):
+        digest.update(Path(source).read_bytes())
+    for path in support:
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()[:40]
+
+
+def _flatten(bank: SupportBank) -> dict[str, torch.Tensor]:
+    return {
+        "support.tokens": bank.support.tokens_BNE,
+        "support.cls": bank.support.cls_BE,
+        **{f"support.layers.{layer}": x for layer, x in bank.support.layers.items()},
+        "clean": bank.clean_SVNE,
+        **{f"noisy.{strength!r}": x for strength, x in bank.noisy_SDNE.items()},
+        "objects": bank.objects_SN,
+        "noisy_labels": bank.noisy_labels_SDN,
+        "noisy_views": bank.noisy_views_SD,
+        "guidance.tokens": bank.guidance.tokens_FSDNE,
+        "guidance.labels": bank.guidance.labels_FSDN,
+        **(
+            {}
+            if bank.selection is None
+            else {
+                "selection.tokens": bank.selection.tokens_FSDNE,
+                "selection.labels": bank.selection.labels_FSDN,
+            }
+        ),
+        # Of several images the judged ones are the clean ones.
+        **({} if bank.shots > 1 else {"judged_clean": bank.judged_clean_SVNE}),
+    }
+
+
+def _restore(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any]) -> SupportBank:
+    def under(prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), tensor
+
+    def families(kind: str) -> FamilyBank:
+        return FamilyBank(
+            names=tuple(metadata[kind]),
+            tokens_FSDNE=tensors[f"{kind}.tokens"],
+            labels_FSDN=tensors[f"{kind}.labels"],
+        )
+
+    return SupportBank(
+        support=ImageFeatures(
+            tokens_BNE=tensors["support.tokens"],
+            cls_BE=tensors["support.cls"],
+            layers={int(layer): x for layer, x in under("support.layers.")},
+        ),
+        region=metadata["region"],
+        object_mask=metadata["object_mask"],
+        objects_SN=tensors["objects"],
+        clean_SVNE=tensors["clean"],
+        noisy_SDNE={float(strength): x for strength, x in under("noisy.")},
+        noisy_labels_SDN=tensors["noisy_labels"],
+        noisy_views_SD=tensors["noisy_views"],
+        guidance=families("guidance"),
+        selection=families("selection") if metadata["selection"] else None,
+        judged_clean_SVNE=tensors.get("judged_clean", tensors["clean"]),
     )
 
 

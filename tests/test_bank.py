@@ -1,4 +1,6 @@
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,13 @@ from apt_ray.bank import (
     DRAWS,
     GUIDANCE_DRAWS,
     SELECTION_DRAWS,
+    BankCache,
     SupportBank,
+    bank_key,
     encode_support,
 )
 from apt_ray.data.folders import Category
+from apt_ray.errors import DataError
 from apt_ray.images import read_image
 from apt_ray.synthesis import GUIDANCE, SELECTION
 
@@ -115,3 +120,64 @@ def test_a_draw_remembers_the_view_that_it_was_made_from(
     others_SDNE = bank.clean_SVNE[torch.arange(bank.shots)[:, None], 3 - bank.noisy_views_SD]
     others = (others_SDNE.float() * bank.noisy_SDNE[0.1].float()).sum(-1)
     assert others[undisturbed].mean() < cosine_SDN[undisturbed].mean() - 0.1
+
+
+def test_a_cached_bank_is_the_one_that_was_saved(bank: SupportBank, tmp_path: Path) -> None:
+    cache = BankCache(tmp_path / "banks")
+    assert cache.load("key") is None
+    cache.save("key", bank)
+    cached = cache.load("key")
+    assert cached is not None
+    assert cached.guidance.names == bank.guidance.names
+    assert cached.nbytes == bank.nbytes
+    for strength, tokens in bank.noisy_SDNE.items():
+        assert torch.equal(cached.noisy_SDNE[strength], tokens)
+    for layer, tokens in bank.support.layers.items():
+        assert torch.equal(cached.support.layers[layer], tokens)
+    assert cached.selection is not None
+    assert bank.selection is not None
+    assert torch.equal(cached.selection.labels_FSDN, bank.selection.labels_FSDN)
+    assert torch.equal(cached.noisy_views_SD, bank.noisy_views_SD)
+    assert torch.equal(cached.objects_SN, bank.objects_SN)
+    assert (cached.region, cached.object_mask) == (bank.region, bank.object_mask)
+    assert torch.equal(cached.judged_clean_SVNE, bank.judged_clean_SVNE)
+
+
+def test_a_damaged_bank_counts_as_none_and_a_full_disk_does_no_harm(
+    bank: SupportBank, tmp_path: Path
+) -> None:
+    cache = BankCache(tmp_path)
+    cache.save("key", bank)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert cache.load("key") is None
+    BankCache(Path("/proc/none")).save("key", bank)
+
+
+def test_banks_used_least_recently_make_room(bank: SupportBank, tmp_path: Path) -> None:
+    cache = BankCache(tmp_path, limit_bytes=int(2.5 * bank.nbytes))
+    for age, key in enumerate("ab"):
+        cache.save(key, bank)
+        os.utime(tmp_path / f"{key}.safetensors", (1000 + age, 1000 + age))
+    assert cache.load("a") is not None
+    cache.save("c", bank)
+    assert [cache.load(key) is not None for key in "abc"] == [True, False, True]
+
+
+def test_a_key_covers_backbone_pictures_and_seed(category: Category, tmp_path: Path) -> None:
+    pictures = list(category.good[:2])
+    keys = {
+        bank_key("f", pictures, seed=0),
+        bank_key("g", pictures, seed=0),
+        bank_key("f", pictures, seed=1),
+        bank_key("f", pictures[::-1], seed=0),
+        bank_key("f", pictures, seed=0, strengths=[0.1]),
+        bank_key("f", pictures, seed=0, object_mask=False),
+    }
+    assert len(keys) == 6
+    copies = [tmp_path / "x.png", tmp_path / "y.png"]
+    for copy, picture in zip(copies, pictures, strict=True):
+        copy.write_bytes(picture.read_bytes())
+    assert bank_key("f", copies, seed=0) in keys
+    with pytest.raises(DataError, match="missing"):
+        bank_key("f", [tmp_path / "missing.png"], seed=0)

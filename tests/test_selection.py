@@ -25,6 +25,7 @@ def test_a_value_is_the_mean_over_seeds_and_folds(backbone: FrozenCLIP, bank: Su
     assert len(value.lanes) == 6
     assert value.value == pytest.approx(sum(value.lanes) / 6)
     assert set(value.families) == set(SELECTION)
+    assert value.value == pytest.approx((value.pixel + value.image) / 2)
     assert sum(value.families.values()) / len(SELECTION) == pytest.approx(value.value, abs=0.05)
     assert all(0 <= lane <= 1 for lane in value.lanes)
     assert value.sd > 0

@@ -1,0 +1,62 @@
+"""What a trial and an engine say to each other: plain values and bytes, no PyTorch.
+
+An engine keeps nothing of a trial between two calls. A call brings the state of the trial's lanes
+and its result takes the new state back, so any engine can serve any call, and a call that is made
+again, of another engine or after a crash, has the same result.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungCall:
+    """Train the lanes of one trial up to a step, and judge them there.
+
+    Attributes:
+        id: The same for every repetition of the same call, and for no other.
+        category: Whose anomaly banks the lanes learn from.
+        settings: Values of FitSettings; `steps` is the length of the schedule.
+        steps: The step to stop at.
+        state: Where the lanes stand; None is their start.
+    """
+
+    id: str
+    category: str
+    settings: Mapping[str, Any]
+    steps: int
+    state: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungResult:
+    """What came of a RungCall.
+
+    Attributes:
+        state: Where the lanes stand now.
+        steps: Steps that the trial has taken in all.
+        held_out: Held-out value (AUROC, 0..1), mean over the lanes.
+        held_out_sd: Its standard deviation over the lanes.
+        pixel: Its part that ranks patches.
+        image: Its part that ranks images.
+        families: The value of each perturbation family.
+        error: What was wrong with the call, if it was not served; the other values are void then.
+    """
+
+    state: bytes = b""
+    steps: int = 0
+    held_out: float = 0.0
+    held_out_sd: float = 0.0
+    pixel: float = 0.0
+    image: float = 0.0
+    families: Mapping[str, float]
+    error: str | None = None
+
+
+class EngineBusyError(Exception):
+    """The engine holds as many calls as it may: call again later, or ask another one."""
+
+
+class UnknownCallError(Exception):
+    """The engine has no such call: it was restarted, or the call expired. Submit it again."""
