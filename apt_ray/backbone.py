@@ -90,6 +90,7 @@ class FrozenCLIP:
         constants: how its similarities become probabilities.
         input_size: pixels a side of the square that the vision tower sees.
         grid: (rows, columns) of patches.
+        model, tokenize: what it was built from, for methods that read CLIP in another way.
         fingerprint: hex digest over the weights and everything else that shapes the features.
     """
 
@@ -123,8 +124,8 @@ class FrozenCLIP:
         self.grid = (size // patch, size // patch)
         self.device = torch.device(device)
         self.fingerprint = _fingerprint(model, spec, self.constants, size)
-        self._model = model.eval().requires_grad_(False).to(self.device)
-        self._tokenize = tokenize
+        self.model = self._model = model.eval().requires_grad_(False).to(self.device)
+        self.tokenize = self._tokenize = tokenize
         self._mean_3 = torch.tensor(visual.image_mean, device=self.device)
         self._std_3 = torch.tensor(visual.image_std, device=self.device)
         self._position_SD = resize_position_embedding(visual.positional_embedding, self.grid)

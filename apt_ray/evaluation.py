@@ -94,7 +94,7 @@ def evaluate(
             results.append(
                 test.result(
                     lambda index, detector=detector, weight=weight: detector.score(  # type: ignore[misc]
-                        features[index], reference_weight=weight
+                        features[index].to(backbone.device), reference_weight=weight
                     ),
                     variant=variant,
                     support=support,
@@ -203,13 +203,14 @@ def format_table(results: Sequence[Result]) -> str:
         groups.setdefault((result.category, result.shots, result.variant), []).append(result)
     for (category, shots, variant), group in groups.items():
         cells = " | ".join(
-            _cell([getattr(result, metric) for result in group]) for metric in METRICS
+            percent([getattr(result, metric) for result in group]) for metric in METRICS
         )
         lines.append(f"| {category} | {shots} | {variant} | {cells} |")
     return "\n".join(lines)
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def percent(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation in percent, for a table; "-" where nothing is defined."""
     known = [100 * value for value in values if value is not None]
     if not known:
         return "-"
