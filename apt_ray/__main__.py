@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from apt_ray.evaluation import Result
 
 _TWO_KINDS = 2
+_EXAMPLES = 4  # good and defective images of each kind that a report shows
 
 # The heavy modules are imported inside the commands, so that `--help` answers at once.
 
@@ -98,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="write the scores of every image (.npz), for `compare`",
+    )
+    evaluate.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write a page with tables, curves and images with their maps to DIR/index.html",
     )
     _add_settings(evaluate)
     _add_backbone(evaluate)
@@ -309,6 +316,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                     shots=options.shots,
                     seeds=options.seeds,
                     settings=_settings(options),
+                    examples=_EXAMPLES if options.report is not None else 0,
                     progress=show,
                 )
         except AptError as error:
@@ -322,6 +330,13 @@ def _evaluate(options: argparse.Namespace) -> int:
             print(f"\n{format_types(scores)}")
         if options.scores is not None:
             save_scores(options.scores, scores)
+        if options.report is not None:
+            from apt_ray.report import write_report
+
+            page = write_report(
+                options.report, results, backbone=backbone, settings=_settings(options)
+            )
+            print(f"\nreport: {page}")
     if options.json is not None:
         _write_json(options.json, [result.as_dict() for result in results])
     return 1 if failed else 0
