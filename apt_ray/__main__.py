@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from apt_ray.config import BUILTIN, NOISE_LADDER, BackboneSpec, FitSettings
 from apt_ray.errors import AptError
+from apt_ray.storage import location
 
 if TYPE_CHECKING:
     from apt_ray.backbone import FrozenCLIP
@@ -58,9 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     fit = _command(commands, "fit", _fit, "learn one product from good pictures")
     fit.add_argument(
         "--data",
-        type=Path,
+        type=location,
         required=True,
-        help="folder of the product: good pictures directly in it, in good/ or in train/good/",
+        help="folder of the product, or s3://bucket/prefix: good pictures directly in it, in good/"
+        " or in train/good/",
     )
     fit.add_argument("--out", type=Path, required=True, help="prompt set to write (.safetensors)")
     fit.add_argument("--shots", type=_count, default=4, help="good pictures to learn from (4)")
@@ -84,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         commands, "evaluate", _evaluate, "measure on labelled test pictures, over several seeds"
     )
     evaluate.add_argument(
-        "--data", type=Path, required=True, help="folder of products in MVTec AD or plain layout"
+        "--data",
+        type=location,
+        required=True,
+        help="folder of products, or s3://bucket/prefix, in MVTec AD, VisA or plain layout",
     )
     evaluate.add_argument(
         "--categories", nargs="+", default=[], metavar="NAME", help="only these products"

@@ -30,6 +30,7 @@ from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError
 from apt_ray.evaluation import TestSet
 from apt_ray.images import read_image
+from apt_ray.storage import location
 from benchmarks.baselines import METHODS
 from benchmarks.baselines.support import Encoded, ImageRule, Method, Support
 from benchmarks.baselines.views import SCALES, encode_windows
@@ -224,7 +225,9 @@ def _parser() -> argparse.ArgumentParser:
         + "\n\nROW-alone is without the support memory.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of categories")
+    parser.add_argument(
+        "--data", type=location, required=True, help="folder of categories, or s3://"
+    )
     parser.add_argument("--categories", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument(
         "--methods", nargs="+", default=[], choices=names, metavar="NAME", help="only these"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -27,7 +28,7 @@ _GOOD, _DEFECTIVE = "#7a8794", "#b3261e"
 _BINS = 30
 
 # Text stays text, in the fonts of the page.
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "apt-ray", "font.family": "sans-serif"}
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "apt-ray", "font.family": "sans-serif"}
 
 
 def draw_roc(results: Sequence[Result]) -> str:
@@ -84,7 +85,7 @@ def draw_scores(result: Result) -> str:
 
     def draw(axes: Axes) -> None:
         low, high = float(scores.score_I.min()), float(scores.score_I.max())
-        edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
+        edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1).tolist()
         for name, colour, chosen in (
             ("good", _GOOD, ~scores.is_anomalous_I),
             ("defective", _DEFECTIVE, scores.is_anomalous_I),
