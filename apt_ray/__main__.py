@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from apt_ray.config import NOISE_LADDER, BackboneSpec, FitSettings, Settings, SomeSettings
 from apt_ray.errors import AptError
+from apt_ray.storage import location
 
 if TYPE_CHECKING:
     from apt_ray.backbone import FrozenCLIP
     from apt_ray.evaluation import Result
 
 _TWO_KINDS = 2
+_EXAMPLES = 4  # good and defective images of each kind that a report shows
 
 # The heavy modules are imported inside the commands, so that `--help` answers at once.
 
@@ -58,9 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     fit = _command(commands, "fit", _fit, "learn one product from good pictures")
     fit.add_argument(
         "--data",
-        type=Path,
+        type=location,
         required=True,
-        help="folder of the product: good pictures directly in it, in good/ or in train/good/",
+        help="folder of the product, or s3://bucket/prefix: good pictures directly in it, in good/"
+        " or in train/good/",
     )
     fit.add_argument("--out", type=Path, required=True, help="prompt set to write (.safetensors)")
     fit.add_argument("--shots", type=_count, default=4, help="good pictures to learn from (4)")
@@ -84,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
         commands, "evaluate", _evaluate, "measure on labelled test pictures, over several seeds"
     )
     evaluate.add_argument(
-        "--data", type=Path, required=True, help="folder of products in MVTec AD or plain layout"
+        "--data",
+        type=location,
+        required=True,
+        help="folder of products, or s3://bucket/prefix, in MVTec AD, VisA or plain layout",
     )
     evaluate.add_argument(
         "--categories", nargs="+", default=[], metavar="NAME", help="only these products"
@@ -99,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="write the scores of every image (.npz), for `compare`",
+    )
+    evaluate.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write a page with tables, curves and images with their maps to DIR/index.html",
     )
     _add_settings(evaluate)
     _add_backbone(evaluate)
@@ -341,6 +353,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                     shots=options.shots,
                     seeds=options.seeds,
                     settings=_settings(options),
+                    examples=_EXAMPLES if options.report is not None else 0,
                     progress=show,
                 )
         except AptError as error:
@@ -354,6 +367,13 @@ def _evaluate(options: argparse.Namespace) -> int:
             print(f"\n{format_types(scores)}")
         if options.scores is not None:
             save_scores(options.scores, scores)
+        if options.report is not None:
+            from apt_ray.report import write_report
+
+            page = write_report(
+                options.report, results, backbone=backbone, settings=_settings(options)
+            )
+            print(f"\nreport: {page}")
     if options.json is not None:
         _write_json(options.json, [result.as_dict() for result in results])
     return 1 if failed else 0

@@ -91,6 +91,7 @@ class FrozenCLIP:
         input_size: pixels a side of the square that an image is resized to.
         tiles: tiles a side that the square is cut into; the vision tower sees one at a time.
         grid: (rows, columns) of patches in the whole square.
+        model, tokenize: what it was built from, for methods that read CLIP in another way.
         fingerprint: hex digest over the weights and everything else that shapes the features.
     """
 
@@ -126,8 +127,8 @@ class FrozenCLIP:
         tile_grid = (size // patch, size // patch)
         self.device = torch.device(device)
         self.fingerprint = _fingerprint(model, spec, self.constants, size)
-        self._model = model.eval().requires_grad_(False).to(self.device)
-        self._tokenize = tokenize
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.tokenize = tokenize
         self._mean_3 = torch.tensor(visual.image_mean, device=self.device)
         self._std_3 = torch.tensor(visual.image_std, device=self.device)
         self._position_SD = resize_position_embedding(visual.positional_embedding, tile_grid)
@@ -155,7 +156,7 @@ class FrozenCLIP:
     @torch.no_grad()
     def encode_images(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         """Features of preprocessed pixels in 0..1; mean and deviation are applied here."""
-        visual = self._model.visual
+        visual = self.model.visual
         pixels_B3HW = pixels_B3HW.to(self.device)
         pixels_B3HW = (pixels_B3HW - self._mean_3[:, None, None]) / self._std_3[:, None, None]
         joint_BSE, outputs = run_vision_tower(
@@ -200,7 +201,7 @@ class FrozenCLIP:
         [EOS] is ignored. The text tower is causal, so nothing behind the longest [EOS] is computed.
         """
         texts, longest, _ = contexts_TLC.shape
-        model = self._model
+        model = self.model
         place_S = torch.arange(longest + 2, device=self.device)
         lengths_T1 = lengths_T.to(self.device)[:, None]
         x_TSC = torch.cat(
@@ -214,11 +215,11 @@ class FrozenCLIP:
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Written texts -> text features `(T, E)`, float32, L2-normalised."""
-        features_TE = self._model.encode_text(self._tokenize(list(texts)).to(self.device))
+        features_TE = self.model.encode_text(self.tokenize(list(texts)).to(self.device))
         return F.normalize(features_TE, dim=-1)
 
     def _project_text(self, x_TC: torch.Tensor) -> torch.Tensor:
-        projection: nn.Linear | torch.Tensor | None = self._model.text_projection
+        projection: nn.Linear | torch.Tensor | None = self.model.text_projection
         if projection is None:
             return x_TC
         if isinstance(projection, nn.Linear):

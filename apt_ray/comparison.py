@@ -20,6 +20,9 @@ from scipy.special import logit
 from apt_ray.errors import DataError
 from apt_ray.metrics import image_auroc
 
+METRICS = ("image_auroc", "pixel_auroc")
+"""The metrics that can be resampled."""
+
 _BINS = 2048
 _LIMIT = 14.0
 
@@ -143,13 +146,14 @@ def compare(
                     f"{category}: the files were made from other test images: evaluate both on the"
                     f" same folder, whose support images lie apart from its test images"
                 )
-        weight_RI = _resamples(first.is_anomalous_I, resamples, seed)
-        metrics = {"image_auroc": _image_aurocs}
-        if all(s.normal_IH is not None for pair in pairs for s in pair):
-            metrics["pixel_auroc"] = _pixel_aurocs
-        for metric, measure in metrics.items():
+        value_SX = [
+            [resample(scores, resamples=resamples, seed=seed) for scores in pair] for pair in pairs
+        ]
+        for metric in METRICS:
+            if not all(metric in values for pair in value_SX for values in pair):
+                continue
             value_SR2 = np.array(
-                [[measure(scores, weight_RI) for scores in pair] for pair in pairs]
+                [[values[metric] for values in pair] for pair in value_SX]
             ).swapaxes(1, 2)
             mean_R2 = value_SR2.mean(0)
             # The first row of weights is the whole test set.
@@ -167,6 +171,59 @@ def compare(
                 )
             )
     return differences
+
+
+def resample(scores: ImageScores, *, resamples: int = 1000, seed: int = 0) -> dict[str, Floats]:
+    """Metric -> its value `(1 + R,)` on the whole test set, then on R resamples of its images.
+
+    Good and defective images are drawn separately. Scores of the same test images and `seed` meet
+    the same resamples, so their differences are paired. Pixel AUROC is left out without masks.
+    """
+    weight_RI = _resamples(scores.is_anomalous_I, resamples, seed)
+    values = {"image_auroc": _image_aurocs(scores, weight_RI)}
+    if scores.normal_IH is not None:
+        values["pixel_auroc"] = _pixel_aurocs(scores, weight_RI)
+    return values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A mean change with its 95 % interval; all in 0..1."""
+
+    before: float
+    after: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """What may be claimed: "better", "worse" or "no difference shown"."""
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "no difference shown"
+
+
+def change_over_seeds(
+    before: Sequence[Sequence[Floats]], after: Sequence[Sequence[Floats]], *, seed: int = 0
+) -> Interval:
+    """The change of a metric's mean over categories, paired bootstrap over images and seeds.
+
+    Both arguments hold, for each category and each of its seeds, the values `(1 + R,)` of
+    `resample`, in the same order. In each resample the images are those drawn there, and the seeds
+    are drawn anew for every category.
+    """
+    rng = np.random.default_rng(seed)
+    change_R = np.zeros(len(before[0][0]) - 1)
+    means = np.zeros(2)
+    for category_before, category_after in zip(before, after, strict=True):
+        value_2SR = np.array([category_before, category_after])
+        means += value_2SR[:, :, 0].mean(1) / len(before)
+        seeds, resamples = value_2SR.shape[1], len(change_R)
+        drawn_SR = rng.integers(seeds, size=(seeds, resamples))
+        change_SR = np.take_along_axis(value_2SR[1, :, 1:] - value_2SR[0, :, 1:], drawn_SR, 0)
+        change_R += change_SR.mean(0) / len(before)
+    low, high = np.quantile(change_R, (0.025, 0.975))
+    return Interval(before=float(means[0]), after=float(means[1]), low=float(low), high=float(high))
 
 
 def save_scores(path: Path, scores: Sequence[ImageScores]) -> None:

@@ -6,7 +6,7 @@ Every test image is encoded once; all seeds and variants score the same features
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -15,11 +15,13 @@ import numpy.typing as npt
 import torch
 
 from apt_ray.backbone import FrozenCLIP, ImageFeatures
+from apt_ray.calibration import Threshold
 from apt_ray.comparison import ImageScores, histogram
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.detector import Detector
 from apt_ray.errors import DataError
+from apt_ray.examples import Example, choose
 from apt_ray.fitting import fit
 from apt_ray.images import read_image, read_mask
 from apt_ray.metrics import aupro, image_auroc, pixel_auroc
@@ -34,7 +36,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One fit, scored in one way. Metrics are in 0..1, None where the data do not define them."""
+    """One fit, scored in one way. Metrics are in 0..1, None where the data do not define them.
+
+    Attributes:
+        threshold: of the prompt set, None for a way of scoring that it does not belong to.
+        examples: telling test images, where they were asked for.
+    """
 
     variant: str
     category: str
@@ -44,10 +51,12 @@ class Result:
     pixel_auroc: float | None
     aupro: float | None
     scores: ImageScores = field(repr=False, compare=False)
+    threshold: Threshold | None = field(default=None, repr=False, compare=False)
+    examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
 
     def as_dict(self) -> dict[str, object]:
         """The figures; the scores of single images are kept by `comparison.save_scores`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
 
 def evaluate(
@@ -57,6 +66,7 @@ def evaluate(
     shots: int,
     seeds: Sequence[int],
     settings: FitSettings | None = None,
+    examples: int = 0,
     progress: Progress | None = None,
 ) -> list[Result]:
     """Fit one prompt set a seed and report it on the category's test images.
@@ -65,6 +75,7 @@ def evaluate(
     `settings`. Pixel metrics are None unless every anomalous test image has a mask.
 
     Args:
+        examples: how many test images of each kind to show with the first seed's `both`.
         progress: called with (what is being done, done, in all).
 
     Raises:
@@ -91,16 +102,22 @@ def evaluate(
             ("reference", 1.0),
             ("both", settings.reference_weight),
         ):
-            results.append(
-                test.result(
-                    lambda index, detector=detector, weight=weight: detector.score(  # type: ignore[misc]
-                        features[index], reference_weight=weight
-                    ),
-                    variant=variant,
-                    support=support,
-                    seed=seed,
+
+            def score(
+                index: list[int], detector: Detector = detector, weight: float = weight
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                return detector.score(features[index].to(backbone.device), reference_weight=weight)
+
+            result = test.result(score, variant=variant, support=support, seed=seed)
+            if variant == "both":
+                threshold = prompt_set.threshold
+                shown = examples if seed == seeds[0] else 0
+                result = replace(
+                    result,
+                    threshold=threshold,
+                    examples=test.examples(score, result, threshold.value, shown),
                 )
-            )
+            results.append(result)
     return results
 
 
@@ -191,6 +208,31 @@ class TestSet:
             ),
         )
 
+    def examples(
+        self, score: Scorer, result: Result, threshold: float, count: int
+    ) -> tuple[Example, ...]:
+        """`count` test images of each kind, as `examples.choose` picks them, with their maps."""
+        place = {
+            image.path.relative_to(self.category.root).as_posix(): i
+            for i, image in enumerate(self.category.test)
+        }
+        index = [place[name] for name in result.scores.names]
+        shown = []
+        for kind, chosen in choose(
+            result.scores.score_I, result.scores.is_anomalous_I, threshold, count
+        ):
+            maps_1HW, scores_1 = score([index[chosen]])
+            i = index[chosen]
+            shown.append(
+                Example(
+                    kind=kind,
+                    image=self.category.test[i],
+                    score=float(scores_1[0]),
+                    map_HW=resize_map(maps_1HW[0].cpu(), self.sizes[i]).numpy(),
+                )
+            )
+        return tuple(shown)
+
 
 def format_table(results: Sequence[Result]) -> str:
     """The results as a Markdown table: percent, mean and standard deviation over the seeds."""
@@ -203,13 +245,14 @@ def format_table(results: Sequence[Result]) -> str:
         groups.setdefault((result.category, result.shots, result.variant), []).append(result)
     for (category, shots, variant), group in groups.items():
         cells = " | ".join(
-            _cell([getattr(result, metric) for result in group]) for metric in METRICS
+            percent([getattr(result, metric) for result in group]) for metric in METRICS
         )
         lines.append(f"| {category} | {shots} | {variant} | {cells} |")
     return "\n".join(lines)
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def percent(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation in percent, for a table; "-" where nothing is defined."""
     known = [100 * value for value in values if value is not None]
     if not known:
         return "-"

@@ -205,3 +205,49 @@ def test_support_hash_depends_on_content_only(tmp_path: Path) -> None:
     assert support_hash([a]) != support_hash([a, c])
     with pytest.raises(DataError, match="cannot read"):
         support_hash([tmp_path / "none"])
+
+
+@pytest.fixture
+def visa(tmp_path: Path) -> Path:
+    """A category as VisA is published."""
+    touch(
+        tmp_path,
+        *(f"candle/Data/Images/Normal/{i:04d}.JPG" for i in range(5)),
+        *(f"candle/Data/Images/Anomaly/{i:03d}.JPG" for i in (0, 1)),
+        *(f"candle/Data/Masks/Anomaly/{i:03d}.png" for i in (0, 1)),
+        "candle/image_anno.csv",
+    )
+    rows = ["object,split,label,image,mask"]
+    rows += [
+        f"candle,{split},normal,candle/Data/Images/Normal/{i:04d}.JPG,"
+        for i, split in enumerate(("train", "train", "test", "train", "test"))
+    ]
+    rows += [
+        f"candle,test,anomaly,candle/Data/Images/Anomaly/{i:03d}.JPG,"
+        f"candle/Data/Masks/Anomaly/{i:03d}.png"
+        for i in (0, 1)
+    ]
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv" / "1cls.csv").write_text("\r\n".join(rows))
+    return tmp_path
+
+
+def test_visa_layout(visa: Path) -> None:
+    (candle,) = find_categories(visa)
+    assert names(candle.good) == ["0000.JPG", "0001.JPG", "0003.JPG"]
+    assert [(image.defect_type, image.path.name) for image in candle.test] == [
+        ("anomaly", "000.JPG"),
+        ("anomaly", "001.JPG"),
+        ("good", "0002.JPG"),
+        ("good", "0004.JPG"),
+    ]
+    assert candle.test[0].mask == visa / "candle/Data/Masks/Anomaly/000.png"
+    assert candle.has_masks
+    assert only(visa / "candle") == candle
+
+
+def test_visa_without_its_list_is_split_by_the_support_set(visa: Path) -> None:
+    (visa / "split_csv" / "1cls.csv").unlink()
+    (candle,) = find_categories(visa)
+    assert len(candle.good) == 5
+    assert len(candle.held_out(candle.support_set(2, seed=0))) == 2 + 3

@@ -21,6 +21,7 @@ from pathlib import Path
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import find_categories
 from apt_ray.errors import AptError, SettingsError
+from apt_ray.storage import location
 from tuning.settings import RUNGS, SearchSettings
 
 # Ray, PyTorch and MLflow are imported inside, so that `--help` answers at once.
@@ -183,10 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("pictures")
     data.add_argument(
         "--data",
-        type=Path,
+        type=location,
         required=True,
         metavar="DIR",
-        help="folder of categories, the same absolute path on every node",
+        help="folder of categories, the same absolute path on every node, or s3://bucket/prefix",
     )
     data.add_argument(
         "--categories",

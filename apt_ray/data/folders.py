@@ -1,6 +1,6 @@
-"""Categories of pictures in local folders.
+"""Categories of pictures in folders, local ones or in S3.
 
-Two layouts, told apart by what a category's folder holds:
+Three layouts, told apart by what a category's folder holds:
 
     MVTec AD                                plain
     <category>/train/good/*.png             <category>/good/*.png
@@ -8,13 +8,20 @@ Two layouts, told apart by what a category's folder holds:
     <category>/test/<defect type>/*.png     <category>/ground_truth/<defect type>/<stem>_mask.png
     <category>/ground_truth/<defect type>/<stem>_mask.png
 
-or, plainer still, pictures directly in <category>/, which are all good. Test pictures and
-ground-truth masks may be absent. In the plain layout the good pictures outside the support set are
-the good test pictures.
+or, plainer still, pictures directly in <category>/, which are all good; and that of VisA, as it is
+published, whose good pictures and splits are listed in split_csv/1cls.csv of the root:
+
+    <category>/Data/Images/Normal/*.JPG
+    <category>/Data/Images/Anomaly/*.JPG
+    <category>/Data/Masks/Anomaly/<stem>.png
+
+Test pictures and ground-truth masks may be absent. In the plain layout, and in that of VisA without
+the list, the good pictures outside the support set are the good test pictures.
 """
 
+import csv
 import hashlib
-import os
+import io
 import random
 import re
 from collections.abc import Collection, Sequence
@@ -23,9 +30,13 @@ from pathlib import Path
 
 from apt_ray.errors import DataError
 from apt_ray.images import IMAGE_SUFFIXES
+from apt_ray.storage import S3Path, absolute
 
 GOOD = "good"
 _GROUND_TRUTH = "ground_truth"
+_VISA_NORMAL, _VISA_ANOMALY = "Data/Images/Normal", "Data/Images/Anomaly"
+_VISA_MASKS = "Data/Masks/Anomaly"
+_VISA_SPLITS = "split_csv"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -77,11 +88,14 @@ def find_categories(root: Path, names: Sequence[str] = ()) -> list[Category]:
     With `names` only these are looked at. Raises DataError for whatever would make a category
     unusable, with the path and the remedy.
     """
-    root = Path(os.path.abspath(root.expanduser()))
+    root = absolute(root)
     if not root.is_dir():
-        raise DataError(
-            f"{root} is not a folder: give an absolute path that exists on every node that reads it"
+        remedy = (
+            "check bucket and prefix"
+            if isinstance(root, S3Path)
+            else "give an absolute path that exists on every node that reads it"
         )
+        raise DataError(f"{root} is not a folder: {remedy}")
     folders = {folder.name: folder for folder in ([root] if _is_category(root) else _folders(root))}
     if not folders:
         raise DataError(
@@ -108,7 +122,7 @@ def support_hash(paths: Sequence[Path]) -> str:
 
 
 def _is_category(folder: Path) -> bool:
-    if (folder / "train").is_dir() or (folder / GOOD).is_dir():
+    if any((folder / sign).is_dir() for sign in ("train", GOOD, _VISA_NORMAL)):
         return True
     return bool(_images(folder)) and not _folders(folder)
 
@@ -122,11 +136,14 @@ def _read_category(folder: Path) -> Category:
     if (folder / "train").is_dir():
         home = folder / "train" / GOOD
         good = _images(home)
-        test = _labelled(folder, _folders(folder / "test"))
+        test = _labelled_folders(folder, _folders(folder / "test"))
     elif (folder / GOOD).is_dir():
         home = folder / GOOD
         good = _images(home)
-        test = _labelled(folder, _folders(folder))
+        test = _labelled_folders(folder, _folders(folder))
+    elif (folder / _VISA_NORMAL).is_dir():
+        home = folder / _VISA_NORMAL
+        good, test = _read_visa(folder)
     elif _folders(folder):
         raise DataError(
             f"category {folder} has folders but none with good images: move these to "
@@ -144,24 +161,45 @@ def _read_category(folder: Path) -> Category:
     return Category(name=folder.name, root=folder, good=good, test=test)
 
 
-def _labelled(category: Path, types: Sequence[Path]) -> tuple[LabelledImage, ...]:
-    return tuple(
-        LabelledImage(
-            path=path,
-            defect_type=folder.name,
-            mask=_mask(category, folder.name, path.stem),
+def _read_visa(folder: Path) -> tuple[tuple[Path, ...], tuple[LabelledImage, ...]]:
+    """Good images and test images; the published split of one class sets good ones aside."""
+    normal, anomalous = _images(folder / _VISA_NORMAL), folder / _VISA_ANOMALY
+    list_file = folder.parent / _VISA_SPLITS / "1cls.csv"
+    good = tested = normal
+    if list_file.is_file():
+        rows = csv.DictReader(io.StringIO(list_file.read_bytes().decode("utf-8-sig")))
+        split = {row["image"]: row["split"] for row in rows if row["object"] == folder.name}
+        good, tested = (
+            tuple(p for p in normal if split.get(f"{folder.name}/{_VISA_NORMAL}/{p.name}") == part)
+            for part in ("train", "test")
         )
+    test = [
+        *_labelled(_images(anomalous), "anomaly", folder / _VISA_MASKS),
+        *_labelled(tested, GOOD, None),
+    ]
+    return good, tuple(test)
+
+
+def _labelled_folders(category: Path, types: Sequence[Path]) -> tuple[LabelledImage, ...]:
+    return tuple(
+        image
         for folder in types
         if folder.name != _GROUND_TRUTH
-        for path in _images(folder)
+        for image in _labelled(_images(folder), folder.name, category / _GROUND_TRUTH / folder.name)
     )
 
 
-def _mask(category: Path, defect_type: str, stem: str) -> Path | None:
-    """MVTec AD names masks <stem>_mask.png, its descendants <stem>.png."""
-    folder = category / _GROUND_TRUTH / defect_type
-    candidates = (folder / f"{stem}_mask.png", folder / f"{stem}.png")
-    return next((path for path in candidates if path.is_file()), None)
+def _labelled(images: Sequence[Path], defect_type: str, masks: Path | None) -> list[LabelledImage]:
+    """MVTec AD names masks <stem>_mask.png, others <stem>.png."""
+    named = {path.name: path for path in _images(masks)} if masks is not None else {}
+    return [
+        LabelledImage(
+            path=path,
+            defect_type=defect_type,
+            mask=named.get(f"{path.stem}_mask.png") or named.get(f"{path.stem}.png"),
+        )
+        for path in images
+    ]
 
 
 def _images(folder: Path) -> tuple[Path, ...]:
@@ -173,7 +211,7 @@ def _images(folder: Path) -> tuple[Path, ...]:
 
 
 def _folders(folder: Path) -> tuple[Path, ...]:
-    return tuple(path for path in _visible(folder) if path.is_dir())
+    return tuple(path for path in _visible(folder) if path.name != _VISA_SPLITS and path.is_dir())
 
 
 def _visible(folder: Path) -> list[Path]:

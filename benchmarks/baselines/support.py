@@ -1,0 +1,152 @@
+"""What a method is given and what it returns, so that all are fitted, timed and scored alike.
+
+B images, N patch tokens, W windows, E joint width, S support images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from apt_ray.backbone import FrozenCLIP, ImageFeatures
+from apt_ray.bank import SupportBank, encode_support
+from apt_ray.config import FitSettings
+from apt_ray.images import read_image
+from apt_ray.reference import ReferenceMemory
+from apt_ray.scoring import anomaly_maps, fuse, reference_probability, top_mean
+from benchmarks.baselines.views import SCALES, encode_windows, turned
+
+MEMORY_WEIGHT = FitSettings().reference_weight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """Some images, encoded once for all methods.
+
+    Attributes:
+        features: what the backbone says of them.
+        windows: scale -> `(B, W, E)`, L2-normalised; empty unless a method asks for it.
+    """
+
+    features: ImageFeatures
+    windows: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+PatchRule = Callable[[Encoded], Tensor]
+"""Encoded images -> how anomalous each patch is, `(B, N)` in 0..1."""
+
+ImageRule = Callable[[Encoded], tuple[Tensor, Tensor]]
+"""Encoded images -> maps `(B, size, size)` and anomaly scores `(B,)`, both in 0..1."""
+
+
+class Support:
+    """One support set. What several methods need of it is encoded once.
+
+    Attributes:
+        backbone, category, paths, seed, images: what they say.
+        settings: of the methods that train prompts.
+    """
+
+    def __init__(
+        self, backbone: FrozenCLIP, category: str, paths: Sequence[Path], *, seed: int
+    ) -> None:
+        self.backbone, self.category, self.paths, self.seed = backbone, category, paths, seed
+        self.settings = FitSettings(seed=seed)
+        self.images: list[Image.Image] = [read_image(path) for path in paths]
+        self._made: dict[str, tuple[Any, float]] = {}
+        self._used: set[str] = set()
+
+    @property
+    def features(self) -> ImageFeatures:
+        """Features of the S support images."""
+        return self._shared("features", lambda: self._encode(self.images))
+
+    @property
+    def turned(self) -> ImageFeatures:
+        """Features of each support image in 8 rotations, `8 S` images."""
+        return self._shared("turned", lambda: self._encode(turned(self.images)))
+
+    @property
+    def windows(self) -> dict[int, Tensor]:
+        """scale -> `(S, W, E)` features of windows."""
+        pixels = self.backbone.preprocess(self.images)
+        return self._shared(
+            "windows",
+            lambda: {scale: encode_windows(self.backbone, pixels, scale) for scale in SCALES},
+        )
+
+    @property
+    def bank(self) -> SupportBank:
+        """The anomaly bank at the default noise strength."""
+        return self._shared(
+            "bank",
+            lambda: encode_support(
+                self.backbone,
+                self.images,
+                seed=self.seed,
+                strengths=[self.settings.noise_strength],
+            ),
+        )
+
+    def by_patches(self, rule: PatchRule) -> ImageRule:
+        """The rule for maps and image scores that all methods share."""
+
+        def score(encoded: Encoded) -> tuple[Tensor, Tensor]:
+            p_BN = rule(encoded)
+            maps_BHW = anomaly_maps(p_BN, self.backbone.grid, self.backbone.input_size)
+            return maps_BHW, top_mean(maps_BHW.flatten(1))
+
+        return score
+
+    def with_memory(self, name: str, rule: PatchRule) -> dict[str, ImageRule]:
+        """A rule fused with the support memory as APT does it, and alone."""
+        memory, constants = ReferenceMemory.of(self.features), self.backbone.constants
+
+        def fused(encoded: Encoded) -> Tensor:
+            p_ref_BN = reference_probability(memory.distance(encoded.features), constants)
+            return fuse(rule(encoded), p_ref_BN, MEMORY_WEIGHT)
+
+        return {name: self.by_patches(fused), f"{name}-alone": self.by_patches(rule)}
+
+    def fit(self, method: Method) -> tuple[dict[str, ImageRule], float]:
+        """The fitted rows of a method, and the seconds that it takes when it is run alone."""
+        made_before = set(self._made)
+        self._used = set()
+        begun = time.perf_counter()
+        rules = method.fit(self)
+        seconds = time.perf_counter() - begun
+        return rules, seconds + sum(self._made[name][1] for name in self._used & made_before)
+
+    def _encode(self, images: Sequence[Image.Image]) -> ImageFeatures:
+        return self.backbone.encode_in_batches(self.backbone.preprocess(images))
+
+    def _shared(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._made:
+            begun = time.perf_counter()
+            value = make()
+            self._made[name] = (value, time.perf_counter() - begun)
+        self._used.add(name)
+        return self._made[name][0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """A way to find anomalies from a support set.
+
+    Attributes:
+        rows: the names that it is reported under; `-alone` is without the support memory.
+        about: what it is, in a line.
+        fit: gives a rule for each of the rows.
+        uses_windows: whether its rules look at windows.
+    """
+
+    rows: tuple[str, ...]
+    about: str
+    fit: Callable[[Support], dict[str, ImageRule]]
+    uses_windows: bool = False

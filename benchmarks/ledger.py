@@ -1,0 +1,123 @@
+"""The rows of a benchmark, kept on disk as they are finished, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apt_ray.errors import DataError
+
+Floats = NDArray[np.float64]
+
+_SETUP = "setup"
+
+
+class Key(NamedTuple):
+    """What names a row."""
+
+    method: str
+    category: str
+    shots: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One method, fitted once. Metrics are in 0..1, None where the data do not define them.
+
+    Attributes:
+        fit_seconds: encoding of the support set included.
+        image_ms: reading, encoding and scoring of one test image, in batches.
+    """
+
+    method: str
+    category: str
+    shots: int
+    seed: int
+    image_auroc: float
+    pixel_auroc: float | None
+    aupro: float | None
+    fit_seconds: float
+    image_ms: float
+
+    @property
+    def key(self) -> Key:
+        return Key(self.method, self.category, self.shots, self.seed)
+
+
+class Ledger:
+    """Finished rows with their resampled metrics; in memory, or also in FILE and FILE's `.npz`.
+
+    Attributes:
+        rows: by key, in the order in which they were finished.
+        resamples: key -> metric -> `(1 + R,)`, as `apt_ray.comparison.resample` gives it.
+    """
+
+    def __init__(self, path: Path | None, setup: Mapping[str, Any]) -> None:
+        """Read what an earlier run left in `path`; DataError if it was set up in another way."""
+        self.rows: dict[Key, Row] = {}
+        self.resamples: dict[Key, dict[str, Floats]] = {}
+        self._path = path
+        self._setup = json.loads(json.dumps(setup))
+        if path is not None and path.exists():
+            self._read(path)
+
+    def add(self, row: Row, resamples: dict[str, Floats]) -> None:
+        """Keep a finished row; it survives whatever happens next."""
+        self.rows[row.key], self.resamples[row.key] = row, resamples
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            "/".join(map(str, (*key, metric))): values
+            for key, metrics in self.resamples.items()
+            for metric, values in metrics.items()
+        }
+        with _replacing(self._path.with_suffix(".npz")) as part, part.open("wb") as file:
+            np.savez(file, **{_SETUP: np.array(json.dumps(self._setup))}, **arrays)
+        with _replacing(self._path) as part:
+            rows = [asdict(one) for one in self.rows.values()]
+            part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+    def _read(self, path: Path) -> None:
+        remedy = "give another --json FILE, or remove this one to begin again"
+        try:
+            rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            setup = json.loads(str(arrays.pop(_SETUP)))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{path} and its .npz are not what this benchmark wrote ({error}): {remedy}"
+            ) from error
+        changed = [name for name, value in self._setup.items() if setup.get(name) != value]
+        if changed:
+            raise DataError(f"{path} was made with another {' and '.join(changed)}: {remedy}")
+        for name, values in arrays.items():
+            method, category, shots, seed, metric = name.split("/")
+            key = Key(method, category, int(shots), int(seed))
+            self.resamples.setdefault(key, {})[metric] = values
+        self.rows = {row.key: row for row in rows if row.key in self.resamples}
+
+
+class _replacing:
+    """A file beside `path` to be written to, which takes its place when all went well."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._part = path, path.with_name(f"{path.name}.part")
+
+    def __enter__(self) -> Path:
+        return self._part
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            os.replace(self._part, self._path)  # noqa: PTH105 (atomic, and says so)
+        else:
+            self._part.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""The tables of `benchmarks.accuracy`, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from apt_ray.comparison import METRICS, Interval, change_over_seeds
+from apt_ray.evaluation import percent
+from benchmarks.ledger import Key, Ledger, Row
+
+OURS, OURS_ALONE = "apt", "apt-alone"
+
+PUBLISHED = {
+    "mvtec": (
+        ("WinCLIP+", {1: (93.1, 95.2)}),
+        ("PromptAD", {1: (94.6, 95.9), 4: (96.6, None)}),
+        ("AnomalyDINO-S", {1: (96.6, 96.8), 4: (97.7, None)}),
+        ("SubspaceAD", {1: (97.1, 97.5), 4: (98.0, None)}),
+        ("UniVAD", {1: (97.8, None)}),
+        ("VisionAD", {1: (97.4, None)}),
+    ),
+    "visa": (
+        ("WinCLIP+", {1: (83.8, None)}),
+        ("PromptAD", {1: (86.9, None), 4: (89.1, None)}),
+        ("AnomalyDINO-S", {1: (87.4, None), 4: (92.6, None)}),
+        ("SubspaceAD", {1: (93.3, None), 4: (94.7, None)}),
+        ("UniVAD", {1: (93.5, None)}),
+        ("VisionAD", {1: (94.8, None)}),
+    ),
+}
+"""Data set -> method -> shots -> image AUROC and pixel AUROC in percent, as their papers state
+them; each has its own backbone and resolution."""
+
+
+def format_rows(ledger: Ledger, *, published: str | None = None) -> str:
+    """Method by category: mean and standard deviation over the seeds, then over the categories."""
+    lines = [
+        "| shots | category | method | image AUROC | pixel AUROC | AUPRO | s per fit |"
+        " ms per image |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = list(ledger.rows.values())
+    for shots in sorted({row.shots for row in rows}):
+        chosen = [row for row in rows if row.shots == shots]
+        categories = _distinct(row.category for row in chosen)
+        for category in categories:
+            lines += [
+                _line(shots, category, method, [[row] for row in group])
+                for method, group in _by_method(r for r in chosen if r.category == category)
+            ]
+        if len(categories) > 1:
+            lines += [
+                _line(shots, "**mean**", method, _by_seed(group))
+                for method, group in _by_method(chosen)
+            ]
+        for name, figures in PUBLISHED[published] if published else ():
+            if shots in figures:
+                image, pixel = figures[shots]
+                lines.append(
+                    f"| {shots} | **published** | {name} | {image} | {pixel or '-'} | - | - | - |"
+                )
+    return "\n".join(lines)
+
+
+def format_claims(ledger: Ledger) -> str:
+    """APT against every other method, the hardest first: what may be claimed, and what not."""
+    lines = [
+        "| shots | APT | against | metric | theirs | APT | difference (95 % interval) | APT is |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    methods = _distinct(key.method for key in ledger.rows)
+    for shots in sorted({key.shots for key in ledger.rows}):
+        for ours in (OURS, OURS_ALONE):
+            alone = ours == OURS_ALONE
+            others = [
+                method
+                for method in methods
+                if not method.startswith("apt")
+                and (method.endswith("-alone") or method == "winclip-zero") == alone
+            ]
+            for metric in METRICS:
+                claims = [
+                    (other, interval)
+                    for other in others
+                    if (interval := _compare(ledger, other, ours, shots, metric)) is not None
+                ]
+                claims.sort(key=lambda claim: claim[1].after - claim[1].before)
+                lines += [
+                    f"| {shots} | {ours} | {other} | {metric.replace('_auroc', ' AUROC')} |"
+                    f" {100 * i.before:.1f} | {100 * i.after:.1f} |"
+                    f" {100 * (i.after - i.before):+.1f} ({100 * i.low:+.1f} to"
+                    f" {100 * i.high:+.1f}) | {i.verdict} |"
+                    for other, i in claims
+                ]
+    return "\n".join(lines)
+
+
+def _compare(ledger: Ledger, before: str, after: str, shots: int, metric: str) -> Interval | None:
+    """Over all categories and seeds that both methods have; None if there are none."""
+    values: dict[str, tuple[list[object], list[object]]] = {}
+    for key, metrics in ledger.resamples.items():
+        twin = Key(after, key.category, shots, key.seed)
+        if key.method != before or key.shots != shots or metric not in metrics:
+            continue
+        if metric in ledger.resamples.get(twin, {}):
+            pair = values.setdefault(key.category, ([], []))
+            pair[0].append(metrics[metric])
+            pair[1].append(ledger.resamples[twin][metric])
+    if not values:
+        return None
+    return change_over_seeds(*zip(*values.values(), strict=True))
+
+
+def _line(shots: int, category: str, method: str, groups: Sequence[Sequence[Row]]) -> str:
+    """A line whose figures are the mean and deviation over groups of rows."""
+
+    def means(metric: str) -> list[float | None]:
+        values = [
+            [value for row in group if (value := getattr(row, metric)) is not None]
+            for group in groups
+        ]
+        return [fmean(known) if known else None for known in values]
+
+    cells = " | ".join(percent(means(metric)) for metric in ("image_auroc", "pixel_auroc", "aupro"))
+    rows = [row for group in groups for row in group]
+    return (
+        f"| {shots} | {category} | {method} | {cells} |"
+        f" {fmean(row.fit_seconds for row in rows):.1f} |"
+        f" {fmean(row.image_ms for row in rows):.1f} |"
+    )
+
+
+def _by_method(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.method, []).append(row)
+    return list(groups.items())
+
+
+def _by_seed(rows: Iterable[Row]) -> list[list[Row]]:
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.seed, []).append(row)
+    return list(groups.values())
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
