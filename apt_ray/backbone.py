@@ -90,8 +90,8 @@ class FrozenCLIP:
         constants: how its similarities become probabilities.
         input_size: pixels a side of the square that the vision tower sees.
         grid: (rows, columns) of patches.
-        model, tokenize: what it was built from, for methods that read CLIP in another way.
         fingerprint: hex digest over the weights and everything else that shapes the features.
+        model, tokenize: what it was built from, for methods that read CLIP in another way.
     """
 
     def __init__(
