@@ -91,8 +91,8 @@ class FrozenCLIP:
         input_size: pixels a side of the square that an image is resized to.
         tiles: tiles a side that the square is cut into; the vision tower sees one at a time.
         grid: (rows, columns) of patches in the whole square.
-        model, tokenize: what it was built from, for methods that read CLIP in another way.
         fingerprint: hex digest over the weights and everything else that shapes the features.
+        model, tokenize: what it was built from, for methods that read CLIP in another way.
     """
 
     def __init__(
