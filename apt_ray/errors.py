@@ -8,7 +8,9 @@ AptError
 │   └── UnsupportedImageError  a file type that is not accepted
 ├── BackboneError              a vision-language model that cannot be used
 ├── PromptSetError             a prompt set that is damaged or belongs to another backbone
-├── RegistryError              the MLflow server is away, or lacks what was asked for
+├── RegistryError              the MLflow server refuses, or lacks what was asked for
+│   ├── RegistryUnavailableError   it does not answer
+│   └── RegistryConflictError      somebody else was faster
 └── FleetError                 a fleet that cannot be deployed or reached
 """
 
@@ -46,7 +48,15 @@ class PromptSetError(AptError):
 
 
 class RegistryError(AptError):
-    """The MLflow server cannot be reached, or lacks what was asked for."""
+    """The MLflow server refuses, or lacks what was asked for."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """No MLflow server answers; what is cached or kept on disk still works."""
+
+
+class RegistryConflictError(RegistryError):
+    """Somebody else moved the champion in the meantime; nothing was changed."""
 
 
 class FleetError(AptError):

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
@@ -250,16 +251,30 @@ class LocalStack:
             ]
 
 
-def launch_mlflow(folder: Path, *, port: int) -> Server:
-    """Start an MLflow server on loopback that keeps its database and artifacts in `folder`."""
+def launch_mlflow(
+    folder: Path,
+    *,
+    port: int,
+    database: str | None = None,
+    artifacts: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Server:
+    """Start an MLflow server on loopback.
+
+    Args:
+        folder: keeps its database and artifacts, where no other place is named.
+        database: SQLAlchemy address of another database, such as a PostgreSQL server's.
+        artifacts: another place for artifacts, such as `s3://bucket/folder`.
+        environment: what those need, such as credentials.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         *("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-        *("--artifacts-destination", str(folder / "artifacts")),
+        *("--backend-store-uri", database or f"sqlite:///{folder}/mlflow.db"),
+        *("--artifacts-destination", artifacts or str(folder / "artifacts")),
     ]
     # The runner of MLflow's jobs serves its language-model features alone.
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
     return Server.launch(
         "MLflow",
         command,

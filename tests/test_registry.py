@@ -9,48 +9,21 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from mlflow import MlflowClient
 from PIL import Image
 
 from apt_ray.calibration import calibrate
-from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.errors import PromptSetError, RegistryError
 from apt_ray.local_stack import free_ports
-from apt_ray.prompt_set import PromptSet, Provenance
-from apt_ray.reference import ReferenceMemory
+from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry
+from tests.registering import make_prompt_set
 
 TRIALS: list[Mapping[str, object]] = [
     {"trial": 0, "noise_strength": 0.3, "held_out": 0.9, "status": "finished"},
     {"trial": 1, "noise_strength": 0.6, "held_out": None, "status": "failed"},
 ]
 PICTURE = Image.new("RGB", (24, 16), (200, 30, 30))
-
-
-def make_prompt_set(category: str, *, seed: int = 0) -> PromptSet:
-    g = torch.Generator().manual_seed(seed)
-    text_PE = F.normalize(torch.randn(2, 6, generator=g), dim=-1)
-    return PromptSet(
-        provenance=Provenance(
-            library_version="0.1.0",
-            category=category,
-            backbone=BackboneSpec(),
-            fingerprint="f1" * 32,
-            settings=FitSettings(seed=seed),
-            shots=4,
-            support_hash="ab" * 32,
-            support_names=("0.png", "1.png", "2.png", "3.png"),
-            created="2025-01-01T00:00:00+00:00",
-            threshold=calibrate([0.1, 0.2, 0.3], 0.25),
-            metrics={"held_out": 0.9125, "held_out_sd": 0.0312, "held_out.scratch": 0.87},
-        ),
-        text_features=text_PE,
-        contexts=torch.randn(2, 8, 5, generator=g),
-        meta_features=text_PE.flip(0),
-        memory=ReferenceMemory({2: torch.randn(7, 3, generator=g).half()}),
-    )
 
 
 @pytest.fixture
@@ -102,7 +75,7 @@ def test_version_carries_its_provenance(registry: Registry, mlflow_server: str) 
     version = registry.resolve("provenance")
     assert version.tags["fingerprint"] == "f1" * 32
     assert version.tags["support_hash"] == "ab" * 32
-    assert version.tags["certified"] == "true"
+    assert version.tags["certified_rate"] == "0.25"
     assert version.tags["ray.job_id"] == "01000000"
     assert version.tags["library.numpy"] == np.__version__
 
@@ -114,12 +87,21 @@ def test_version_carries_its_provenance(registry: Registry, mlflow_server: str) 
         "held_out_sd": 0.0312,
         "held_out.scratch": 0.87,
         "threshold": 0.3,
+        "calibration_images": 3,
     }
     assert run.data.params["context_length"] == "8"
     assert run.data.params["backbone.name"] == "builtin"
     files = {file.path for file in client.list_artifacts(version.run_id, "version")}
     assert files == {
-        f"version/{name}" for name in ("prompt_set.safetensors", "trials.csv", "pictures")
+        f"version/{name}"
+        for name in (
+            "MLmodel",
+            "pictures",
+            "prompt_set.safetensors",
+            "python_env.yaml",
+            "requirements.txt",
+            "trials.csv",
+        )
     }
     table = client.download_artifacts(version.run_id, "version/trials.csv")
     assert Path(table).read_text().splitlines() == [
@@ -133,7 +115,7 @@ def test_page_shows_figures_and_pictures(registry: Registry, mlflow_server: str)
     register(registry, "page")
     page = MlflowClient(mlflow_server).get_model_version("apt-page", "1").description
     headline = page.splitlines()[0]
-    assert "held_out 0.9125 ± 0.0312" in headline
+    assert "held-out 0.9125 ± 0.0312" in headline
     assert "threshold 0.3000 (at most 0.25 of good parts rejected)" in headline
     link = page.rpartition("![support_images](")[2].rstrip(")")
     with urlopen(f"{mlflow_server}/{link}") as answer:
@@ -150,7 +132,7 @@ def test_uncertified_threshold_says_so(registry: Registry, mlflow_server: str) -
         memory=sure.memory,
     )
     registered = registry.register(unsure, pictures={}, trials=[])
-    assert registered.tags["certified"] == "false"
+    assert registered.tags["certified_rate"] == "uncertified"
     page = MlflowClient(mlflow_server).get_model_version("apt-unsure", "1").description
     assert "uncertified" in page.splitlines()[0]
 

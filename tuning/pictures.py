@@ -26,7 +26,9 @@ def draw_support(
     backbone: FrozenCLIP, prompt_set: PromptSet, images: Sequence[Image.Image]
 ) -> Image.Image:
     """The support images above their overlays, captioned with their anomaly scores."""
-    return _sheet(backbone, prompt_set, {f"support {i}": image for i, image in enumerate(images)})
+    return draw_sheet(
+        backbone, prompt_set, {f"support {i}": image for i, image in enumerate(images)}
+    )
 
 
 def draw_held_out(backbone: FrozenCLIP, prompt_set: PromptSet, image: Image.Image) -> Image.Image:
@@ -41,10 +43,10 @@ def draw_held_out(backbone: FrozenCLIP, prompt_set: PromptSet, image: Image.Imag
         name: _to_image(family(pixels, generator).pixels_B3HW[0])
         for name, family in SELECTION.items()
     }
-    return _sheet(backbone, prompt_set, perturbed)
+    return draw_sheet(backbone, prompt_set, perturbed)
 
 
-def _sheet(
+def draw_sheet(
     backbone: FrozenCLIP, prompt_set: PromptSet, images: Mapping[str, Image.Image]
 ) -> Image.Image:
     """Rows of captioned images, each above its overlay."""

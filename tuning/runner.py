@@ -23,7 +23,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from apt_ray.bank import SupportBank
 from apt_ray.data.folders import Category
 from apt_ray.errors import AptError
-from apt_ray.registry import Registry
+from apt_ray.registry import Registry, default_pending
 from tuning.progress import Progress, say
 from tuning.results import (
     TrialRecord,
@@ -173,23 +173,31 @@ class Search:
             winner = choose_winner(trials)
             settings = self._settings
             support = category.support_set(settings.shots, settings.support_seeds[0])
+            others = [path for path in category.good if path not in support]
             task = self._task(fit_winner)
             fitted = task.remote(
                 category.name,
                 support,
-                [path for path in category.good if path not in support],
+                others,
                 settings.fit_settings(winner.settings),
                 backbone=settings.backbone,
                 bank=bank,
                 metrics=winner.metrics(),
                 threads=settings.threads,
+                test=category,
             )
             prompt_set, pictures = ray.get(fitted)
             version = self._registry.register(
                 prompt_set,
                 pictures={**pictures, "trials": draw_trials(trials, winner)},
                 trials=[trial.row(settings.steps) for trial in trials],
-                tags=self._provenance,
+                tags={
+                    **self._provenance,
+                    "support_seeds": ",".join(map(str, settings.support_seeds)),
+                },
+                support=support,
+                held_out=others,
+                pending=default_pending(),
             )
             seconds["register"] = time.monotonic() - started
             self.tuned.append(

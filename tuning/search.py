@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the search from the command line; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.register_pending:
+        return _register_pending(options)
+    if options.data is None:
+        parser.error("the following arguments are required: --data")
     try:
         settings = _settings(options)
     except SettingsError as error:
@@ -43,6 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _register_pending(options: argparse.Namespace) -> int:
+    """Register what earlier searches found while the registry was away."""
+    from apt_ray.registry import Registry, default_pending
+
+    pending = default_pending()
+    count = 0
+    try:
+        for version in Registry(options.mlflow).register_pending(pending):
+            print(f"{version.category}: registered version {version.version}", flush=True)
+            count += 1
+    except AptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{count} versions registered; none waits in {pending}")
+    return 0
 
 
 def _search(options: argparse.Namespace, settings: SearchSettings) -> int:
@@ -185,7 +206,6 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--data",
         type=location,
-        required=True,
         metavar="DIR",
         help="folder of categories, the same absolute path on every node, or s3://bucket/prefix",
     )
@@ -288,6 +308,12 @@ def _parser() -> argparse.ArgumentParser:
         "--mlflow",
         metavar="URI",
         help="MLflow server that is the registry (default: MLFLOW_TRACKING_URI)",
+    )
+    cluster.add_argument(
+        "--register-pending",
+        action="store_true",
+        help="search nothing; register what earlier searches on this machine found while the"
+        " registry was away",
     )
     cluster.add_argument(
         "--summary", type=Path, metavar="FILE", help="write what was found to this JSON file"

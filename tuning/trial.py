@@ -5,7 +5,7 @@ an actor runs one after another load neither again. Nothing here imports MLflow.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from ray import ObjectRef, tune
 from apt_ray.backbone import FrozenCLIP, load_backbone
 from apt_ray.bank import SupportBank, encode_support
 from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.data.folders import Category
 from apt_ray.fitting import fit
 from apt_ray.images import read_image
 from apt_ray.prompt_set import PromptSet
 from apt_ray.selection import HeldOutTrial
+from tuning.labelled import report_labelled
 from tuning.pictures import draw_held_out, draw_support
 from tuning.settings import RUNGS
 
@@ -84,8 +86,12 @@ def fit_winner(
     bank: SupportBank,
     metrics: dict[str, float],
     threads: int,
+    test: Category | None = None,
 ) -> tuple[PromptSet, dict[str, Image.Image]]:
-    """The prompt set of the best settings on all shots, and pictures of what it sees."""
+    """The prompt set of the best settings on all shots, and pictures of what it sees.
+
+    The labelled pictures of `test`, if it has any, are reported in metrics `test.*`.
+    """
     torch.set_num_threads(threads)
     model = _resident_backbone(backbone)
     prompt_set = fit(
@@ -98,10 +104,17 @@ def fit_winner(
         metrics=metrics,
     )
     images = [read_image(path) for path in support]
-    return prompt_set, {
+    pictures = {
         "support_images": draw_support(model, prompt_set, images),
         "held_out_perturbations": draw_held_out(model, prompt_set, images[0]),
     }
+    if test is not None:
+        reported, drawn = report_labelled(model, prompt_set, test, support=tuple(support))
+        metrics = prompt_set.metrics | reported
+        provenance = prompt_set.provenance.model_copy(update={"metrics": metrics})
+        prompt_set = replace(prompt_set, provenance=provenance)
+        pictures |= drawn
+    return prompt_set, pictures
 
 
 @lru_cache(maxsize=1)

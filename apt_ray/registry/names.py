@@ -1,0 +1,43 @@
+"""What things are called in MLflow."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+EXPERIMENT = "apt-ray"
+
+DIRECTORY = "version"
+"""The one directory of artifacts of a version: registration keeps no other (mlflow#18581)."""
+
+PROMPT_SET = "prompt_set.safetensors"
+TRIALS = "trials.csv"
+DATA = "data.json"
+PICTURES = "pictures"
+HELD_OUT = "held_out"
+
+MODEL_PREFIX = "apt-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegisteredVersion:
+    """One version of a category's prompt set, as the registry knows it.
+
+    Attributes:
+        aliases: those that point to it.
+        run_id: the MLflow run that holds its files.
+        tags: its provenance.
+        last_known: the registry was away, and this is what the local cache last saw of it.
+    """
+
+    category: str
+    version: int
+    aliases: tuple[str, ...]
+    run_id: str
+    tags: Mapping[str, str]
+    last_known: bool = False
+
+
+def model_name(category: str) -> str:
+    """The name of a category's registered model."""
+    return f"{MODEL_PREFIX}{category}"

@@ -1,0 +1,32 @@
+"""Versions that wait on disk because the registry was away."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def default_pending() -> Path:
+    """Where a machine keeps what could not be registered: APT_RAY_PENDING, or the user's state."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(os.environ.get("APT_RAY_PENDING") or Path(home) / "apt-ray" / "pending")
+
+
+def keep(version_folder: Path, name: str, pending: Path) -> Path:
+    """Move a written version to where it waits; it is there whole or not at all."""
+    pending.mkdir(parents=True, exist_ok=True)
+    unfinished = pending / f".{name}"
+    shutil.copytree(version_folder, unfinished)
+    return unfinished.rename(pending / name)
+
+
+def waiting(pending: Path) -> Iterator[Path]:
+    """The folders of the versions that wait, in the order in which they came."""
+    if pending.is_dir():
+        folders = [path for path in pending.iterdir() if not path.name.startswith(".")]
+        yield from sorted(folders, key=lambda path: path.stat().st_mtime)
+
+
+def remove(folder: Path) -> None:
+    """Forget a version that is registered."""
+    shutil.rmtree(folder)

@@ -1,0 +1,274 @@
+"""Whether a candidate may become the champion, the report of it, and the way back."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from apt_ray.backbone import load_backbone
+from apt_ray.detector import Detector
+from apt_ray.errors import RegistryError
+from apt_ray.held_out import (
+    MAX_FAMILY_LOSS,
+    MIN_STANDARD_ERRORS,
+    HeldOutComparison,
+    Progress,
+    compare_held_out,
+)
+from apt_ray.images import read_image
+from apt_ray.prompt_set import PromptSet
+from apt_ray.registry.client import Registry
+from apt_ray.registry.contents import sha256
+from apt_ray.registry.moves import Move
+from apt_ray.registry.names import CANDIDATE, DATA, HELD_OUT, RegisteredVersion
+
+_MOST_IMAGES = 16
+
+Verdict = Literal["promoted", "kept", "uncomparable"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Promotion:
+    """What came of an attempt to promote.
+
+    Attributes:
+        candidate: the version that was to become the champion.
+        champion: the version that served, None if none did.
+        verdict: what the comparison says, whether or not it was followed.
+        why: the verdict in words.
+        comparison: the figures, None if there are none.
+        forced: the reason given for promoting in any case.
+        move: the move that was made, None if the champion stays.
+    """
+
+    category: str
+    candidate: int
+    champion: int | None
+    verdict: Verdict
+    why: str
+    comparison: HeldOutComparison | None = None
+    forced: str | None = None
+    move: Move | None = None
+
+    def tags(self) -> dict[str, str]:
+        """The tags of the candidate's version."""
+        tags: dict[str, str] = {"verdict": self.verdict}
+        if self.champion is not None:
+            tags["compared_with"] = str(self.champion)
+        if self.comparison is not None:
+            tags["difference"] = (
+                f"{self.comparison.difference:+.4f} ± {self.comparison.standard_error:.4f}"
+            )
+            tags["held_out_values"] = (
+                f"{self.comparison.candidate_SF.mean():.4f} against"
+                f" {self.comparison.champion_SF.mean():.4f}"
+            )
+        if self.forced is not None:
+            tags["forced"] = self.forced
+        return tags
+
+    def report(self) -> str:
+        """The decision as Markdown."""
+        opponent = "no champion" if self.champion is None else f"champion {self.champion}"
+        lines = [
+            f"### Promotion: version {self.candidate} of {self.category} against {opponent}:"
+            f" {self.verdict}",
+            "",
+            f"{self.why[:1].upper()}{self.why[1:]}.",
+        ]
+        if self.forced is not None:
+            lines += ["", f"Promoted in any case: {self.forced}"]
+        if self.comparison is not None:
+            lines += ["", *_table(self.comparison)]
+        if self.move is not None:
+            lines += ["", f"Moved by {self.move.who} at {self.move.at}."]
+        return "\n".join(lines)
+
+
+def promote(
+    registry: Registry,
+    category: str,
+    reference: str = CANDIDATE,
+    *,
+    normal: Sequence[Path] = (),
+    force: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Promotion:
+    """Make a version the champion if it beats the one that is; the decision is kept with it.
+
+    Both are judged on one held-out bank, made from the normal images that were kept with either
+    version, and from `normal`, as far as neither was fitted to them. Without a champion, the
+    version becomes the first.
+
+    Args:
+        normal: Files of further normal images.
+        force: The reason for promoting it whatever the verdict is.
+        device: Where the two are compared.
+        progress: Called with (parts judged, parts in all).
+
+    Raises:
+        RegistryConflictError: Somebody else moved the champion meanwhile; nothing was changed.
+        RegistryError: The version serves already, or does not exist.
+    """
+    history = registry.history(category)
+    candidate = registry.resolve(category, reference)
+    if candidate.version == history.champion:
+        raise RegistryError(
+            f"version {candidate.version} of {category} is the champion already: register a new"
+            " one, or name another version"
+        )
+    promotion = Promotion(
+        category=category,
+        candidate=candidate.version,
+        champion=history.champion,
+        verdict="promoted",
+        why="there was no champion",
+        forced=force,
+    )
+    if history.champion is not None:
+        champion = registry.resolve(category, str(history.champion))
+        promotion = _judge(registry, promotion, candidate, champion, normal, device, progress)
+    if promotion.verdict == "promoted" or force is not None:
+        why = promotion.why if force is None else f"forced: {force} ({promotion.why})"
+        move = registry.move(history, candidate.version, action="promote", why=why)
+        promotion = replace(promotion, move=move)
+    registry.annotate(
+        candidate,
+        promotion.tags(),
+        report=promotion.report(),
+        name=f"promotion-after-{history.recorded}-moves",
+    )
+    return promotion
+
+
+def roll_back(registry: Registry, category: str, *, why: str = "") -> Move:
+    """Let the version serve that served before; a second time goes one further.
+
+    Versions that were deleted since are passed over.
+
+    Raises:
+        RegistryConflictError: Somebody else moved the champion meanwhile; nothing was changed.
+        RegistryError: Nothing served before.
+    """
+    history = registry.history(category)
+    present = set(registry.versions(category))
+    target = next((version for version in history.earlier() if version in present), None)
+    if target is None:
+        raise RegistryError(
+            f"no version of {category} served before version {history.champion}: there is nothing"
+            " to roll back to; promote another version instead"
+        )
+    return registry.move(history, target, action="rollback", why=why or "no reason given")
+
+
+def _judge(
+    registry: Registry,
+    promotion: Promotion,
+    candidate: RegisteredVersion,
+    champion: RegisteredVersion,
+    normal: Sequence[Path],
+    device: str,
+    progress: Progress | None,
+) -> Promotion:
+    sides = [_Side.of(registry, registered) for registered in (candidate, champion)]
+    reason = next((side.reason for side in sides if side.reason), None)
+    images: list[Image.Image] = []
+    if reason is None:
+        fitted = {digest for side in sides for digest in side.support}
+        found = {digest: image for side in sides for digest, image in side.held_out.items()}
+        found |= {sha256(path.read_bytes()): read_image(path) for path in normal}
+        images = [image for digest, image in sorted(found.items()) if digest not in fitted]
+        if not images:
+            reason = (
+                "there is no normal picture that is in neither support set: name a folder with"
+                " more good pictures (--data)"
+            )
+    if reason is not None:
+        return replace(promotion, verdict="uncomparable", why=reason)
+    ours, theirs = _load_detectors([side.prompt_set for side in sides], device)
+    comparison = compare_held_out(ours, theirs, images[:_MOST_IMAGES], progress=progress)
+    return replace(
+        promotion,
+        verdict=comparison.verdict,
+        why=explain(comparison),
+        comparison=comparison,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Side:
+    """One of two versions that are compared.
+
+    Attributes:
+        support: digests of the images that it was fitted to.
+        held_out: digest -> normal image that it was not fitted to.
+        reason: why it cannot be compared, if so.
+    """
+
+    prompt_set: PromptSet
+    support: frozenset[str]
+    held_out: dict[str, Image.Image]
+    reason: str | None
+
+    @classmethod
+    def of(cls, registry: Registry, registered: RegisteredVersion) -> "_Side":
+        prompt_set, _ = registry.load(registered.category, str(registered.version))
+        support: frozenset[str] = frozenset()
+        held_out: dict[str, Image.Image] = {}
+        reason = None
+        with tempfile.TemporaryDirectory(prefix="apt-ray-") as name:
+            data = registry.download(registered, DATA, Path(name))
+            if data is None:
+                reason = (
+                    f"version {registered.version} does not say which pictures it was fitted to"
+                )
+            else:
+                support = frozenset(json.loads(data.read_text())["support"].values())
+                folder = registry.download(registered, HELD_OUT, Path(name))
+                files = sorted(folder.glob("*.png")) if folder else []
+                held_out = {path.stem: read_image(path) for path in files}
+        return cls(prompt_set=prompt_set, support=support, held_out=held_out, reason=reason)
+
+
+def _load_detectors(prompt_sets: Sequence[PromptSet], device: str) -> list[Detector]:
+    """A detector for each; equal backbones are loaded once."""
+    backbones = {}
+    for prompt_set in prompt_sets:
+        if prompt_set.fingerprint not in backbones:
+            backbones[prompt_set.fingerprint] = load_backbone(prompt_set.backbone, device=device)
+    return [Detector(backbones[one.fingerprint], one) for one in prompt_sets]
+
+
+def explain(comparison: HeldOutComparison) -> str:
+    """The verdict of a comparison in words, with its numbers."""
+    family, loss = comparison.worst_family
+    gain = (
+        f"held-out value {comparison.difference:+.4f} ± {comparison.standard_error:.4f} (standard"
+        f" error) on {comparison.images} normal pictures that neither was fitted to"
+    )
+    if comparison.verdict == "promoted":
+        return f"{gain}: better by more than {MIN_STANDARD_ERRORS:g} standard errors"
+    if loss < -MAX_FAMILY_LOSS:
+        return f"{gain}: {family} is {-100 * loss:.1f} points worse"
+    return f"{gain}: not better by more than {MIN_STANDARD_ERRORS:g} standard errors"
+
+
+def _table(comparison: HeldOutComparison) -> list[str]:
+    rows = [
+        "| perturbation | candidate | champion | difference |",
+        "|---|---|---|---|",
+    ]
+    values = zip(
+        comparison.families,
+        comparison.candidate_SF.mean(0),
+        comparison.champion_SF.mean(0),
+        strict=True,
+    )
+    rows += [f"| {name} | {new:.4f} | {old:.4f} | {new - old:+.4f} |" for name, new, old in values]
+    new, old = comparison.candidate_SF.mean(), comparison.champion_SF.mean()
+    return [*rows, f"| all | {new:.4f} | {old:.4f} | {comparison.difference:+.4f} |"]

@@ -1,0 +1,87 @@
+"""What a prompt set makes of labelled test pictures: reported with it, never used for choosing."""
+
+import io
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from apt_ray.backbone import FrozenCLIP
+from apt_ray.comparison import ImageScores
+from apt_ray.data.folders import Category
+from apt_ray.detector import Detector
+from apt_ray.evaluation import METRICS, TestSet
+from apt_ray.images import read_image
+from apt_ray.prompt_set import PromptSet
+from tuning.pictures import draw_sheet
+
+_SHOWN = 4
+
+
+def report_labelled(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, *, support: Collection[Path]
+) -> tuple[dict[str, float], dict[str, Image.Image]]:
+    """Metrics `test.*` in 0..1 and pictures; nothing where there are no good and defective ones."""
+    if len({image.is_anomalous for image in category.held_out(support)}) < 2:
+        return {}, {}
+    detector = Detector(backbone, prompt_set)
+    test = TestSet.read(category)
+    features = test.encode(backbone, lambda _what, _done, _total: None)
+    result = test.result(
+        lambda places: detector.score(features[places]),
+        variant="both",
+        support=support,
+        seed=prompt_set.settings.seed,
+    )
+    values = {name: getattr(result, name) for name in METRICS}
+    metrics = {f"test.{name}": value for name, value in values.items() if value is not None}
+    return metrics, {
+        "test_scores": _draw_scores(result.scores, prompt_set.threshold.value),
+        "test_pictures": _draw_extremes(backbone, prompt_set, category, result.scores),
+    }
+
+
+def _draw_scores(scores: ImageScores, threshold: float) -> Image.Image:
+    """ROC, precision and recall, and a histogram with the threshold."""
+    figure = Figure(figsize=(9.6, 3.2), dpi=100, layout="constrained")
+    roc, recall, histogram = figure.subplots(1, 3)
+    truth, score_I = scores.is_anomalous_I, scores.score_I
+    false_alarms, hits, _ = roc_curve(truth, score_I)
+    roc.plot(false_alarms, hits)
+    roc.set(xlabel="share of good parts rejected", ylabel="share of defects found", title="ROC")
+    precision, found, _ = precision_recall_curve(truth, score_I)
+    recall.plot(found, precision)
+    recall.set(xlabel="recall", ylabel="precision", title="precision and recall", ylim=(0, 1.02))
+    bins = np.histogram_bin_edges(score_I, 20)
+    for label, chosen in (("good", ~truth), ("defective", truth)):
+        histogram.hist(score_I[chosen], bins=bins, alpha=0.6, label=label)
+    histogram.axvline(threshold, color="black", linestyle="--", label="threshold")
+    histogram.set(xlabel="anomaly score", title="scores")
+    histogram.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def _draw_extremes(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, scores: ImageScores
+) -> Image.Image:
+    """The defects that score highest and lowest, and the good parts that score highest."""
+    order = np.argsort(scores.score_I)
+    defects = [place for place in order if scores.is_anomalous_I[place]]
+    good = [place for place in order if not scores.is_anomalous_I[place]]
+    half = _SHOWN // 2
+    chosen = {
+        "clearest": defects[: -half - 1 : -1],
+        "faintest": defects[:half],
+        "good, but": good[: -_SHOWN - 1 : -1],
+    }
+    pictures = {
+        f"{label} {scores.names[place]}": read_image(category.root / scores.names[place])
+        for label, places in chosen.items()
+        for place in places
+    }
+    return draw_sheet(backbone, prompt_set, pictures)
