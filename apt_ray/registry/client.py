@@ -367,9 +367,7 @@ class Registry:
     def _create_registered_model(self, category: str) -> None:
         try:
             self._client.create_registered_model(
-                model_name(category),
-                tags={"category": category},
-                description=describe_category(category),
+                model_name(category), description=describe_category(category)
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
