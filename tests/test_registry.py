@@ -1,6 +1,8 @@
 """apt_ray.registry against a real MLflow server."""
 
+import hashlib
 import io
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from apt_ray.calibration import calibrate
+from apt_ray.data.folders import Category
 from apt_ray.errors import PromptSetError, RegistryError
 from apt_ray.local_stack import free_ports
 from apt_ray.prompt_set import PromptSet
@@ -109,6 +112,38 @@ def test_version_carries_its_provenance(registry: Registry, mlflow_server: str) 
         "0,0.3,0.9,finished",
         "1,0.6,,failed",
     ]
+
+
+def test_version_keeps_fingerprints_of_its_pictures_and_some_others(
+    registry: Registry, tmp_path: Path, category: Category
+) -> None:
+    support = category.support_set(3, seed=0)
+    others = tuple(path for path in category.good if path not in support)
+    assert len(others) > 8
+    registered = registry.register(
+        make_prompt_set("pictured"), pictures={}, trials=[], support=support, held_out=others
+    )
+    data = registry.download(registered, "data.json", tmp_path)
+    assert data is not None
+    fingerprints = json.loads(data.read_text())
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in category.good}
+    assert fingerprints["support"] == {path.name: digests[path.name] for path in support}
+    assert len(fingerprints["held_out"]) == len(others)
+    kept = registry.download(registered, "held_out", tmp_path)
+    assert kept is not None
+    names = {path.stem for path in kept.iterdir()}
+    assert len(names) == 8
+    assert names <= {digests[path.name] for path in others}
+    assert len(registered.tags["data_hash"]) == 64
+
+
+def test_aliases_of_all_categories_come_at_once(registry: Registry) -> None:
+    for seed in (0, 1):
+        register(registry, "many", seed=seed)
+    register(registry, "one")
+    aliases = registry.aliases()
+    assert aliases["many"] == {"champion": 1, "candidate": 2}
+    assert aliases["one"] == {"champion": 1, "candidate": 1}
 
 
 def test_page_shows_figures_and_pictures(registry: Registry, mlflow_server: str) -> None:

@@ -12,6 +12,7 @@ from apt_ray.data.folders import Category
 from apt_ray.errors import RegistryConflictError, RegistryError
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry, moves, promote, roll_back
+from serving import fleet
 from tests.registering import make_prompt_set, named, register, spoilt
 
 
@@ -52,12 +53,12 @@ def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
     champion = registry.resolve("contest")
     assert champion.version == 2
     assert champion.tags["verdict"] == "promoted"
-    assert champion.tags["compared_with"] == "1"
+    assert champion.tags["held_out_values"].endswith(" of version 1")
     assert champion.tags["difference"].startswith("+0.")
     client = MlflowClient(mlflow_server)
     page = client.get_model_version("apt-contest", "2").description
     assert page.count("### Promotion: version 2 of contest against champion 1: promoted") == 1
-    assert "| scratch |" in page
+    assert "| scratch&emsp; |" in page
     (report,) = client.list_artifacts(champion.run_id, "reports")
     assert "| all |" in Path(client.download_artifacts(champion.run_id, report.path)).read_text()
 
@@ -125,7 +126,7 @@ def test_each_roll_back_goes_one_further(
         roll_back(registry, "back")
     promote(registry, "back", "4", force="again")
     assert roll_back(registry, "back").target == 1
-    page = client.get_registered_model("apt-back").description
+    page = client.get_registered_model("apt-back").description.replace("&emsp;", "")
     assert "| rollback | 4 → 3 | rejects good parts |" in page
 
 
@@ -201,3 +202,33 @@ def test_diff_names_what_differs(registry: Registry, served: Callable[[str, int]
     assert differences["version"] == ("1", "2")
     assert "sha256" in differences
     assert "context_length" not in differences
+
+
+def test_the_verbs_of_the_fleet_print_what_was_decided(
+    mlflow_server: str,
+    served: Callable[[str, int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    served("verbs", 2)
+
+    def run(*arguments: str) -> str:
+        assert fleet.main([*arguments, "--mlflow", mlflow_server]) == 0
+        return capsys.readouterr().out
+
+    assert run("rollback", "verbs", "--reason", "too strict") == "verbs: version 2 -> 1\n"
+    rows = run("history", "verbs").splitlines()
+    assert len(rows) == 4
+    assert rows[-1].endswith("rollback  2 -> 1  too strict")
+    assert [line for line in run("diff", "verbs").splitlines() if line.startswith("seed ")]
+    report = run("promote", "verbs", "--force", "--reason", "it was right")
+    assert "against champion 1: uncomparable" in report
+    assert "Promoted in any case: it was right" in report
+    assert run("prune", "verbs", "--keep", "1", "--days", "0") == "verbs: version 1\n"
+
+    assert fleet.main(["promote", "verbs", "--version", "1", "--mlflow", mlflow_server]) == 3
+    assert "uncomparable" in capsys.readouterr().out
+    assert fleet.main(["rollback", "absent", "--mlflow", mlflow_server]) == 1
+    assert "no category 'absent'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fleet.main(["promote", "verbs", "--force"])
+    assert "--reason" in capsys.readouterr().err

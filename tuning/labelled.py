@@ -46,7 +46,7 @@ def report_labelled(
 
 def _draw_scores(scores: ImageScores, threshold: float) -> Image.Image:
     """ROC, precision and recall, and a histogram with the threshold."""
-    figure = Figure(figsize=(9.6, 3.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(7.6, 2.7), dpi=100, layout="constrained")
     roc, recall, histogram = figure.subplots(1, 3)
     truth, score_I = scores.is_anomalous_I, scores.score_I
     false_alarms, hits, _ = roc_curve(truth, score_I)

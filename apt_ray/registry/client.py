@@ -39,7 +39,7 @@ from apt_ray.registry.names import (
     RegisteredVersion,
     model_name,
 )
-from apt_ray.registry.page import describe_category, describe_version
+from apt_ray.registry.page import describe_category, describe_version, with_report
 
 _PAGE = 1000
 _SUBMISSION = "submission"
@@ -261,8 +261,7 @@ class Registry:
             for key, value in tags.items():
                 client.set_model_version_tag(model, version, key, value)
             page = client.get_model_version(model, version).description or ""
-            page = page.split(f"\n\n{_REPORT_BEGINS}")[0]
-            client.update_model_version(model, version, f"{page}\n\n{_REPORT_BEGINS}\n\n{report}")
+            client.update_model_version(model, version, with_report(page, report))
             if registered.run_id:
                 client.log_text(registered.run_id, report, f"reports/{name}.md")
 
@@ -367,9 +366,7 @@ class Registry:
     def _create_registered_model(self, category: str) -> None:
         try:
             self._client.create_registered_model(
-                model_name(category),
-                tags={"category": category},
-                description=describe_category(category),
+                model_name(category), description=describe_category(category)
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -456,9 +453,6 @@ class Registry:
             f"category {category!r} has no version or alias {reference!r} in the registry at "
             f"{self.address}; its aliases are: {aliases or 'none'}"
         )
-
-
-_REPORT_BEGINS = "---"
 
 
 def _checked(data: bytes, registered: RegisteredVersion, fingerprint: str | None) -> PromptSet:

@@ -105,12 +105,7 @@ def write_version(
     _write_model(home)
     threshold = prompt_set.threshold
     rate = threshold.certified_false_alarm_rate
-    version_tags = {
-        "backbone": prompt_set.backbone.name,
-        "fingerprint": prompt_set.fingerprint,
-        "sha256": sha256(data),
-        "certified_rate": "uncertified" if rate is None else f"{rate:g}",
-    }
+    version_tags = {"fingerprint": prompt_set.fingerprint, "sha256": sha256(data)}
     record = Record(
         submission=uuid.uuid4().hex,
         category=prompt_set.category,
@@ -124,6 +119,8 @@ def write_version(
         tags={
             **version_tags,
             "category": prompt_set.category,
+            "backbone": prompt_set.backbone.name,
+            "certified_rate": "uncertified" if rate is None else f"{rate:g}",
             "support_hash": prompt_set.support_hash,
             **({"data_hash": data_hash} if data_hash else {}),
             "threshold": repr(threshold.value),

@@ -9,6 +9,8 @@ from apt_ray.registry.moves import Move
 from apt_ray.registry.names import CANDIDATE, CHAMPION
 
 _SHOWN_MOVES = 10
+_SPACE = "&emsp;"
+_REPORT_ENDS = "\n\n---\n\n"
 _PROVENANCE = (
     "git_commit",
     "ray.job_id",
@@ -27,7 +29,7 @@ def describe_category(category: str, moves: Sequence[Move] = ()) -> str:
     shown = [
         (
             str(move.number),
-            move.at,
+            move.at[:16].replace("T", " "),
             move.who,
             move.action,
             f"{move.source or '-'} → {move.target}",
@@ -35,7 +37,7 @@ def describe_category(category: str, moves: Sequence[Move] = ()) -> str:
         )
         for move in reversed(moves[-_SHOWN_MOVES:])
     ]
-    history = _table(("", "when", "who", "what", "version", "why"), shown)
+    history = _table(("", "when (UTC)", "who", "what", "version", "why"), shown)
     return f"""\
 Finds defects in pictures of **{category}**. Each version is a prompt set that apt-ray tuned from a
 few good pictures.
@@ -74,7 +76,7 @@ def describe_version(record: Record, run_id: str) -> str:
         if name.startswith("test.")
     }
     searched = ("context_length", "noise_strength", "smgs_weight", "learning_rate")
-    others = [name for name in params if name not in searched]
+    others = [name for name, value in params.items() if name not in searched and value != "None"]
     sections = [
         f"{held_out}threshold {metrics['threshold']:.4f} ({promise}), "
         f"{params['shots']} shots, backbone {tags['backbone']}",
@@ -106,6 +108,13 @@ def describe_version(record: Record, run_id: str) -> str:
         url = _artifact(run_id, picture_path(name))
         sections.append(f"### {name.replace('_', ' ').capitalize()}\n\n![{name}]({url})")
     return "\n\n".join(sections)
+
+
+def with_report(page: str, report: str) -> str:
+    """A version's page with a report under its first line, in place of an earlier one."""
+    headline, _, rest = page.partition("\n\n")
+    spaced = report.replace(" | ", f"{_SPACE} | ")
+    return f"{headline}\n\n{spaced}{_REPORT_ENDS}{rest.rpartition(_REPORT_ENDS)[2]}"
 
 
 def _artifact(run_id: str, path: str) -> str:
@@ -141,5 +150,7 @@ def _table(header: Sequence[str] | Mapping[str, object], rows: Sequence[Sequence
     if not rows:
         return ""
     names = list(header)
-    lines = [names, ["---"] * len(names), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [names, *map(list, rows)]
+    # MLflow sets the cells of a table without any distance.
+    head, *body = (f"| {f'{_SPACE} | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(names) + "|", *body])

@@ -57,15 +57,13 @@ class Promotion:
     def tags(self) -> dict[str, str]:
         """The tags of the candidate's version."""
         tags: dict[str, str] = {"verdict": self.verdict}
-        if self.champion is not None:
-            tags["compared_with"] = str(self.champion)
         if self.comparison is not None:
             tags["difference"] = (
                 f"{self.comparison.difference:+.4f} ± {self.comparison.standard_error:.4f}"
             )
             tags["held_out_values"] = (
                 f"{self.comparison.candidate_SF.mean():.4f} against"
-                f" {self.comparison.champion_SF.mean():.4f}"
+                f" {self.comparison.champion_SF.mean():.4f} of version {self.champion}"
             )
         if self.forced is not None:
             tags["forced"] = self.forced
