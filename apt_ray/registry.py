@@ -179,9 +179,25 @@ class Registry:
         """Category -> version of its champion, for every category that has one."""
         return {
             category: aliases[CHAMPION]
-            for category, aliases in self._all_aliases().items()
+            for category, aliases in self.aliases().items()
             if CHAMPION in aliases
         }
+
+    def aliases(self) -> dict[str, dict[str, int]]:
+        """Category -> alias -> version, for every category: one request a thousand of them."""
+        aliases: dict[str, dict[str, int]] = {}
+        token: str | None = None
+        with self._requests():
+            while token != "":
+                page = self._client.search_registered_models(
+                    f"name LIKE '{_PREFIX}%'", max_results=_PAGE, page_token=token
+                )
+                for model in page:
+                    aliases[model.name.removeprefix(_PREFIX)] = {
+                        alias: int(version) for alias, version in model.aliases.items()
+                    }
+                token = page.token or ""
+        return aliases
 
     def _registered_model(self, category: str) -> Mapping[str, str]:
         """The aliases of the category's registered model, which is created if need be."""
@@ -235,24 +251,8 @@ class Registry:
                 raise
             return existing.experiment_id
 
-    def _all_aliases(self) -> dict[str, dict[str, int]]:
-        """Category -> alias -> version, for every category: one request a thousand of them."""
-        aliases: dict[str, dict[str, int]] = {}
-        token: str | None = None
-        with self._requests():
-            while token != "":
-                page = self._client.search_registered_models(
-                    f"name LIKE '{_PREFIX}%'", max_results=_PAGE, page_token=token
-                )
-                for model in page:
-                    aliases[model.name.removeprefix(_PREFIX)] = {
-                        alias: int(version) for alias, version in model.aliases.items()
-                    }
-                token = page.token or ""
-        return aliases
-
     def _what_exists(self, category: str, reference: str) -> str:
-        known = self._all_aliases()
+        known = self.aliases()
         if category not in known:
             return (
                 f"the registry at {self.address} has no category {category!r}; "
