@@ -2,6 +2,8 @@
 
 import io
 import random
+import struct
+import zlib
 from functools import lru_cache
 
 from PIL import Image
@@ -52,3 +54,18 @@ def mutated(seed: int) -> bytes:
         if not data:
             break
     return bytes(data)
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A PNG file of a few bytes whose header promises any number of pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )

@@ -3,8 +3,6 @@
 import asyncio
 import base64
 import io
-import struct
-import zlib
 from typing import Any
 
 import httpx
@@ -21,7 +19,7 @@ from serving.ingress import create_api
 from serving.inspector import Inspector
 from serving.orders import Order, StoredVersion
 from serving.settings import Auth, Batching, HttpLimits
-from tests.mutations import mutated
+from tests.mutations import mutated, png_that_claims
 
 LIMITS = HttpLimits(max_bytes=2_000_000, max_pixels=4_000_000, timeout_s=20)
 EXPECTED = {200, 400, 408, 413, 415, 422, 429, 503}
@@ -53,21 +51,6 @@ def saved(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG file of a few bytes whose header promises any number of pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(1000))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
 
 
 GRAY16 = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
