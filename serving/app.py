@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
+from apt_ray.errors import AptError
 from serving.access import Access
 from serving.cache import Cache
 from serving.controller import WAIT_S, Controller, RegistrySource
@@ -51,6 +53,8 @@ class PoolArgs(Settings):
 class RootArgs(Settings):
     """All that the root application is built from."""
 
+    registry_address: str
+    registry: RegistrySettings
     http: HttpLimits
 
 
@@ -141,9 +145,9 @@ class RootReplica:
     async def __init__(self, args: RootArgs) -> None:  # type: ignore[misc]
         access = Access(Auth())
         control = _RemoteControl()
-        pools = Pools(_RemotePool, access)
+        pools = Pools(_RemotePool, access, Cache(args.registry.cache, args.registry_address))
         # Not ready before it knows who may ask.
-        await asyncio.wait_for(_first_routes(pools, control), _PATIENCE_S)
+        await pools.start(control, patience_s=_PATIENCE_S)
         self._following = asyncio.create_task(pools.follow_forever(control))
         self._api = create_root_api(
             pools,
@@ -214,7 +218,12 @@ class _RemoteController:
         return orders
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
-        stored: StoredVersion = await controller_handle().fetch.remote(category, version)
+        try:
+            stored: StoredVersion = await controller_handle().fetch.remote(category, version)
+        except RayTaskError as error:
+            if isinstance(error.cause, AptError):
+                raise error.cause from None  # without the traceback of another process
+            raise
         return stored
 
 
@@ -257,12 +266,3 @@ class _RemotePool:
     async def describe(self, category: str) -> CategoryReport | Refusal:
         answer: CategoryReport | Refusal = await self._handle.describe.remote(category)
         return answer
-
-
-async def _first_routes(pools: Pools, control: _RemoteControl) -> None:
-    while True:
-        try:
-            pools.follow(await control.routes(""))
-            return
-        except Exception:
-            await asyncio.sleep(0.2)

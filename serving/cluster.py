@@ -102,8 +102,9 @@ class Cluster:
         except RuntimeError as error:
             raise FleetError(f"Serve refuses the fleet's configuration: {error}") from error
 
+    @staticmethod
     @contextmanager
-    def claimed(self, revision: int) -> Iterator[None]:
+    def claimed(revision: int) -> Iterator[None]:
         """Be the one deploy that makes this revision; FleetError if another one already does.
 
         If the block raises, the claim is given up. That of a process that died is void after some

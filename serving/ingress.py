@@ -138,7 +138,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
 
         async def answer(data: bytes) -> Inspected:
             return await _in_time(
-                service, category, data, "overlay" if wants_overlay else picture, seconds, received
+                service, category, data, "overlay" if wants_overlay else picture, seconds, started
             )
 
         try:

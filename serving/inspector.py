@@ -43,12 +43,10 @@ from serving.metrics import Meter
 from serving.orders import Order, StoredVersion
 from serving.problems import ProblemError
 from serving.prompts import ServedCategory, build, self_test
-from serving.settings import Batching
+from serving.settings import QUEUES_OF_SHARED_POOL, Batching
 
 # Decoding is memory-bound: more threads than this gain nothing and multiply the pixels in flight.
 _DECODERS = 2
-# A shared pool queues this many times what one category may: several busy ones, not all at once.
-QUEUES_OF_SHARED_POOL = 4
 _SMOOTHING = 0.2
 
 

@@ -19,7 +19,7 @@ from serving.app import (
 )
 from serving.cluster import Capacity
 from serving.orders import Plan
-from serving.settings import Autoscaling, CategoryEntry, Fleet, PoolSettings
+from serving.settings import QUEUES_OF_SHARED_POOL, Autoscaling, CategoryEntry, Fleet, PoolSettings
 
 IMPORT_PATH = "serving.app:"
 # Serve's own limit is for what the replicas' limit cannot see: a request that reaches none of them.
@@ -27,8 +27,6 @@ _PROXY_GRACE_S = 15
 _RETRY_AFTER_S = 1
 # Replicas and the root wait at the controller; each is one ongoing request.
 _MAX_WAITING = 10_000
-# A shared pool may be asked for this many times what one category may have waiting.
-_CATEGORIES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +175,9 @@ def serve_config(
         "name": ROOT,
         "route_prefix": "/",
         "import_path": f"{IMPORT_PATH}build_root",
-        "args": RootArgs(http=fleet.http).model_dump(mode="json"),
+        "args": RootArgs(
+            registry_address=tracking_uri, registry=fleet.registry, http=fleet.http
+        ).model_dump(mode="json"),
         "deployments": [
             {
                 "name": ROOT_DEPLOYMENT,
@@ -205,7 +205,7 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
     num_gpus = settings.num_gpus if gpus else 0
     # A replica takes twice what it queues, so that it can refuse the rest itself, with a better
     # explanation than the proxy's.
-    ongoing = 2 * settings.max_queue * (_CATEGORIES_AT_ONCE if pool.is_shared else 1)
+    ongoing = 2 * settings.max_queue * (QUEUES_OF_SHARED_POOL if pool.is_shared else 1)
     return {
         "name": pool_application(pool.name),
         "route_prefix": None if pool.is_shared else f"/v1/{pool.name}",

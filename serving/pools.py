@@ -1,6 +1,7 @@
 """The root's side of the pools: it hands images to them by handle, and knows who has what."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,13 +14,16 @@ from ray.serve.exceptions import (
     RayServeException,
 )
 
-from apt_ray.errors import ImageError
+from apt_ray.errors import FleetError, ImageError
 from serving import problems
 from serving.access import Access
+from serving.cache import Cache
 from serving.logs import logger
 from serving.messages import CategoryReport, Inspected, Picture, Service
 from serving.orders import FleetStatus, Routes
 from serving.problems import Problem, ProblemError
+
+_WITH_CACHE_S = 5.0
 
 Answer = TypeVar("Answer")
 
@@ -60,9 +64,16 @@ class Pools:
     Args:
         handle: gives the handle of a pool.
         access: gets the tokens that come with the routes.
+        cache: has the last routes; None to keep none.
     """
 
-    def __init__(self, handle: Callable[[str], PoolHandle], access: Access) -> None:
+    def __init__(
+        self,
+        handle: Callable[[str], PoolHandle],
+        access: Access,
+        cache: Cache | None = None,
+    ) -> None:
+        self._cache = cache
         self._handle = lru_cache(maxsize=None)(handle)
         self._access = access
         self._routes = Routes()
@@ -76,11 +87,37 @@ class Pools:
         self._access.allow(routes.auth)
         self._routes = routes
 
+    async def start(self, control: Control, *, patience_s: float) -> None:
+        """Return once there are routes, those of the cache if the controller gives none.
+
+        Raises FleetError if there are neither within `patience_s`.
+        """
+        cached = self._cache and await asyncio.to_thread(self._cache.recall, "routes", Routes)
+        deadline = time.monotonic() + (_WITH_CACHE_S if cached else patience_s)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                await self._learn(await asyncio.wait_for(control.routes(""), left))
+                return
+            except Exception as error:
+                logger.warning("the controller does not answer: %r", error)
+                await asyncio.sleep(0.2)
+        if not cached:
+            raise FleetError(
+                "the fleet's controller does not answer: look at its application in Ray's dashboard"
+            )
+        self.follow(cached)
+
+    async def _learn(self, routes: Routes) -> None:
+        changed = routes != self._routes
+        self.follow(routes)
+        if self._cache and changed:
+            await asyncio.to_thread(self._cache.remember, "routes", routes)
+
     async def follow_forever(self, control: Control) -> None:
         """Keep the routes at what the controller says; ends only by being cancelled."""
         while True:
             try:
-                self.follow(await control.routes(self._routes.etag))
+                await self._learn(await control.routes(self._routes.etag))
             except Exception as error:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(1)

@@ -15,6 +15,9 @@ from serving.interest import mask_png
 CategoryName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 PoolName = CategoryName
 
+QUEUES_OF_SHARED_POOL = 4
+"""A shared pool queues so many times what one category may: several busy ones, not all at once."""
+
 
 class Autoscaling(Settings):
     """Bounds and pace of one pool's replicas; the names are those of Ray Serve."""

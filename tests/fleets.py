@@ -45,9 +45,11 @@ class Deployed:
             check=False,
         )
 
-    def deploy(self, fleet: Mapping[str, object]) -> "subprocess.CompletedProcess[str]":
+    def deploy(
+        self, fleet: Mapping[str, object], *, poll_s: float = 1
+    ) -> "subprocess.CompletedProcess[str]":
         path = self.folder / "fleet.yaml"
-        registry = {"poll_s": 1, "cache": str(self.folder / "cache")}
+        registry = {"poll_s": poll_s, "cache": str(self.folder / "cache")}
         path.write_text(json.dumps({"registry": registry, **fleet}))
         return self.run("deploy", str(path), "--http-port", str(self.port))
 

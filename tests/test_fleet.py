@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from apt_ray.errors import FleetError
 from serving import fleet as command
 from serving.app import PoolArgs
-from serving.cluster import Capacity
+from serving.cluster import Capacity, Cluster
 from serving.interest import mask_of_png
 from serving.orders import Plan
 from serving.plan import (
@@ -281,3 +281,17 @@ def test_an_absent_cluster_is_reported_at_once(
     address = f"127.0.0.1:{closed_port}"
     assert command.main([*arguments, "--ray-address", address]) == 1
     assert "ray start --head" in capsys.readouterr().err
+
+
+def test_of_two_deploys_at_once_one_is_told(ray_local: None) -> None:
+    with Cluster.claimed(7):
+        with pytest.raises(FleetError, match="another deploy makes revision 7"), Cluster.claimed(7):
+            pass
+        with Cluster.claimed(8):
+            pass
+    with pytest.raises(FleetError, match="another deploy"), Cluster.claimed(7):
+        pass  # done is done: whoever comes late looks at what is deployed, and claims the next
+    with pytest.raises(KeyError), Cluster.claimed(9):
+        raise KeyError
+    with Cluster.claimed(9):
+        pass  # the first gave up

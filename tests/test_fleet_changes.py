@@ -10,12 +10,14 @@ import pytest
 from apt_ray.data.folders import Category
 from apt_ray.local_stack import LocalStack, free_ports
 from apt_ray.prompt_set import PromptSet
+from serving.webhooks import SECRET_VARIABLE
 from tests.fleets import Deployed, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 POOLS = {"pools": {"tail": {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}}}
 ONE = {"autoscaling": {"max_replicas": 1}}
+SECRET = "known to MLflow and the fleet"
 PER_SECOND = float(os.environ.get("APT_RAY_TEST_RATE", "20"))
 
 
@@ -23,7 +25,14 @@ PER_SECOND = float(os.environ.get("APT_RAY_TEST_RATE", "20"))
 def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) -> Iterator[Deployed]:
     """A category with a pool of its own and one in a shared pool of two replicas."""
     folder = tmp_path_factory.mktemp("changes")
-    stack = LocalStack(folder / "stack")
+    stack = LocalStack(
+        folder / "stack",
+        ray_env={SECRET_VARIABLE: SECRET},
+        mlflow_env={
+            "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+            "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        },
+    )
     stack.start()
     try:
         fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder)
@@ -99,3 +108,23 @@ def test_killed_processes_take_only_what_they_held(deployed: Deployed, picture: 
         )
         assert twice == []
         assert len(once) <= (0 if application == "controller" else 8)
+
+
+def test_a_webhook_spares_the_wait_for_the_next_poll(
+    deployed: Deployed, prompt_set: PromptSet, picture: bytes
+) -> None:
+    tail = {"pool": "tail"}
+    fleet = POOLS | {"categories": {"blister": tail, "washer": tail}}
+    done = deployed.deploy(fleet, poll_s=600)
+    assert done.returncode == 0, done.stderr
+    events = ["model_version_alias.created", "model_version_alias.deleted"]
+    deployed.registry._client.create_webhook(
+        "fleet", f"{deployed.url}/webhooks/mlflow", events, secret=SECRET
+    )
+    version = deployed.inspect("washer", picture)["version"]
+    with Load(deployed.url, ["washer"], picture, per_second=4) as load:
+        deployed.promote("washer", 3 - version)
+        followed = load.wait_for("washer", 3 - version, timeout_s=60)
+    print(f"\nfollowed a webhook after {followed:.1f} s")
+    assert followed < 3
+    assert load.failed() == []

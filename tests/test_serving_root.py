@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,13 +16,16 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
 from apt_ray.data.folders import Category
+from apt_ray.errors import FleetError
 from apt_ray.prompt_set import PromptSet
 from serving.access import Access
+from serving.cache import Cache
 from serving.ingress import create_api
 from serving.inspector import Inspector
 from serving.messages import CategoryReport, Inspected, Picture
 from serving.orders import CategoryStatus, FleetStatus, Order, Routes, StoredVersion
 from serving.pools import Answering, Pools, Refusal
+from serving.problems import ProblemError
 from serving.root import create_root_api
 from serving.settings import Auth, Batching, HttpLimits
 
@@ -167,6 +171,31 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) > 0
     assert ask(root_of(Failing()), "GET", "/v1/blister").status_code == 503
+
+
+def test_the_root_starts_without_the_controller_from_its_cache(tmp_path: Path) -> None:
+    class Routing(Control):
+        async def routes(self, known: str) -> Routes:
+            if self.away:
+                raise RayServeException("the controller has ended")
+            return Routes(pools={"nut": ("tail",)}, auth=AUTH)
+
+    def pools(folder: Path) -> tuple[Pools, Access]:
+        access = Access(Auth())
+        return Pools(lambda pool: Answering(None), access, Cache(str(folder), "r")), access  # type: ignore[arg-type]
+
+    control = Routing()
+    first, _ = pools(tmp_path)
+    asyncio.run(first.start(control, patience_s=5))
+    control.away = True
+    second, access = pools(tmp_path)
+    asyncio.run(second.start(control, patience_s=60))
+    assert second.categories == ["nut"]
+    with pytest.raises(ProblemError, match="no token"):
+        access.check(None, "inspect")
+    third, _ = pools(tmp_path / "nothing")
+    with pytest.raises(FleetError, match="controller does not answer"):
+        asyncio.run(third.start(control, patience_s=0.1))
 
 
 def test_the_root_lists_and_explains(tail: Inspector) -> None:
