@@ -67,7 +67,9 @@ def fleet(
     from apt_ray.registry import Registry
 
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="apt-bench-") as private:
-        stack = LocalStack(folder / "stack", ray_env=_haproxy(Path(private)) if haproxy else {})
+        # Ray makes its workers nice by default; the bare side is not, and both share the machine.
+        ray_env = {"RAY_worker_niceness": "0"} | (_haproxy(Path(private)) if haproxy else {})
+        stack = LocalStack(folder / "stack", ray_env=ray_env)
         stack.start()
         try:
             registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])

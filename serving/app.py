@@ -35,7 +35,7 @@ ROOT = "root"
 CONTROLLER = "controller"
 # A replica that cannot start now will not start in a minute: say so instead of trying on.
 _CONSTRUCTOR_RETRIES = 2
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0
 
 
 class PoolArgs(Settings):
