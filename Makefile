@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-slow lint format clean
+.PHONY: help demo up down test test-slow fuzz lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,9 @@ test: $(READY) ## Run the tests (PYTEST_ARGS="-k name" and the like)
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+fuzz: $(READY) ## Decode 100,000 damaged image files (FUZZ_ARGS="--images 1000")
+	$(BIN)/python -m benchmarks.fuzz $(FUZZ_ARGS)
 
 lint: $(READY) ## Check style, types and the rules of who imports whom
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
@@ -79,13 +80,21 @@ def score_features(
     memory: ReferenceMemory,
     reference_weight: float,
     cls_weight: float,
+    interest_HW: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Anomaly maps `(B, input_size, input_size)` and anomaly scores `(B,)`, both in 0..1."""
+    """Anomaly maps `(B, input_size, input_size)` and anomaly scores `(B,)`, both in 0..1.
+
+    The maps are 0 outside of `interest_HW`, where it is given. The score is the mean over the same
+    number of pixels with it as without: it can only become lower, so whatever a threshold promises
+    about good parts still holds.
+    """
     constants = backbone.constants
     p_prompt_BN = anomalous_probability(features.tokens_BNE, text_PE, constants)
     p_ref_BN = reference_probability(memory.distance(features), constants)
     p_BN = fuse(p_prompt_BN, p_ref_BN, reference_weight)
     maps_BHW = anomaly_maps(p_BN, backbone.grid, backbone.input_size)
+    if interest_HW is not None:
+        maps_BHW = maps_BHW * interest_HW
     p_cls_B = anomalous_probability(features.cls_BE, text_PE, constants)
     scores_B = (1 - cls_weight) * top_mean(maps_BHW.flatten(1)) + cls_weight * p_cls_B
     return maps_BHW, scores_B
@@ -94,11 +103,23 @@ def score_features(
 class Detector:
     """A backbone and a prompt set that belong together, ready to inspect images.
 
-    Attributes:
+    Args:
         backbone, prompt_set: the two.
+        region_of_interest: `(H, W)` bool of any size, stretched over every image; where it is
+            False nothing counts.
+
+    Raises:
+        PromptSetError: They do not belong together, or the score looks at the whole image
+            (`cls_weight`), which no region of interest can be cut out of.
     """
 
-    def __init__(self, backbone: FrozenCLIP, prompt_set: PromptSet) -> None:
+    def __init__(
+        self,
+        backbone: FrozenCLIP,
+        prompt_set: PromptSet,
+        *,
+        region_of_interest: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         if prompt_set.fingerprint != backbone.fingerprint:
             raise PromptSetError(
                 f"the prompt set of {prompt_set.category} was fitted to another backbone"
@@ -106,8 +127,19 @@ class Detector:
                 f" loaded ({backbone.spec.name}, {backbone.fingerprint}): load the backbone that it"
                 f" names, or fit it again"
             )
+        if region_of_interest is not None and prompt_set.settings.cls_weight > 0:
+            raise PromptSetError(
+                f"the prompt set of {prompt_set.category} scores the whole image (cls_weight"
+                f" {prompt_set.settings.cls_weight:g}): fit it with cls_weight 0, or use no region"
+                f" of interest"
+            )
         self.backbone = backbone
         self.prompt_set = prompt_set
+        self._interest_HW = (
+            None
+            if region_of_interest is None
+            else _stretch(region_of_interest, backbone.input_size).to(backbone.device)
+        )
         self._text_PE = prompt_set.text_features.to(backbone.device)
         self._memory = prompt_set.memory.to(backbone.device)
 
@@ -116,9 +148,28 @@ class Detector:
         features = self.backbone.encode_images(self.backbone.preprocess(images))
         maps_BHW, scores_B = self.score(features)
         return [
-            self._conclude(resize_map(map_HW, image.size).numpy(), score)
+            self.conclude(map_HW, score, image.size)
             for image, map_HW, score in zip(images, maps_BHW.cpu(), scores_B.tolist(), strict=True)
         ]
+
+    def conclude(self, map_SS: torch.Tensor, score: float, size: tuple[int, int]) -> Inspection:
+        """What a map and a score of `score`, on the CPU, mean for an image of (width, height)."""
+        map_HW: npt.NDArray[np.float32] = resize_map(map_SS, size).numpy()
+        threshold = self.prompt_set.threshold
+        is_anomalous = score > threshold.value
+        return Inspection(
+            anomaly_map=map_HW,
+            anomaly_score=score,
+            threshold=threshold.value,
+            is_anomalous=is_anomalous,
+            p_value=threshold.p_value(score),
+            regions=find_regions(map_HW, threshold.value) if is_anomalous else (),
+        )
+
+    def probe_score(self) -> float:
+        """The anomaly score of a fixed picture, drawn by formula; it tells damage from health."""
+        (inspection,) = self.inspect([_probe_picture(self.backbone.input_size)])
+        return inspection.anomaly_score
 
     @torch.no_grad()
     def score(
@@ -138,19 +189,23 @@ class Detector:
                 settings.reference_weight if reference_weight is None else reference_weight
             ),
             cls_weight=settings.cls_weight,
+            interest_HW=self._interest_HW,
         )
 
-    def _conclude(self, map_HW: npt.NDArray[np.float32], score: float) -> Inspection:
-        threshold = self.prompt_set.threshold
-        is_anomalous = score > threshold.value
-        return Inspection(
-            anomaly_map=map_HW,
-            anomaly_score=score,
-            threshold=threshold.value,
-            is_anomalous=is_anomalous,
-            p_value=threshold.p_value(score),
-            regions=find_regions(map_HW, threshold.value) if is_anomalous else (),
-        )
+
+def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:
+    """A mask `(size, size)`, float32 0 or 1; a pixel that is partly inside is inside."""
+    mask_11HW = torch.from_numpy(mask_HW.astype(np.float32))[None, None]
+    return F.adaptive_max_pool2d(mask_11HW, size)[0, 0]
+
+
+def _probe_picture(size: int) -> Image.Image:
+    """Waves of three lengths and directions, one a channel: every patch differs from the others."""
+    y_HW, x_HW = np.mgrid[0:size, 0:size] / size
+    waves_3HW = np.sin(
+        2 * np.pi * np.stack([3 * x_HW + y_HW, 7 * y_HW - 2 * x_HW, 17 * (x_HW + y_HW)])
+    )
+    return Image.fromarray(np.rint(127.5 * (1 + waves_3HW)).astype(np.uint8).transpose(1, 2, 0))
 
 
 def find_regions(map_HW: npt.NDArray[np.float32], threshold: float) -> tuple[Region, ...]:

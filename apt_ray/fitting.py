@@ -1,6 +1,7 @@
 """fit: from a handful of good pictures to a prompt set."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from apt_ray.bank import SupportBank, encode_support
 from apt_ray.calibration import Threshold, calibrate, estimate
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import support_hash
-from apt_ray.detector import score_features
+from apt_ray.detector import Detector, score_features
 from apt_ray.errors import DataError
 from apt_ray.images import read_image
 from apt_ray.prompt_set import PromptSet, Provenance
@@ -124,7 +125,7 @@ def fit(
         copy_scores = scores(backbone.encode_in_batches(copies), text_TPE[0], memory)
         threshold = estimate(copy_scores, "copies of the support image")
 
-    return PromptSet(
+    fitted = PromptSet(
         provenance=Provenance(
             library_version=version("apt-ray"),
             category=category,
@@ -143,3 +144,6 @@ def fit(
         meta_features=trainer.meta_T2E[0].cpu(),
         memory=memory,
     )
+    probe_score = Detector(backbone, fitted).probe_score()
+    provenance = fitted.provenance.model_copy(update={"probe_score": probe_score})
+    return replace(fitted, provenance=provenance)

@@ -116,12 +116,21 @@ class Server:
 class LocalStack:
     """The servers of one folder, which holds their state, logs, token, database and artifacts.
 
+    `ray_env` and `mlflow_env` are further variables of the two servers, and of what Ray starts.
     `environment` is what their clients need: Ray's addresses and token, MLflow's address. It also
     lies in the file `env` of the folder, to be sourced by a shell.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        ray_env: Mapping[str, str] = {},
+        mlflow_env: Mapping[str, str] = {},
+    ) -> None:
         self.folder = folder.absolute()
+        self._ray_env = ray_env
+        self._mlflow_env = mlflow_env
         self.servers: list[Server] = []
         self.environment: dict[str, str] = {}
         # Ray puts sockets under its folder, and the path of a socket is short (about 100 bytes).
@@ -152,7 +161,11 @@ class LocalStack:
             "".join(f"export {name}={shlex.quote(v)}\n" for name, v in self.environment.items())
         )
         try:
-            self.servers.append(launch_mlflow(self.folder / "mlflow", port=mlflow_port))
+            self.servers.append(
+                launch_mlflow(
+                    self.folder / "mlflow", port=mlflow_port, environment=self._mlflow_env
+                )
+            )
             self._save()
             self.servers.append(self._launch_ray(gcs_port, dashboard_port, agent_port, client_port))
             self._save()
@@ -209,7 +222,7 @@ class LocalStack:
             command,
             url=f"http://{HOST}:{dashboard_port}",
             log=self.folder / "logs" / "ray.log",
-            env=_server_environment() | env,
+            env=_server_environment() | env | dict(self._ray_env),
         )
 
     @property

@@ -46,6 +46,10 @@ class Provenance(Settings):
     created: str = Field(description="Time of the fit, ISO 8601 in UTC.")
     threshold: Threshold
     metrics: dict[str, float] = Field(default_factory=dict)
+    probe_score: float | None = Field(
+        default=None,
+        description="`Detector.probe_score` when it was fitted: what must come out again.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

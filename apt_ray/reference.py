@@ -20,10 +20,6 @@ class ReferenceMemory:
 
     def __init__(self, layers: Mapping[int, torch.Tensor]) -> None:
         self.layers = {layer: tokens_MD.half() for layer, tokens_MD in layers.items()}
-        # Multiplied in float32, which is what CPUs are fast at.
-        self._transposed = {
-            layer: tokens_MD.float().T.contiguous() for layer, tokens_MD in self.layers.items()
-        }
 
     @classmethod
     def of(cls, support: ImageFeatures, size: int | None = None) -> "ReferenceMemory":
@@ -39,9 +35,11 @@ class ReferenceMemory:
 
     def distance(self, features: ImageFeatures) -> torch.Tensor:
         """Cosine distance to the nearest patch, `(B, N)` in 0..2, mean over the layers."""
+        # Multiplied in float32, which is what CPUs are fast at; kept in float16, because a replica
+        # holds the memories of a thousand categories.
         return torch.stack(
             [
-                1 - (tokens_BND @ self._transposed[layer]).amax(-1)
+                1 - (tokens_BND @ self.layers[layer].float().T).amax(-1)
                 for layer, tokens_BND in features.layers.items()
             ]
         ).mean(0)

@@ -1,89 +1,268 @@
-"""The builders of the fleet's Serve applications: `serving.app:build_category` and `:build_root`.
+"""The builders of the fleet's Serve applications: a pool, the root, the controller.
 
 Serve calls them with the `args` of its configuration. What is expensive happens in the replicas,
-when Serve calls the inner functions there.
+when Serve makes one of the classes here; torch and MLflow are imported only there.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+import asyncio
+import os
+from functools import lru_cache
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
+from apt_ray.errors import AptError
+from serving.access import Access
+from serving.cache import Cache
+from serving.controller import WAIT_S, Controller, RegistrySource
 from serving.ingress import create_api
+from serving.messages import CategoryReport, Inspected, Picture
+from serving.orders import FleetStatus, Orders, Plan, ReplicaReport, Routes, StoredVersion
+from serving.pools import Answering, Pools, Refusal
 from serving.root import create_root_api
-from serving.settings import Auth, Batching, CategoryName, Decision, HttpLimits
+from serving.settings import Auth, Batching, HttpLimits, PoolName, RegistrySettings
+from serving.webhooks import SECRET_VARIABLE
 
-CATEGORY_DEPLOYMENT = "Inspector"
+POOL_DEPLOYMENT = "Pool"
 ROOT_DEPLOYMENT = "Root"
+CONTROLLER_DEPLOYMENT = "Controller"
 ROOT = "root"
-# A prompt set that cannot be loaded now will not load in a minute: say so instead of trying on.
+CONTROLLER = "controller"
+# A replica that cannot start now will not start in a minute: say so instead of trying on.
 _CONSTRUCTOR_RETRIES = 2
+_PATIENCE_S = 120.0
 
 
-class CategoryArgs(Settings):
-    """All that the application of one category is built from."""
+class PoolArgs(Settings):
+    """All that the application of a pool is built from; its categories come from the controller."""
 
-    category: CategoryName
-    version: int
-    tracking_uri: str
-    decision: Decision
+    pool: PoolName
+    shared: bool
+    registry_address: str
+    registry: RegistrySettings
     device: Literal["cpu", "cuda"]
     batching: Batching
     http: HttpLimits
-    auth: Auth
 
 
 class RootArgs(Settings):
     """All that the root application is built from."""
 
-    categories: tuple[CategoryName, ...]
+    registry_address: str
+    registry: RegistrySettings
     http: HttpLimits
-    auth: Auth
 
 
-def application_name(category: str) -> str:
-    """The Serve application of a category."""
-    return f"category-{category}"
+class ControllerArgs(Settings):
+    """All that the controller is built from; the fleet's plan is its user_config."""
+
+    tracking_uri: str
+    registry: RegistrySettings
 
 
-def build_category(args: CategoryArgs) -> Application:
-    """A pool of one category: every replica is inspector and HTTP server in one."""
+def pool_application(pool: str) -> str:
+    """The Serve application of a pool."""
+    return f"pool-{pool}"
 
-    def build_api() -> FastAPI:
-        from serving.inspector import Inspector  # torch and MLflow: for replicas only
 
-        inspector = Inspector.load(
-            args.category,
-            str(args.version),
-            tracking_uri=args.tracking_uri,
-            decision=args.decision,
-            device=args.device,
-            limits=args.http.image,
-            batching=args.batching,
-        )
-        return create_api(inspector, http=args.http, auth=args.auth)
+@lru_cache(maxsize=1)
+def controller_handle() -> "DeploymentHandle[Any]":
+    """The controller, for whoever is connected to the cluster."""
+    return serve.get_deployment_handle(CONTROLLER_DEPLOYMENT, CONTROLLER)
 
+
+def build_pool(args: PoolArgs) -> Application:
+    """A pool: every replica is inspector and HTTP server in one, and answers by handle as well."""
     deployment = serve.deployment(
-        name=CATEGORY_DEPLOYMENT, max_constructor_retry_count=_CONSTRUCTOR_RETRIES
+        name=POOL_DEPLOYMENT, max_constructor_retry_count=_CONSTRUCTOR_RETRIES
     )
-    return deployment(serve.ingress(build_api)()).bind()
+    return deployment(serve.ingress()(PoolReplica)).bind(args)
 
 
 def build_root(args: RootArgs) -> Application:
-    """The fleet's front page, lists and health."""
+    """The fleet's front page, lists, health, and the way to the shared pools."""
+    return serve.deployment(name=ROOT_DEPLOYMENT)(serve.ingress()(RootReplica)).bind(args)
 
-    def statuses() -> Mapping[str, str]:
-        applications = serve.status().applications
-        return {
-            category: applications[name].status.value
-            for category in args.categories
-            if (name := application_name(category)) in applications
-        }
 
-    def build_api() -> FastAPI:
-        return create_root_api(args.categories, statuses, http=args.http, auth=args.auth)
+def build_controller(args: ControllerArgs) -> Application:
+    """Decides who serves what."""
+    return serve.deployment(name=CONTROLLER_DEPLOYMENT)(ControllerReplica).bind(args)
 
-    return serve.deployment(name=ROOT_DEPLOYMENT)(serve.ingress(build_api)()).bind()
+
+class PoolReplica:
+    """One replica of a pool."""
+
+    async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        from serving.follower import Follower  # with torch: for these replicas only
+        from serving.inspector import Inspector
+        from serving.metrics import Meter
+
+        self._args = args
+        self._access = Access(Auth())
+        self._inspector = Inspector(
+            limits=args.http.image,
+            batching=args.batching,
+            device=args.device,
+            shared=args.shared,
+            meter=Meter(),
+        )
+        self._answering = Answering(self._inspector)
+        follower = Follower(
+            args.pool,
+            _RemoteController(args.pool, serve.get_replica_context().replica_id.unique_id),
+            cache=Cache(args.registry.cache, args.registry_address),
+            inspector=self._inspector,
+            access=self._access,
+            wait_s=WAIT_S,
+        )
+        await follower.start(patience_s=_PATIENCE_S)
+        self._following = asyncio.create_task(follower.follow_forever())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self._inspector, http=self._args.http, access=self._access)
+
+    async def inspect(
+        self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+    ) -> Inspected | Refusal:
+        return await self._answering.inspect(category, data, picture, timeout_s)
+
+    async def describe(self, category: str) -> CategoryReport | Refusal:
+        return await self._answering.describe(category)
+
+    def check_health(self) -> None:
+        if self._following.done():
+            raise RuntimeError("this replica no longer follows the controller")
+
+
+class RootReplica:
+    """One replica of the root."""
+
+    async def __init__(self, args: RootArgs) -> None:  # type: ignore[misc]
+        access = Access(Auth())
+        control = _RemoteControl()
+        pools = Pools(_RemotePool, access, Cache(args.registry.cache, args.registry_address))
+        # Not ready before it knows who may ask.
+        await pools.start(control, patience_s=_PATIENCE_S)
+        self._following = asyncio.create_task(pools.follow_forever(control))
+        self._api = create_root_api(
+            pools,
+            control,
+            http=args.http,
+            access=access,
+            webhook_secret=os.environ.get(SECRET_VARIABLE, ""),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._api
+
+    def check_health(self) -> None:
+        if self._following.done():
+            raise RuntimeError("this replica no longer follows the controller")
+
+
+class ControllerReplica:
+    """The controller as a Serve deployment."""
+
+    def __init__(self, args: ControllerArgs) -> None:
+        self._controller = Controller(
+            RegistrySource(args.tracking_uri),
+            Cache(args.registry.cache, args.tracking_uri),
+            poll_s=args.registry.poll_s,
+        )
+        self._polling: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        await self._controller.plan(Plan.parse(config))
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._controller.poll_forever())
+
+    async def follow(self, pool: str, replica: str, report: ReplicaReport, wait_s: float) -> Orders:
+        return await self._controller.follow(pool, replica, report, wait_s=wait_s)
+
+    async def routes(self, known: str) -> Routes:
+        return await self._controller.routes(known)
+
+    async def fetch(self, category: str, version: int) -> StoredVersion:
+        return await self._controller.fetch(category, version)
+
+    async def status(self) -> FleetStatus:
+        return await self._controller.status()
+
+    async def audit_lines(self) -> list[dict[str, object]]:
+        return await self._controller.audit_lines()
+
+    async def wake(self, reason: str) -> None:
+        await self._controller.wake(reason)
+
+    def check_health(self) -> None:
+        if self._polling is not None and self._polling.done():
+            raise RuntimeError("the controller no longer polls the registry")
+
+
+class _RemoteController:
+    """The controller as a replica of a pool reaches it."""
+
+    def __init__(self, pool: str, replica: str) -> None:
+        self._pool = pool
+        self._replica = replica
+
+    async def follow(self, report: ReplicaReport, *, wait_s: float) -> Orders:
+        orders: Orders = await controller_handle().follow.remote(
+            self._pool, self._replica, report, wait_s
+        )
+        return orders
+
+    async def fetch(self, category: str, version: int) -> StoredVersion:
+        try:
+            stored: StoredVersion = await controller_handle().fetch.remote(category, version)
+        except RayTaskError as error:
+            if isinstance(error.cause, AptError):
+                raise error.cause from None  # without the traceback of another process
+            raise
+        return stored
+
+
+class _RemoteControl:
+    """The controller as the root reaches it."""
+
+    async def routes(self, known: str) -> Routes:
+        routes: Routes = await controller_handle().routes.remote(known)
+        return routes
+
+    async def status(self) -> FleetStatus:
+        status: FleetStatus = await controller_handle().status.remote()
+        return status
+
+    async def audit_lines(self) -> list[dict[str, object]]:
+        lines: list[dict[str, object]] = await controller_handle().audit_lines.remote()
+        return lines
+
+    async def wake(self, reason: str) -> None:
+        await controller_handle().wake.remote(reason)
+
+
+class _RemotePool:
+    """A pool as the root reaches it."""
+
+    def __init__(self, pool: str) -> None:
+        self._handle = serve.get_deployment_handle(POOL_DEPLOYMENT, pool_application(pool))
+
+    async def inspect(
+        self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+    ) -> Inspected | Refusal:
+        response = self._handle.inspect.remote(category, data, picture, timeout_s)
+        try:
+            answer: Inspected | Refusal = await response
+        except asyncio.CancelledError:
+            response.cancel()  # type: ignore[no-untyped-call]  # the caller went away: no forward pass for it
+            raise
+        return answer
+
+    async def describe(self, category: str) -> CategoryReport | Refusal:
+        answer: CategoryReport | Refusal = await self._handle.describe.remote(category)
+        return answer

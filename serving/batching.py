@@ -2,6 +2,9 @@
 
 A lone item runs at once, and under load batches grow, without a set time to wait for others. Ray
 Serve's own `@serve.batch` closes its batches by the clock even while the model is busy.
+
+A batch takes one item of each key in turn, so that a flooded key delays the others by its share and
+no more.
 """
 
 import asyncio
@@ -18,14 +21,15 @@ class Batcher(Generic[Item, Result]):
     """Runs a function of a list on items that arrive one by one, one batch at a time.
 
     Args:
-        run: Takes a batch and returns a result for each of its items, in order.
+        run: Takes a batch and returns a result for each of its items, in order; an exception among
+            the results belongs to its item alone.
         executor: Where it runs.
         max_batch_size: Items of one batch at the most.
     """
 
     def __init__(
         self,
-        run: Callable[[list[Item]], list[Result]],
+        run: Callable[[list[Item]], list[Result | Exception]],
         *,
         executor: Executor,
         max_batch_size: int,
@@ -33,13 +37,14 @@ class Batcher(Generic[Item, Result]):
         self._run = run
         self._executor = executor
         self._max_batch_size = max_batch_size
-        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        # Keys in the order of their turns; none is empty.
+        self._waiting: dict[str, deque[tuple[Item, asyncio.Future[Result]]]] = {}
         self._worker: asyncio.Task[None] | None = None
 
-    async def submit(self, item: Item) -> Result:
+    async def submit(self, key: str, item: Item) -> Result:
         """The item's result; raises what its batch raised."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        self._waiting.setdefault(key, deque()).append((item, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await future
@@ -47,24 +52,30 @@ class Batcher(Generic[Item, Result]):
     async def _work(self) -> None:
         while batch := self._next_batch():
             items, futures = zip(*batch, strict=True)
+            results: list[Result | Exception]
             try:
                 results = await asyncio.get_running_loop().run_in_executor(
                     self._executor, self._run, list(items)
                 )
             except Exception as error:  # it belongs to those who wait for this batch
-                for future in futures:
-                    if not future.done():
-                        future.set_exception(error)
-            else:
-                for future, result in zip(futures, results, strict=True):
-                    if not future.done():
-                        future.set_result(result)
+                results = [error] * len(items)
+            for future, result in zip(futures, results, strict=True):
+                if future.done():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
 
     def _next_batch(self) -> list[tuple[Item, "asyncio.Future[Result]"]]:
         """The next items whose submitters still wait for them."""
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
         while self._waiting and len(batch) < self._max_batch_size:
-            item, future = self._waiting.popleft()
+            key = next(iter(self._waiting))
+            queue = self._waiting.pop(key)
+            item, future = queue.popleft()
+            if queue:
+                self._waiting[key] = queue  # behind the others
             if not future.done():
                 batch.append((item, future))
         return batch

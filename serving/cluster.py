@@ -3,17 +3,24 @@
 import logging
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.experimental import internal_kv
 from ray.serve.schema import ServeInstanceDetails
 
 from apt_ray.errors import FleetError
+from serving.app import controller_handle
+from serving.orders import FleetStatus
 
 _PROBE_S = 5
+_CLAIM = "apt-ray-fleet-revision-"
+_CLAIM_VALID_S = 120
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +102,42 @@ class Cluster:
         except RuntimeError as error:
             raise FleetError(f"Serve refuses the fleet's configuration: {error}") from error
 
+    @staticmethod
+    @contextmanager
+    def claimed(revision: int) -> Iterator[None]:
+        """Be the one deploy that makes this revision; FleetError if another one already does.
+
+        If the block raises, the claim is given up. That of a process that died is void after some
+        minutes.
+        """
+        key = f"{_CLAIM}{revision}".encode()
+        now = str(time.time()).encode()
+        if internal_kv._internal_kv_put(key, now, overwrite=False):
+            claimed_at = float(internal_kv._internal_kv_get(key) or 0)
+            if time.time() - claimed_at < _CLAIM_VALID_S:
+                raise FleetError(
+                    f"another deploy makes revision {revision} at this moment: wait for it, look at"
+                    " `python -m serving.fleet status`, and deploy again if it still is needed"
+                )
+            internal_kv._internal_kv_put(key, now, overwrite=True)
+        try:
+            yield
+        except BaseException:
+            internal_kv._internal_kv_del(key)
+            raise
+
+    def fleet_status(self) -> FleetStatus | None:
+        """What the fleet's controller says; None if it does not answer now."""
+        try:
+            status: FleetStatus = controller_handle().status.remote().result(timeout_s=_PROBE_S)
+            return status
+        except Exception:
+            return None
+
     def shut_down_serve(self) -> None:
         self._serve.delete_applications()  # type: ignore[no-untyped-call]
+        for key in internal_kv._internal_kv_list(_CLAIM):
+            internal_kv._internal_kv_del(key)  # revisions begin anew
 
 
 def _probe(address: str) -> None:

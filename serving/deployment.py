@@ -1,64 +1,34 @@
-"""From a fleet to what Serve runs: which versions, whether they fit, the wait until they serve."""
+"""Deploying a fleet: one at a time, growing before shrinking, waiting until it serves."""
 
-import ipaddress
+import copy
+import getpass
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
 
-from apt_ray.errors import FleetError
+from apt_ray.errors import FleetError, SettingsError
 from apt_ray.registry import Registry
-from serving.app import (
-    CATEGORY_DEPLOYMENT,
-    ROOT,
-    ROOT_DEPLOYMENT,
-    CategoryArgs,
-    RootArgs,
-    application_name,
+from serving.app import CONTROLLER, pool_application
+from serving.cluster import Cluster
+from serving.orders import CategoryStatus, FleetStatus, Plan
+from serving.plan import (
+    IMPORT_PATH,
+    HttpAddress,
+    check_capacity,
+    check_exposure,
+    pools_of,
+    serve_config,
 )
-from serving.cluster import Capacity, Cluster
 from serving.settings import CategoryEntry, Fleet
 
-_IMPORT_PATH = "serving.app:"
 _POLL_S = 0.5
-# Serve's own limit is for what the replicas' limit cannot see: a request that reaches none of them.
-_PROXY_GRACE_S = 15
-_RETRY_AFTER_S = 1
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServedCategory:
-    """A category that will be served, and by which version of its prompt set."""
-
-    name: str
-    version: int
-    entry: CategoryEntry
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HttpAddress:
-    """Where the fleet listens."""
-
-    host: str
-    port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    @property
-    def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+Config = dict[str, Any]
 
 
 def deploy(
@@ -70,34 +40,52 @@ def deploy(
     address: HttpAddress,
     timeout_s: float,
     progress: Progress,
-) -> list[ServedCategory]:
-    """Make the cluster serve exactly this fleet and wait until it does.
+) -> list[str]:
+    """Make the cluster serve exactly this fleet and wait until it does; its categories.
 
     Applications that do not change are left alone, those that the fleet no longer has are removed.
+    A category that moves to another pool is served by both until the new one is ready.
 
     Raises:
-        FleetError: The fleet must not or cannot be deployed so, or an application fails; what was
-            deployed is left in place, so that it can be looked at.
-        RegistryError: A version cannot be found.
+        FleetError: The fleet must not or cannot be deployed so, a category cannot be served, or
+            another deploy came first; what was deployed is left in place, so that it can be looked
+            at.
+        RegistryError: The registry does not answer.
     """
     check_exposure(fleet, address)
-    categories = resolve(fleet, registry)
+    entries = resolve(fleet, registry)
+    pools = pools_of(fleet, entries)
     capacity = cluster.capacity()
-    check_capacity(fleet, categories, capacity)
-    if fleet.defaults.num_gpus and not capacity.gpus:
+    check_capacity(pools, capacity)
+    if any(pool.settings.num_gpus for pool in pools) and not capacity.gpus:
         progress("the cluster has no GPU: replicas use CPUs only")
-    config = serve_config(
-        fleet, categories, tracking_uri=tracking_uri, address=address, gpus=capacity.gpus > 0
-    )
     details = cluster.serve_details()
     _check_owner(details)
+    before = _deployed_plan(details)
+    revision = before.revision + 1
+    config = serve_config(
+        fleet,
+        pools,
+        revision=revision,
+        deployed_by=f"{getpass.getuser()}@{socket.gethostname()}",
+        tracking_uri=tracking_uri,
+        address=address,
+        gpus=capacity.gpus > 0,
+    )
     _check_http(details, config["http_options"])
     for line in _changes(details, config):
         progress(line)
-    cluster.deploy(config)
-    names = [application["name"] for application in config["applications"]]
-    _wait(cluster, names, timeout_s=timeout_s, progress=progress)
-    return categories
+    waiting = _Waiting(cluster, revision, timeout_s=timeout_s, progress=progress)
+    moved = _moved(before, _plan(config))
+    first = _grown(details, before, config, moved) if moved else config
+    with cluster.claimed(revision):
+        cluster.deploy(first)
+    if moved:
+        progress(f"moving to other pools: {', '.join(moved)}")
+        waiting.until_serving(first)
+        cluster.deploy(config)
+    waiting.until_serving(config)
+    return sorted(entries)
 
 
 def take_down(cluster: Cluster) -> int:
@@ -108,168 +96,118 @@ def take_down(cluster: Cluster) -> int:
     return len(details.applications)
 
 
-def check_exposure(fleet: Fleet, address: HttpAddress) -> None:
-    """FleetError if others could reach the fleet without a token."""
-    if not address.is_loopback and not fleet.auth.tokens:
-        raise FleetError(
-            f"on {address.host} everyone in reach could use the fleet: add tokens to the fleet file"
-            " (`python -m serving.fleet token NAME` makes one), or stay on --host 127.0.0.1"
-        )
+def resolve(fleet: Fleet, registry: Registry) -> dict[str, CategoryEntry]:
+    """The categories of the fleet file; for `all` those that have a champion now.
 
-
-def resolve(fleet: Fleet, registry: Registry) -> list[ServedCategory]:
-    """The versions that the fleet file asks for, as they stand in the registry now, by name.
-
-    They are fixed here, so that all replicas of a category answer alike, whenever they started.
+    Raises FleetError, before anything is deployed, if the registry does not have one of them.
     """
+    aliases = registry.aliases()
     if isinstance(fleet.categories, dict):
-        return [
-            ServedCategory(
-                name=name, version=registry.resolve(name, entry.reference).version, entry=entry
-            )
-            for name, entry in sorted(fleet.categories.items())
-        ]
-    champions = registry.champions()
+        for name, entry in fleet.categories.items():
+            if entry.version is not None or entry.alias not in aliases.get(name, {}):
+                registry.resolve(name, entry.reference)  # it exists, or the error says what does
+        return fleet.categories
+    champions = sorted(name for name, known in aliases.items() if "champion" in known)
     if not champions:
         raise FleetError(
             f"the registry at {registry.address} has no category with a champion: tune one first,"
             " for example with `ray job submit --working-dir . -- python tuning/search.py --data"
             " DIR`"
         )
-    return [
-        ServedCategory(name=name, version=version, entry=CategoryEntry())
-        for name, version in sorted(champions.items())
-    ]
+    return {name: CategoryEntry() for name in champions}
 
 
-def check_capacity(fleet: Fleet, categories: list[ServedCategory], capacity: Capacity) -> None:
-    """FleetError, with the numbers, if the fleet's fewest replicas could never all run."""
-    replicas = sum(fleet.autoscaling(category.entry).min_replicas for category in categories)
-    demands = [("CPU", fleet.defaults.num_cpus, capacity.cpus, capacity.node_cpus)]
-    if capacity.gpus:
-        demands.append(("GPU", fleet.defaults.num_gpus, capacity.gpus, capacity.node_gpus))
-    for resource, each, total, of_node in demands:
-        remedy = (
-            f"lower num_{resource.lower()}s or min_replicas in the fleet file, name fewer"
-            " categories, or add a node"
-        )
-        if replicas * each > total:
-            raise FleetError(
-                f"{len(categories)} categories need at least {replicas} replicas with {each:g}"
-                f" {resource} each, {replicas * each:g} in all, and the cluster has {total:g}:"
-                f" {remedy}"
-            )
-        if each > of_node and not capacity.grows:
-            raise FleetError(
-                f"a replica needs {each:g} {resource} on one node, and the largest node has"
-                f" {of_node:g}: {remedy}"
-            )
-
-
-def serve_config(
-    fleet: Fleet,
-    categories: list[ServedCategory],
-    *,
-    tracking_uri: str,
-    address: HttpAddress,
-    gpus: bool,
-) -> dict[str, Any]:
-    """The fleet as Serve's configuration (a ServeDeploySchema), in plain values.
-
-    `args` holds what a replica is built from: a change replaces the replicas. `deployments` holds
-    what Serve needs to know: a change of it leaves them running where it can.
-    """
-    _check_tracking_uri(tracking_uri)
-    num_gpus = fleet.defaults.num_gpus if gpus else 0
-    root = {
-        "name": ROOT,
-        "route_prefix": "/",
-        "import_path": f"{_IMPORT_PATH}build_root",
-        "args": RootArgs(
-            categories=tuple(category.name for category in categories),
-            http=fleet.http,
-            auth=fleet.auth,
-        ).model_dump(mode="json"),
-        "deployments": [
-            {
-                "name": ROOT_DEPLOYMENT,
-                "max_ongoing_requests": 100,
-                "ray_actor_options": {"num_cpus": 0},
-            }
-        ],
-    }
-    applications = [
-        {
-            "name": application_name(category.name),
-            "route_prefix": f"/v1/{category.name}",
-            "import_path": f"{_IMPORT_PATH}build_category",
-            "args": CategoryArgs(
-                category=category.name,
-                version=category.version,
-                tracking_uri=tracking_uri,
-                decision=category.entry.decision,
-                device="cuda" if num_gpus else "cpu",
-                batching=fleet.defaults.batching,
-                http=fleet.http,
-                auth=fleet.auth,
-            ).model_dump(mode="json"),
-            "deployments": [
-                {
-                    "name": CATEGORY_DEPLOYMENT,
-                    "autoscaling_config": fleet.autoscaling(category.entry).model_dump(),
-                    # A replica takes twice what it queues, so that it can refuse the rest itself,
-                    # with a better explanation than the proxy's.
-                    "max_ongoing_requests": 2 * fleet.defaults.max_queue,
-                    "max_queued_requests": 2 * fleet.defaults.max_queue,
-                    "backpressure_config": {"retry_after_s": _RETRY_AFTER_S},
-                    "max_surge_percent": 100,  # a new replica is ready before an old one goes
-                    "ray_actor_options": {
-                        "num_cpus": fleet.defaults.num_cpus,
-                        "num_gpus": num_gpus,
-                    },
-                }
-            ],
-        }
-        for category in categories
-    ]
-    return {
-        "http_options": {
-            "host": address.host,
-            "port": address.port,
-            "request_timeout_s": fleet.http.timeout_s + _PROXY_GRACE_S,
-        },
-        "applications": [root, *applications],
-    }
-
-
-def describe_status(details: ServeInstanceDetails) -> list[str]:
-    """The fleet's state, one application a line."""
+def describe_status(details: ServeInstanceDetails, status: FleetStatus | None) -> list[str]:
+    """The fleet's state, one application a line, then one category a line."""
     lines = []
     for name, application in sorted(details.applications.items()):
         replicas = [
             f"{len(deployment.replicas)} of {deployment.target_num_replicas} replicas"
             for deployment in application.deployments.values()
         ]
-        config = application.deployed_app_config
-        version = config.args.get("version") if config else None
-        parts = [
-            f"{application.route_prefix or '-':24}",
-            f"{application.status.value:14}",
-            f"version {version}" if version else name,
-            *replicas,
-            _cause(application),
-        ]
+        parts = [f"{name:28}", f"{application.status.value:14}", *replicas, _cause(application)]
         lines.append("  ".join(part for part in parts if part))
-    return lines
+    if status is None:
+        return lines
+    lines.append(f"revision {status.revision}, deployed by {status.deployed_by}")
+    lines.append(f"registry: {status.registry}")
+    return lines + [
+        f"{name:28}  {_describe_category(category)}" for name, category in status.categories.items()
+    ]
 
 
-def _check_tracking_uri(uri: str) -> None:
-    if "@" in urlsplit(uri).netloc:
-        raise FleetError(
-            "the registry's address holds a password, and Ray's dashboard shows what Serve is"
-            " configured with: give it without, and set MLFLOW_TRACKING_USERNAME and"
-            " MLFLOW_TRACKING_PASSWORD in the environment of the Ray nodes"
-        )
+def _describe_category(status: CategoryStatus) -> str:
+    parts = [
+        f"{status.state:8}",
+        f"version {', '.join(map(str, status.serving)) or '-'} of {status.wanted or '?'}",
+        f"{status.replicas} replicas",
+        f"pool {', '.join(status.pools)}",
+        "from the local cache" if status.from_cache else "",
+        status.problem or "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _plan(config: Config) -> Plan:
+    return Plan.parse(_controller(config)["user_config"])
+
+
+def _controller(config: Config) -> Config:
+    applications: list[Config] = config["applications"]
+    (controller,) = [each for each in applications if each["name"] == CONTROLLER]
+    deployment: Config = controller["deployments"][0]
+    return deployment
+
+
+def _deployed(details: ServeInstanceDetails) -> dict[str, Config]:
+    """Application -> its configuration, in plain values."""
+    return {
+        name: application.deployed_app_config.model_dump(mode="json", exclude_unset=True)
+        for name, application in details.applications.items()
+        if application.deployed_app_config is not None
+    }
+
+
+def _deployed_plan(details: ServeInstanceDetails) -> Plan:
+    """The plan that Serve runs; an empty one without a fleet, or with one of another version."""
+    try:
+        return _plan({"applications": list(_deployed(details).values())})
+    except (ValueError, SettingsError):
+        return Plan()
+
+
+def _moved(before: Plan, after: Plan) -> list[str]:
+    """Categories that are in both plans, but in none of the same pools."""
+
+    def places(plan: Plan) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for category, pool, _ in plan.places():
+            found.setdefault(category, set()).add(pool)
+        return found
+
+    old, new = places(before), places(after)
+    return sorted(name for name in set(old) & set(new) if not old[name] & new[name])
+
+
+def _grown(details: ServeInstanceDetails, before: Plan, config: Config, moved: list[str]) -> Config:
+    """The new configuration with the old one's pools still there, and no new way in yet."""
+    grown = copy.deepcopy(config)
+    after = _plan(config)
+    pools = {
+        name: {**before.pools.get(name, {}), **after.pools.get(name, {})}
+        for name in sorted(set(before.pools) | set(after.pools))
+    }
+    union = after.model_copy(update={"pools": pools})
+    _controller(grown)["user_config"] = union.to_config()
+    new = {application["name"]: application for application in grown["applications"]}
+    for name, application in _deployed(details).items():
+        if name not in new:
+            grown["applications"].append(application)
+    for category in moved:
+        # Its own application gets its address when it is ready; until then the root hands on.
+        if own := new.get(pool_application(category)):
+            own["route_prefix"] = None
+    return grown
 
 
 def _check_owner(details: ServeInstanceDetails) -> None:
@@ -278,7 +216,7 @@ def _check_owner(details: ServeInstanceDetails) -> None:
         name
         for name, application in details.applications.items()
         if application.deployed_app_config is None
-        or not application.deployed_app_config.import_path.startswith(_IMPORT_PATH)
+        or not application.deployed_app_config.import_path.startswith(IMPORT_PATH)
     )
     if foreign:
         raise FleetError(
@@ -301,52 +239,103 @@ def _check_http(details: ServeInstanceDetails, wanted: Mapping[str, Any]) -> Non
         )
 
 
-def _changes(details: ServeInstanceDetails, config: Mapping[str, Any]) -> list[str]:
+def _changes(details: ServeInstanceDetails, config: Config) -> list[str]:
     """What the configuration will do, one application a line."""
-    present = {
-        name: application.deployed_app_config.model_dump(mode="json", exclude_unset=True)
-        for name, application in details.applications.items()
-        if application.deployed_app_config is not None
-    }
+    present = _deployed(details)
     wanted = {application["name"]: application for application in config["applications"]}
     lines = []
     for name, application in wanted.items():
-        version = application["args"].get("version")
-        label = f"{name} (version {version})" if version else name
         if name not in present:
             change = "new"
         else:
             change = "unchanged" if present[name] == application else "changed"
-        lines.append(f"{label}: {change}")
-    return lines + [f"{name}: removed" for name in sorted(set(present) - set(wanted))]
+        if name != CONTROLLER:  # it changes with every deploy: its lines are the categories
+            lines.append(f"{name}: {change}")
+    lines += [f"{name}: removed" for name in sorted(set(present) - set(wanted))]
+    before, after = _deployed_plan(details), _plan(config)
+    old = {(category, pool): entry for category, pool, entry in before.places()}
+    new = {(category, pool): entry for category, pool, entry in after.places()}
+    for place in sorted(set(old) | set(new)):
+        if old.get(place) != new.get(place):
+            verb = "added to" if place not in old else "removed from"
+            verb = "changed in" if place in old and place in new else verb
+            lines.append(f"{place[0]}: {verb} pool {place[1]}")
+    return lines
 
 
-def _wait(cluster: Cluster, names: list[str], *, timeout_s: float, progress: Progress) -> None:
-    """Return once all applications run and HTTP is served; FleetError if one fails or none ends."""
-    started = time.monotonic()
-    ready: set[str] = set()
-    while True:
-        details = cluster.serve_details()
-        for name in names:
-            application = details.applications.get(name)
-            status = application.status.value if application else "NOT_STARTED"
-            if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+class _Waiting:
+    """Waits for what is deployed, as long as it is this deploy's."""
+
+    def __init__(
+        self, cluster: Cluster, revision: int, *, timeout_s: float, progress: Progress
+    ) -> None:
+        self._cluster = cluster
+        self._revision = revision
+        self._timeout_s = timeout_s
+        self._progress = progress
+        self._started = time.monotonic()
+        self._ready: set[str] = set()
+
+    def until_serving(self, config: Config) -> None:
+        """Return once all applications run, HTTP is served and every category is as planned.
+
+        FleetError if one fails, if none ends in time, or if another deploy took over.
+        """
+        names = {application["name"] for application in config["applications"]}
+        categories = {category for category, _, _ in _plan(config).places()}
+        while True:
+            details = self._cluster.serve_details()
+            self._check_revision(details)
+            for name in sorted(names):
+                self._look_at(name, details)
+            removed = set(details.applications) <= names
+            served = details.proxies and all(
+                proxy.status.value == "HEALTHY" for proxy in details.proxies.values()
+            )
+            status = self._cluster.fleet_status() if names <= self._ready else None
+            if status and status.revision == self._revision:
+                late = self._look_at_categories(status, categories)
+                if not late and removed and served:
+                    return
+            if time.monotonic() - self._started > self._timeout_s:
+                raise FleetError(_overdue(details, names - self._ready, self._timeout_s))
+            time.sleep(_POLL_S)
+
+    def _check_revision(self, details: ServeInstanceDetails) -> None:
+        plan = _deployed_plan(details)
+        if plan.revision != self._revision:
+            raise FleetError(
+                f"another deploy, revision {plan.revision} by {plan.deployed_by}, has taken the"
+                f" place of this one, revision {self._revision}: look at `python -m serving.fleet"
+                " status`, then deploy again"
+            )
+
+    def _look_at(self, name: str, details: ServeInstanceDetails) -> None:
+        application = details.applications.get(name)
+        status = application.status.value if application else "NOT_STARTED"
+        if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise FleetError(
+                f"{name} cannot be served: {_cause(application) or status}\n(the whole message:"
+                " Ray's dashboard, or `serve status`)"
+            )
+        if status == "RUNNING" and name not in self._ready:
+            self._ready.add(name)
+            self._progress(f"{name}: ready after {time.monotonic() - self._started:.0f} s")
+
+    def _look_at_categories(self, status: FleetStatus, categories: set[str]) -> list[str]:
+        """Those that are not as planned yet; FleetError if one cannot be."""
+        late = []
+        for name in sorted(categories):
+            category = status.categories.get(name)
+            if category is None or category.state == "LOADING":
+                late.append(name)
+            elif category.state == "FAILED":
+                kept = ", ".join(f"version {version}" for version in category.serving)
                 raise FleetError(
-                    f"{name} cannot be served: {_cause(application) or status}\n(the whole message:"
-                    " Ray's dashboard, or `serve status`)"
+                    f"{name} cannot be served as the fleet file says: {category.problem}"
+                    f"{f' ({kept} keeps serving)' if kept else ''}"
                 )
-            if status == "RUNNING" and name not in ready:
-                ready.add(name)
-                progress(f"{name}: ready after {time.monotonic() - started:.0f} s")
-        removed = set(details.applications) <= set(names)
-        served = details.proxies and all(
-            proxy.status.value == "HEALTHY" for proxy in details.proxies.values()
-        )
-        if len(ready) == len(names) and removed and served:
-            return
-        if time.monotonic() - started > timeout_s:
-            raise FleetError(_overdue(details, set(names) - ready, timeout_s))
-        time.sleep(_POLL_S)
+        return late
 
 
 def _overdue(details: ServeInstanceDetails, names: set[str], timeout_s: float) -> str:

@@ -35,7 +35,8 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
     # Ray and MLflow take seconds to import: not for --help or a misspelt file.
     from apt_ray.registry import Registry
     from serving.cluster import Cluster
-    from serving.deployment import HttpAddress, check_exposure, deploy
+    from serving.deployment import deploy
+    from serving.plan import HttpAddress, check_exposure
 
     address = HttpAddress(host=arguments.host, port=arguments.http_port)
     check_exposure(fleet, address)
@@ -52,7 +53,7 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
         progress=_say,
     )
     pages = {"console": "/", "API": "/docs"}
-    routes = {category.name: f"/v1/{category.name}/inspect" for category in categories}
+    routes = {category: f"/v1/{category}/inspect" for category in categories}
     width = max(map(len, pages | routes))
     for name, path in (pages | routes).items():
         print(f"{name:{width}}  {address.url}{path}")
@@ -62,7 +63,9 @@ def _status_command(arguments: argparse.Namespace) -> None:
     from serving.cluster import Cluster
     from serving.deployment import describe_status
 
-    lines = describe_status(Cluster(arguments.ray_address).serve_details())
+    cluster = Cluster(arguments.ray_address)
+    details = cluster.serve_details()
+    lines = describe_status(details, cluster.fleet_status() if details.applications else None)
     print("\n".join(lines) or "no fleet is deployed")
 
 
@@ -79,7 +82,8 @@ def _token_command(arguments: argparse.Namespace) -> None:
     _say("give this token to the caller; it is not stored anywhere:")
     print(token)
     _say("add this to the list `tokens` under `auth` in the fleet file, then deploy:")
-    _say(f"    - {{name: {arguments.name}, sha256: {digest}}}")
+    scopes = ", ".join(arguments.scope or ["inspect"])
+    _say(f"    - {{name: {arguments.name}, sha256: {digest}, scopes: [{scopes}]}}")
 
 
 def _promote_command(arguments: argparse.Namespace) -> int:
@@ -307,6 +311,12 @@ def _parser() -> argparse.ArgumentParser:
         " file, which holds only its hash.",
     )
     token_parser.add_argument("name", help="who will use it, e.g. line-3")
+    token_parser.add_argument(
+        "--scope",
+        action="append",
+        metavar="SCOPE",
+        help="what it is good for: inspect (default), inspect:CATEGORY or operate; may be repeated",
+    )
     token_parser.set_defaults(run=_token_command)
     return parser
 

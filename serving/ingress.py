@@ -1,49 +1,39 @@
-"""The HTTP routes of a category, and what all routes share: tokens, limits, problems.
+"""The HTTP routes of a category, which its own application and the root application share.
 
-The paths are written in full, so the same routes serve a category's own application, mounted at
-`/v1/<category>`, and the root application, mounted at `/`.
+The paths are written in full, so the same routes serve an application mounted at `/v1/<category>`
+and one mounted at `/`. Whether the service behind them is in this process or another makes no
+difference to what they answer.
 """
 
 import asyncio
 import base64
-import hashlib
-import hmac
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
-import numpy as np
-from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from numpy.typing import NDArray
-from PIL import Image
-from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from apt_ray.images import draw_overlay, encode_png
+from apt_ray.errors import ImageError
 from serving import problems
+from serving.access import INSPECT, Access, require
+from serving.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_files, unless_gone
+from serving.logs import log_inspection
 from serving.messages import (
     CategoryReport,
-    InspectedImage,
+    Inspected,
     InspectionReport,
-    RegionReport,
+    InspectionReports,
+    Picture,
     Service,
-    Timings,
 )
 from serving.problems import Problem, ProblemError
-from serving.settings import Auth, HttpLimits
+from serving.settings import HttpLimits
 
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp")
-MULTIPART = "multipart/form-data"
-# Besides image/*, what clients send when they do not say what the body is; the second is curl's.
-_UNNAMED_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-# Room for the boundaries and headers of a form around its file.
-_FORM_OVERHEAD = 64 * 2**10
-
-T = TypeVar("T")
+# nginx's code for it; the caller that closed the connection never sees it.
+_CLIENT_CLOSED_REQUEST = 499
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _REQUEST_BODY = {
@@ -54,7 +44,7 @@ _REQUEST_BODY = {
             "schema": {
                 "type": "object",
                 "required": ["image"],
-                "properties": {"image": _BINARY["schema"]},
+                "properties": {"image": {"type": "array", "items": _BINARY["schema"]}},
             }
         },
     },
@@ -72,15 +62,16 @@ def problem_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_COMMON_PROBLEMS = problem_responses(
+COMMON_PROBLEMS = problem_responses(
     HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
     HTTPStatus.NOT_FOUND,
     HTTPStatus.UNPROCESSABLE_ENTITY,
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
 
 
-def create_api(service: Service, *, http: HttpLimits, auth: Auth) -> FastAPI:
+def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI:
     """The API of categories that `service` answers for."""
     api = FastAPI(
         title="apt-ray",
@@ -90,26 +81,28 @@ def create_api(service: Service, *, http: HttpLimits, auth: Auth) -> FastAPI:
     )
     api.add_middleware(_FullPaths)
     problems.install(api)
-    authorized = [Depends(require_token(auth))]
+    authorized = [Depends(require(access, INSPECT))]
 
     @api.post(
         "/v1/{category}/inspect",
         tags=["categories"],
-        summary="Inspect one image",
+        summary="Inspect one image or several",
         description="The body is a PNG, JPEG, BMP, TIFF or WebP file, raw or as a file of a"
-        " multipart form. With `Accept: image/png` the answer is the overlay: the image with what"
-        " is unusual tinted and outlined.",
+        " multipart form. Several files in one form give `{inspections: [...]}`, a report or a"
+        " problem for each, in order. With `Accept: image/png` the answer is the overlay of the one"
+        " image: what is unusual tinted and outlined.",
         dependencies=authorized,
-        response_model=InspectionReport,
+        response_model=InspectionReport | InspectionReports,
         openapi_extra={"requestBody": _REQUEST_BODY},
         responses={
             200: {"content": {"image/png": _BINARY}},
-            **_COMMON_PROBLEMS,
+            **COMMON_PROBLEMS,
             **problem_responses(
                 HTTPStatus.BAD_REQUEST,
                 HTTPStatus.REQUEST_TIMEOUT,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                HTTPStatus.TOO_MANY_REQUESTS,
             ),
         },
     )
@@ -117,97 +110,72 @@ def create_api(service: Service, *, http: HttpLimits, auth: Auth) -> FastAPI:
         category: str,
         request: Request,
         picture: Annotated[
-            Literal["png", "overlay"] | None,
+            Picture | None,
             Query(
                 alias="map",
                 description="Adds a picture to the answer: `png` the anomaly map (16-bit gray,"
                 " 65535 is 1.0), `overlay` the overlay.",
             ),
         ] = None,
-    ) -> Response:
-        started = time.monotonic()
-        data = await _within(
-            http.timeout_s,
-            read_image_file(request, max_bytes=http.max_bytes),
-            ProblemError(
-                HTTPStatus.REQUEST_TIMEOUT,
-                "Request timeout",
-                f"the image did not arrive within {http.timeout_s:g} s",
-                "Send a smaller image, or use a faster connection.",
-                headers={"Connection": "close"},
+        timeout_ms: Annotated[
+            int | None,
+            Header(
+                alias="X-Timeout-Ms",
+                ge=1,
+                description="Milliseconds for which the answer is of use; after them, or when it is"
+                " plain that they will not do, the answer is 503. The fleet has its own limit.",
             ),
-        )
+        ] = None,
+    ) -> Response:
+        request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+        started = time.monotonic()
+        seconds = min(http.timeout_s, (timeout_ms or 1000 * http.timeout_s) / 1000)
+        files = await read_image_files(request, http)
         received = time.monotonic()
-        inspected = await _within(
-            http.timeout_s - (received - started),
-            service.inspect(category, data),
-            problems.overloaded(f"the image could not be inspected within {http.timeout_s:g} s"),
-        )
         wants_overlay = _prefers_png(request.headers.get("accept", ""))
-        picture_png = await asyncio.to_thread(
-            _draw, inspected, "overlay" if wants_overlay else picture
-        )
-        headers = {"Vary": "Accept"}
-        if wants_overlay:
-            return Response(
-                picture_png,
-                media_type="image/png",
-                headers=headers | _verdict_headers(inspected),
+        if wants_overlay and len(files) > 1:
+            raise problems.too_large("an overlay is of one image, and the form has several")
+
+        async def answer(data: bytes) -> Inspected:
+            return await _in_time(
+                service, category, data, "overlay" if wants_overlay else picture, seconds, started
             )
-        report = _report(
-            inspected,
-            request_id=request.headers.get("x-request-id") or uuid.uuid4().hex,
-            receive_ms=1000 * (received - started),
-            picture_png=picture_png,
+
+        try:
+            if len(files) == 1:
+                inspected = _completed(
+                    await unless_gone(request, answer(files[0])),
+                    request_id=request_id,
+                    receive_ms=1000 * (received - started),
+                )
+                return _overlay(inspected) if wants_overlay else _json(inspected.report)
+            found = await unless_gone(request, _each(answer, files))
+        except GoneError:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return _json(
+            InspectionReports(
+                inspections=[
+                    each
+                    if isinstance(each, Problem)
+                    else _completed(
+                        each, request_id=request_id, receive_ms=1000 * (received - started)
+                    ).report
+                    for each in found
+                ]
+            )
         )
-        return Response(report.model_dump_json(), media_type="application/json", headers=headers)
 
     @api.get(
         "/v1/{category}",
         tags=["categories"],
         summary="What answers for a category",
         dependencies=authorized,
-        responses=_COMMON_PROBLEMS,
+        responses=COMMON_PROBLEMS,
     )
     async def describe(category: str) -> CategoryReport:
         return await service.describe(category)
 
     return api
-
-
-def require_token(auth: Auth) -> Callable[..., Awaitable[None]]:
-    """A dependency that lets a request pass only with one of the tokens; all if there are none."""
-    hashes = [token.sha256 for token in auth.tokens]
-    bearer = HTTPBearer(auto_error=False, description="A token of the fleet file.")
-
-    async def check(
-        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-    ) -> None:
-        if not hashes:
-            return
-        if credentials is None:
-            raise _unauthorized("the request carries no token", "Bearer")
-        digest = hashlib.sha256(credentials.credentials.encode()).hexdigest()
-        # Every hash is compared, so the time taken does not tell which one was close.
-        if sum(hmac.compare_digest(digest, known) for known in hashes) == 0:
-            raise _unauthorized("the token is not known here", 'Bearer error="invalid_token"')
-
-    return check
-
-
-async def read_image_file(request: Request, *, max_bytes: int) -> bytes:
-    """The bytes of the image file in the request's body, raw or in a multipart form.
-
-    Raises ProblemError for another content type, a body that is too large (as soon as that is
-    known) and one without a file.
-    """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == MULTIPART:
-        body = await _read_body(request, max_bytes + _FORM_OVERHEAD)
-        return await _file_of_form(request, body)
-    if media_type in _UNNAMED_TYPES or media_type.startswith("image/"):
-        return await _read_body(request, max_bytes)
-    raise problems.unsupported(f"the body is {media_type}, not an image")
 
 
 class _FullPaths:
@@ -221,49 +189,39 @@ class _FullPaths:
         await self._app(scope, receive, send)
 
 
-def _unauthorized(detail: str, challenge: str) -> ProblemError:
-    return ProblemError(
-        HTTPStatus.UNAUTHORIZED,
-        "Unauthorized",
-        detail,
-        "Send the header 'Authorization: Bearer <token>'; whoever runs the fleet makes tokens with"
-        " `python -m serving.fleet token`.",
-        headers={"WWW-Authenticate": challenge},
-    )
-
-
-async def _within(seconds: float, work: Awaitable[T], otherwise: ProblemError) -> T:
+async def _in_time(
+    service: Service,
+    category: str,
+    data: bytes,
+    picture: Picture | None,
+    timeout_s: float,
+    since: float,
+) -> Inspected:
+    left = max(timeout_s - (time.monotonic() - since), 0.001)
     try:
-        return await asyncio.wait_for(work, seconds)
+        return await asyncio.wait_for(
+            service.inspect(category, data, picture=picture, timeout_s=left), left
+        )
     except asyncio.TimeoutError:
-        raise otherwise from None
+        raise problems.overloaded(
+            f"the image could not be inspected within {timeout_s:g} s"
+        ) from None
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    too_large = problems.too_large(f"the body has more than the {limit:,} bytes accepted")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
-    except ClientDisconnect:
-        raise problems.not_an_image("the connection was closed before the body's end") from None
-    return bytes(body)
+async def _each(
+    answer: Callable[[bytes], Awaitable[Inspected]], files: list[bytes]
+) -> list[Inspected | Problem]:
+    """An answer for each image; what is wrong with one is no other's problem."""
 
+    async def one(data: bytes) -> Inspected | Problem:
+        try:
+            return await answer(data)
+        except ProblemError as error:
+            return error.problem
+        except ImageError as error:
+            return problems.of_image(error).problem
 
-async def _file_of_form(request: Request, body: bytes) -> bytes:
-    async def replay() -> MutableMapping[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async with Request(request.scope, replay).form(max_files=1) as form:
-        for value in form.values():
-            if isinstance(value, UploadFile):
-                return await value.read()
-    raise problems.not_an_image("the form has no file")
+    return await asyncio.gather(*(one(data) for data in files))
 
 
 def _prefers_png(accept: str) -> bool:
@@ -271,65 +229,32 @@ def _prefers_png(accept: str) -> bool:
     return "image/png" in media_types and "application/json" not in media_types
 
 
-def _draw(inspected: InspectedImage, kind: Literal["png", "overlay"] | None) -> bytes | None:
-    if kind is None:
-        return None
-    inspection = inspected.inspection
-    if kind == "png":
-        return encode_png(_gray16(inspection.anomaly_map))
-    return encode_png(
-        draw_overlay(inspected.image, inspection.anomaly_map, threshold=inspection.threshold)
+def _completed(inspected: Inspected, *, request_id: str, receive_ms: float) -> Inspected:
+    report = inspected.report
+    report.request_id = request_id
+    report.timings_ms.receive = round(receive_ms, 2)
+    if inspected.picture_png is not None:
+        report.map_png = base64.b64encode(inspected.picture_png).decode()
+    log_inspection(report)
+    return inspected
+
+
+def _json(report: InspectionReport | InspectionReports) -> Response:
+    return Response(
+        report.model_dump_json(), media_type="application/json", headers={"Vary": "Accept"}
     )
 
 
-def _gray16(map_HW: NDArray[np.float32]) -> Image.Image:
-    return Image.fromarray(np.rint(map_HW * 65535).astype(np.uint16))
-
-
-def _report(
-    inspected: InspectedImage,
-    *,
-    request_id: str,
-    receive_ms: float,
-    picture_png: bytes | None,
-) -> InspectionReport:
-    about, inspection = inspected.about, inspected.inspection
-    return InspectionReport(
-        category=about.category,
-        version=about.version,
-        backbone=about.backbone,
-        anomaly_score=inspection.anomaly_score,
-        threshold=inspection.threshold,
-        is_anomalous=inspection.is_anomalous,
-        p_value=inspection.p_value,
-        certified_false_alarm_rate=about.certified_false_alarm_rate,
-        regions=[
-            RegionReport(
-                x=region.x,
-                y=region.y,
-                width=region.width,
-                height=region.height,
-                peak=region.peak,
-                area=region.area,
-            )
-            for region in inspection.regions
-        ],
-        request_id=request_id,
-        timings_ms=Timings(
-            receive=round(receive_ms, 2),
-            decode=round(inspected.decode_ms, 2),
-            queue=round(inspected.queue_ms, 2),
-            inspect=round(inspected.inspect_ms, 2),
-        ),
-        map_png=None if picture_png is None else base64.b64encode(picture_png).decode(),
+def _overlay(inspected: Inspected) -> Response:
+    report = inspected.report
+    return Response(
+        inspected.picture_png,
+        media_type="image/png",
+        headers={
+            "Vary": "Accept",
+            "X-Anomaly-Score": f"{report.anomaly_score:.6f}",
+            "X-Threshold": f"{report.threshold:.6f}",
+            "X-Is-Anomalous": str(report.is_anomalous).lower(),
+            "X-Prompt-Set-Version": str(report.version),
+        },
     )
-
-
-def _verdict_headers(inspected: InspectedImage) -> dict[str, str]:
-    inspection = inspected.inspection
-    return {
-        "X-Anomaly-Score": f"{inspection.anomaly_score:.6f}",
-        "X-Threshold": f"{inspection.threshold:.6f}",
-        "X-Is-Anomalous": str(inspection.is_anomalous).lower(),
-        "X-Prompt-Set-Version": str(inspected.about.version),
-    }

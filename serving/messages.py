@@ -1,13 +1,11 @@
 """What the fleet answers, and what passes between its routes and its replicas."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Literal, Protocol
 
-from PIL import Image
 from pydantic import BaseModel, Field
 
-if TYPE_CHECKING:  # only for its type: the root application runs without torch
-    from apt_ray.detector import Inspection
+from serving.problems import Problem
 
 
 class RegionReport(BaseModel):
@@ -27,7 +25,8 @@ class Timings(BaseModel):
     receive: float = Field(description="Reading the request's body.")
     decode: float = Field(description="Image file to pixels.")
     queue: float = Field(description="Waiting for the batch that it was inspected in.")
-    inspect: float = Field(description="That batch's forward pass, maps and regions.")
+    inspect: float = Field(description="That batch's forward pass and scores.")
+    conclude: float = Field(description="The map at the size of the image, regions, the picture.")
 
 
 class InspectionReport(BaseModel):
@@ -48,10 +47,18 @@ class InspectionReport(BaseModel):
         " promises nothing."
     )
     regions: list[RegionReport] = Field(description="Where, worst first.")
-    request_id: str
+    request_id: str = ""
     timings_ms: Timings
     map_png: str | None = Field(
         default=None, description="The picture asked for with ?map=, a PNG file in base64."
+    )
+
+
+class InspectionReports(BaseModel):
+    """What was found in several images, in the order in which they were sent."""
+
+    inspections: list[InspectionReport | Problem] = Field(
+        description="A report for each image, or the problem with it."
     )
 
 
@@ -60,7 +67,6 @@ class CategoryReport(BaseModel):
 
     category: str
     version: int = Field(description="Version of its prompt set in the registry.")
-    aliases: list[str] = Field(description="The registry's aliases of that version, when loaded.")
     run_id: str = Field(description="The registry's run that made the version.")
     backbone: str
     fingerprint: str = Field(description="Digest of the backbone's weights and preprocessing.")
@@ -72,16 +78,16 @@ class CategoryReport(BaseModel):
     metrics: dict[str, float] = Field(description="How well it does, measured at tuning time.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InspectedImage:
-    """An image, what was found in it, by whom, and milliseconds spent."""
+Picture = Literal["png", "overlay"]
+"""What may be drawn: the anomaly map, or the image with it tinted over."""
 
-    about: CategoryReport
-    image: Image.Image
-    inspection: "Inspection"
-    decode_ms: float
-    queue_ms: float
-    inspect_ms: float
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspected:
+    """What a replica found in one image: the report, to be completed, and the picture asked for."""
+
+    report: InspectionReport
+    picture_png: bytes | None
 
 
 class Service(Protocol):
@@ -89,6 +95,12 @@ class Service(Protocol):
 
     async def describe(self, category: str) -> CategoryReport: ...
 
-    async def inspect(self, category: str, data: bytes) -> InspectedImage:
-        """Raises ImageError for bytes that are no acceptable image, ProblemError if busy."""
+    async def inspect(
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+    ) -> Inspected:
+        """Inspect an image file; whoever cancels this costs no forward pass.
+
+        Raises ImageError for bytes that are no acceptable image, ProblemError if it is not known or
+        cannot be inspected within `timeout_s`.
+        """
         ...

@@ -1,6 +1,7 @@
 """Errors as a caller sees them: `application/problem+json` (RFC 9457) with a remedy."""
 
 import logging
+from collections.abc import Iterable
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -48,6 +49,13 @@ class ProblemError(Exception):
         )
         self.headers = headers
 
+    @classmethod
+    def of(cls, problem: Problem, headers: dict[str, str] | None) -> "ProblemError":
+        """The error that was turned into a problem elsewhere."""
+        error = cls(HTTPStatus(problem.status), problem.title, problem.detail, problem.remedy)
+        error.headers = headers
+        return error
+
     @property
     def response(self) -> JSONResponse:
         return JSONResponse(
@@ -69,9 +77,50 @@ def busy(detail: str, *, if_it_lasts: str, retry_after_s: int = 1) -> ProblemErr
     )
 
 
-def overloaded(detail: str) -> ProblemError:
+def overloaded(detail: str, *, retry_after_s: int = 1) -> ProblemError:
     """More is asked than the replicas can inspect."""
-    return busy(detail, if_it_lasts="raise max_replicas in the fleet file")
+    return busy(
+        detail, if_it_lasts="raise max_replicas in the fleet file", retry_after_s=retry_after_s
+    )
+
+
+def too_many(detail: str, *, retry_after_s: int = 1) -> ProblemError:
+    """More is asked of one category than its share of the pool."""
+    return ProblemError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "Too many requests",
+        detail,
+        f"Ask again in {retry_after_s} s; if it lasts, raise max_queue in the fleet file, or give"
+        " the category a pool of its own.",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+def not_ready(what: str, *, reason: str = "") -> ProblemError:
+    """A category that the fleet has is not served yet."""
+    return busy(
+        f"not ready: {what}{f' ({reason})' if reason else ''}",
+        if_it_lasts="`python -m serving.fleet status` tells why",
+        retry_after_s=5,
+    )
+
+
+def unknown_category(category: str, known: Iterable[str]) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.NOT_FOUND,
+        "Unknown category",
+        f"the fleet has no category {category!r}",
+        f"Use one of: {', '.join(sorted(known)) or 'none yet'}.",
+    )
+
+
+def of_image(error: ImageError) -> ProblemError:
+    """What is wrong with an image, as a problem."""
+    if isinstance(error, ImageTooLargeError):
+        return too_large(str(error))
+    if isinstance(error, UnsupportedImageError):
+        return unsupported(str(error))
+    return not_an_image(str(error))
 
 
 def too_large(detail: str) -> ProblemError:
@@ -111,11 +160,7 @@ def install(api: FastAPI) -> None:
 
     @api.exception_handler(ImageError)
     async def bad_image(_: Request, error: ImageError) -> JSONResponse:
-        if isinstance(error, ImageTooLargeError):
-            return too_large(str(error)).response
-        if isinstance(error, UnsupportedImageError):
-            return unsupported(str(error)).response
-        return not_an_image(str(error)).response
+        return of_image(error).response
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

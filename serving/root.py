@@ -1,27 +1,27 @@
-"""The root application: the list of categories, health, the console and the API's description.
+"""The root application: the list of categories, health, operation, the console and the API's docs.
 
-It runs without torch. Requests for a category reach it only while that category has no application
-of its own; it answers them with what is the matter.
+It runs without torch. Requests for categories that share a pool come through here and go on by
+handle, as do those for a category whose own application is not there yet or no more.
 """
 
-import asyncio
-from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
 
-from serving import problems
-from serving.ingress import create_api, problem_responses, require_token
-from serving.messages import CategoryReport, InspectedImage
-from serving.problems import ProblemError
-from serving.settings import Auth, HttpLimits
+from serving import problems, webhooks
+from serving.access import OPERATE, Access, require
+from serving.ingress import create_api, problem_responses
+from serving.orders import FleetStatus, State
+from serving.pools import Control, Pools
+from serving.settings import HttpLimits
 
-RUNNING = "RUNNING"
+READY = ("READY", "IDLE")
+"""States of a category that answers, the second after its pool has started a replica."""
 
 _CONSOLE = Path(__file__).parent / "console"
 _PAGE_HEADERS = {
@@ -38,7 +38,10 @@ class CategoryLink(BaseModel):
 
     category: str
     inspect: str = Field(description="Where to POST an image of it.")
-    status: str = Field(description="Ray Serve's word for its application; RUNNING is good.")
+    status: State = Field(
+        description="READY; LOADING while replicas differ from the registry; IDLE without any"
+        " replica until the next request; FAILED if the registry's version cannot be served."
+    )
 
 
 class CategoryList(BaseModel):
@@ -49,66 +52,49 @@ class Health(BaseModel):
     status: str
 
 
-class AbsentCategories:
-    """The service behind the root's category routes: none of them is served from here."""
-
-    def __init__(self, categories: tuple[str, ...]) -> None:
-        self._categories = categories
-
-    async def describe(self, category: str) -> CategoryReport:
-        self._explain(category)
-
-    async def inspect(self, category: str, data: bytes) -> InspectedImage:
-        self._explain(category)
-
-    def _explain(self, category: str) -> NoReturn:
-        if category in self._categories:
-            raise _not_ready(category)
-        raise ProblemError(
-            HTTPStatus.NOT_FOUND,
-            "Unknown category",
-            f"the fleet has no category {category!r}",
-            f"Use one of: {', '.join(self._categories)}.",
-        )
+class AuditLog(BaseModel):
+    lines: list[dict[str, Any]] = Field(description="The last operations, oldest first.")
 
 
 def create_root_api(
-    categories: tuple[str, ...],
-    statuses: Callable[[], Mapping[str, str]],
-    *,
-    http: HttpLimits,
-    auth: Auth,
+    pools: Pools, control: Control, *, http: HttpLimits, access: Access, webhook_secret: str
 ) -> FastAPI:
     """The API of the whole fleet.
 
     Args:
-        categories: Their names.
-        statuses: Asks Ray Serve for the status of each category's application; may block.
+        pools: Answers for the categories.
+        control: The controller.
         http: Limits of requests.
-        auth: Who may ask.
+        access: Who may ask.
+        webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
     """
-    api = create_api(AbsentCategories(categories), http=http, auth=auth)
+    api = create_api(pools, http=http, access=access)
+    anyone = [Depends(require(access, None))]
+    operators = [Depends(require(access, OPERATE))]
+    refusals = problem_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+    unavailable = problem_responses(HTTPStatus.SERVICE_UNAVAILABLE)
 
-    async def links() -> list[CategoryLink]:
-        found = await asyncio.to_thread(statuses)
-        return [
-            CategoryLink(
-                category=category,
-                inspect=f"/v1/{category}/inspect",
-                status=found.get(category, "NOT_STARTED"),
-            )
-            for category in categories
-        ]
+    async def status() -> FleetStatus:
+        try:
+            return await control.status()
+        except Exception as error:
+            raise problems.not_ready("the fleet's controller", reason=str(error)) from None
 
     @api.get(
         "/v1",
         tags=["fleet"],
         summary="The categories",
-        dependencies=[Depends(require_token(auth))],
-        responses=problem_responses(HTTPStatus.UNAUTHORIZED),
+        dependencies=anyone,
+        responses={**problem_responses(HTTPStatus.UNAUTHORIZED), **unavailable},
     )
     async def list_categories() -> CategoryList:
-        return CategoryList(categories=await links())
+        found = (await status()).categories
+        return CategoryList(
+            categories=[
+                CategoryLink(category=name, inspect=f"/v1/{name}/inspect", status=category.state)
+                for name, category in found.items()
+            ]
+        )
 
     @api.get("/healthz", tags=["fleet"], summary="Whether the fleet answers at all")
     async def healthz() -> Health:
@@ -118,11 +104,63 @@ def create_root_api(
         "/readyz",
         tags=["fleet"],
         summary="Whether every category is ready to inspect",
-        responses=problem_responses(HTTPStatus.SERVICE_UNAVAILABLE),
+        responses=unavailable,
     )
     async def readyz() -> Health:
-        if waiting := [link.category for link in await links() if link.status != RUNNING]:
-            raise _not_ready(*waiting)
+        found = (await status()).categories
+        # A version that cannot be loaded leaves the one before it in service.
+        waiting = [
+            name
+            for name, category in found.items()
+            if category.state not in READY and not category.serving
+        ]
+        if waiting:
+            raise problems.not_ready(", ".join(waiting))
+        return Health(status="ok")
+
+    @api.get(
+        "/fleet/status",
+        tags=["operation"],
+        summary="What every category serves, and why not what it should",
+        dependencies=operators,
+        responses={**refusals, **unavailable},
+    )
+    async def fleet_status() -> FleetStatus:
+        return await status()
+
+    @api.get(
+        "/fleet/audit",
+        tags=["operation"],
+        summary="The last operations",
+        dependencies=operators,
+        responses={**refusals, **unavailable},
+    )
+    async def audit() -> AuditLog:
+        await status()
+        return AuditLog(lines=await control.audit_lines())
+
+    @api.post(
+        "/fleet/refresh",
+        tags=["operation"],
+        summary="Ask the registry now",
+        dependencies=operators,
+        responses={**refusals, **unavailable},
+    )
+    async def refresh() -> Health:
+        await status()
+        await control.wake("refresh")
+        return Health(status="ok")
+
+    @api.post("/webhooks/mlflow", include_in_schema=False)
+    async def webhook(request: Request) -> Health:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > webhooks.MAX_BYTES:
+                raise problems.too_large("the delivery is larger than any that MLflow sends")
+        delivery = webhooks.verify(request.headers, bytes(body), secret=webhook_secret)
+        await status()
+        await control.wake(f"webhook {delivery}")
         return Health(status="ok")
 
     @api.get("/", include_in_schema=False)
@@ -135,11 +173,3 @@ def create_root_api(
 
     api.mount("/console", StaticFiles(directory=_CONSOLE))
     return api
-
-
-def _not_ready(*categories: str) -> ProblemError:
-    return problems.busy(
-        f"not ready: {', '.join(categories)}",
-        if_it_lasts="`python -m serving.fleet status` tells why",
-        retry_after_s=5,
-    )

@@ -1,5 +1,6 @@
 """The fleet file: what is served, with what, to whom."""
 
+import base64
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,20 +8,26 @@ import yaml
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from apt_ray.config import Settings
-from apt_ray.errors import FleetError, SettingsError
+from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
+from serving.interest import mask_png
 
 CategoryName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+PoolName = CategoryName
+
+QUEUES_OF_SHARED_POOL = 4
+"""A shared pool queues so many times what one category may: several busy ones, not all at once."""
 
 
 class Autoscaling(Settings):
-    """Bounds and pace of one category's replicas; the names are those of Ray Serve."""
+    """Bounds and pace of one pool's replicas; the names are those of Ray Serve."""
 
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=4, ge=1)
     target_ongoing_requests: float = Field(default=4, gt=0)
     upscale_delay_s: float = Field(default=10, ge=0)
     downscale_delay_s: float = Field(default=300, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(default=None, ge=0)
 
     def overridden_by(self, other: "Autoscaling") -> "Autoscaling":
         """These settings, but those that `other` was given explicitly from `other`."""
@@ -34,22 +41,23 @@ class Batching(Settings):
 
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=8, ge=1)
-    max_queue: int = Field(default=16, ge=1)
+    max_queue: int = Field(
+        default=16, ge=1, description="Images of one category that may wait in a replica."
+    )
 
 
-class Defaults(Batching):
-    """What each category's application gets unless its own entry says otherwise."""
+class PoolSettings(Batching):
+    """One pool: replicas that hold one backbone and the prompt sets of all its categories."""
 
     autoscaling: Autoscaling = Autoscaling()
     num_cpus: float = Field(default=0.25, ge=0)
     num_gpus: float = Field(default=0.25, ge=0)
 
-    @field_validator("num_gpus")
-    @classmethod
-    def _schedulable(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError("more than one GPU a replica must be a whole number")
-        return value
+    def overridden_by(self, other: "PoolSettings") -> "PoolSettings":
+        """These settings, but those that `other` was given explicitly from `other`."""
+        given = {name: getattr(other, name) for name in other.model_fields_set}
+        given["autoscaling"] = self.autoscaling.overridden_by(other.autoscaling)
+        return self.model_copy(update=given)
 
     @property
     def batching(self) -> Batching:
@@ -61,6 +69,7 @@ class HttpLimits(Settings):
 
     max_bytes: int = Field(default=20 * 2**20, gt=0)
     max_pixels: int = Field(default=40_000_000, gt=0)
+    max_images: int = Field(default=16, ge=1)
     timeout_s: float = Field(default=30, gt=0)
 
     @property
@@ -68,17 +77,68 @@ class HttpLimits(Settings):
         return ImageLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels)
 
 
+Scope = Annotated[str, StringConstraints(pattern=r"^(operate|inspect(:[A-Za-z0-9_-]+)?)$")]
+
+
 class ApiToken(Settings):
-    """A caller's token, known by its hash only."""
+    """A caller's token, known by its hash only.
+
+    Its scopes say what it is good for: `inspect` for every category, `inspect:<category>` for one,
+    `operate` for the state of the fleet and for what changes it.
+    """
 
     name: str = Field(min_length=1)
     sha256: Annotated[str, StringConstraints(to_lower=True, pattern=r"^[0-9A-Fa-f]{64}$")]
+    scopes: tuple[Scope, ...] = Field(default=("inspect",), min_length=1)
 
 
 class Auth(Settings):
     """Who may ask; without tokens everyone who reaches the port."""
 
     tokens: tuple[ApiToken, ...] = ()
+
+
+class RegistrySettings(Settings):
+    """How the fleet follows the registry."""
+
+    poll_s: float = Field(default=10, gt=0)
+    cache: str = Field(default="~/.cache/apt-ray/fleet", min_length=1)
+
+
+class RegionOfInterest(Settings):
+    """The part of a category's images outside of which nothing counts.
+
+    Either a box, as shares (0..1) of the image's width and height, or a mask: a picture that is
+    black where nothing counts, stretched over every image.
+    """
+
+    box: tuple[float, float, float, float] | None = Field(
+        default=None, description="Left, top, width, height."
+    )
+    mask: str | None = Field(default=None, description="Path from the fleet file's folder.")
+    mask_png: str | None = Field(
+        default=None, description="The mask itself in base64; deploying puts it here."
+    )
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "RegionOfInterest":
+        if (self.box is None) == (self.mask is None and self.mask_png is None):
+            raise ValueError("give a box or a mask")
+        if self.box is not None:
+            left, top, width, height = self.box
+            inside = left >= 0 and top >= 0 and left + width <= 1 and top + height <= 1
+            if not (inside and width > 0 and height > 0):
+                raise ValueError(
+                    "the box is [left, top, width, height], shares of the image (0..1)"
+                )
+        return self
+
+    def with_mask_read(self, folder: Path) -> "RegionOfInterest":
+        """The same with the content of the mask's file in it. Raises DataError."""
+        if self.mask is None:
+            return self
+        data = mask_png(folder / self.mask)
+        return RegionOfInterest(mask_png=base64.b64encode(data).decode())
 
 
 class Decision(Settings):
@@ -99,12 +159,16 @@ class CategoryEntry(Decision):
 
     alias: str = Field(default="champion", min_length=1)
     version: int | None = Field(default=None, ge=1)
+    pool: PoolName | None = None
     autoscaling: Autoscaling = Autoscaling()
+    region_of_interest: RegionOfInterest | None = None
 
     @model_validator(mode="after")
-    def _one_reference(self) -> "CategoryEntry":
+    def _coherent_entry(self) -> "CategoryEntry":
         if self.version is not None and "alias" in self.model_fields_set:
             raise ValueError("give an alias or a version, not both")
+        if self.pool is not None and self.autoscaling.model_fields_set:
+            raise ValueError("a shared pool scales as a whole: give autoscaling under pools")
         return self
 
     @property
@@ -121,11 +185,14 @@ class Fleet(Settings):
     """A whole fleet file."""
 
     categories: Literal["all"] | dict[CategoryName, CategoryEntry] = "all"
-    defaults: Defaults = Defaults()
+    defaults: PoolSettings = PoolSettings()
+    pools: dict[PoolName, PoolSettings] = Field(default_factory=dict)
+    pool: PoolName | None = None
     http: HttpLimits = HttpLimits()
+    registry: RegistrySettings = RegistrySettings()
     auth: Auth = Auth()
 
-    @field_validator("categories", mode="before")
+    @field_validator("categories", "pools", mode="before")
     @classmethod
     def _empty_entries(cls, value: Any) -> Any:
         """`bottle:` with nothing behind it means the same as `bottle: {}`."""
@@ -138,27 +205,64 @@ class Fleet(Settings):
         if not self.categories:
             raise ValueError("categories names none: name some, or write `categories: all`")
         entries = self.categories if isinstance(self.categories, dict) else {}
-        bounds = {name: self.autoscaling(entry) for name, entry in entries.items()}
-        for name, autoscaling in {"defaults": self.defaults.autoscaling, **bounds}.items():
-            if autoscaling.min_replicas > autoscaling.max_replicas:
+        wanted = {"pool": self.pool} | {name: entry.pool for name, entry in entries.items()}
+        for name, pool in wanted.items():
+            if pool is not None and pool not in self.pools and pool != name:
+                raise ValueError(f"{name}: there is no pool {pool!r} under pools")
+        for pool in self.pools:
+            if pool in entries and self.pool_of(pool, entries[pool]) != pool:
                 raise ValueError(
-                    f"{name}: min_replicas ({autoscaling.min_replicas}) is more than"
-                    f" max_replicas ({autoscaling.max_replicas})"
+                    f"{pool} is a pool and a category of another pool: rename the pool"
                 )
+        settings = {name: self.own_pool(entry) for name, entry in entries.items()}
+        settings |= {name: self.shared_pool(name) for name in self.pools}
+        for name, each in {"defaults": self.defaults, **settings}.items():
+            bounds, gpus = each.autoscaling, each.num_gpus
+            if bounds.min_replicas > bounds.max_replicas:
+                raise ValueError(
+                    f"{name}: min_replicas ({bounds.min_replicas}) is more than"
+                    f" max_replicas ({bounds.max_replicas})"
+                )
+            if gpus > 1 and gpus != int(gpus):
+                raise ValueError(f"{name}: num_gpus above 1 must be a whole number (got {gpus:g})")
         return self
 
-    def autoscaling(self, entry: CategoryEntry) -> Autoscaling:
-        """The entry's autoscaling: the defaults with what it says of its own."""
-        return self.defaults.autoscaling.overridden_by(entry.autoscaling)
+    def pool_of(self, category: str, entry: CategoryEntry) -> str:
+        """The pool that serves a category; one that it does not share is named after it."""
+        return entry.pool or self.pool or category
+
+    def own_pool(self, entry: CategoryEntry) -> PoolSettings:
+        """The settings of a category's own pool."""
+        return self.defaults.overridden_by(PoolSettings(autoscaling=entry.autoscaling))
+
+    def shared_pool(self, name: str) -> PoolSettings:
+        """The settings of a pool of the fleet file."""
+        return self.defaults.overridden_by(self.pools[name])
 
     @classmethod
     def read(cls, path: Path) -> "Fleet":
-        """The fleet file at `path`; FleetError names everything in it that is not accepted."""
+        """The fleet file at `path`, with the masks that it names read.
+
+        Raises FleetError, which names everything in it that is not accepted.
+        """
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise FleetError(f"cannot read the fleet file {path}: {error}") from error
         try:
-            return cls.parse({} if values is None else values)
-        except SettingsError as error:
+            return cls.parse({} if values is None else values)._with_masks_read(path.parent)
+        except (SettingsError, DataError) as error:
             raise FleetError(f"the fleet file {path} has {error}") from None
+
+    def _with_masks_read(self, folder: Path) -> "Fleet":
+        if not isinstance(self.categories, dict):
+            return self
+        entries = {
+            name: entry.model_copy(
+                update={"region_of_interest": entry.region_of_interest.with_mask_read(folder)}
+            )
+            if entry.region_of_interest
+            else entry
+            for name, entry in self.categories.items()
+        }
+        return self.model_copy(update={"categories": entries})

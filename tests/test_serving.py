@@ -3,13 +3,8 @@ import base64
 import dataclasses
 import hashlib
 import io
-import json
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
-from urllib.request import Request
 
 import httpx
 import numpy as np
@@ -18,27 +13,25 @@ from fastapi import FastAPI
 from PIL import Image
 
 from apt_ray.backbone import FrozenCLIP
-from apt_ray.calibration import calibrate
 from apt_ray.data.folders import Category
 from apt_ray.detector import Detector
-from apt_ray.errors import FleetError
+from apt_ray.errors import AptError
 from apt_ray.images import decode_image, read_image
-from apt_ray.local_stack import LocalStack, command_environment, fetch, free_ports
 from apt_ray.prompt_set import PromptSet
-from apt_ray.registry import RegisteredVersion, Registry
+from serving.access import Access
 from serving.ingress import create_api
-from serving.inspector import Inspector, decide
-from serving.messages import CategoryReport, InspectedImage
-from serving.root import create_root_api
-from serving.settings import Auth, Batching, Decision, HttpLimits
+from serving.inspector import Inspector
+from serving.messages import CategoryReport, Inspected, Picture
+from serving.orders import Order, StoredVersion
+from serving.problems import ProblemError
+from serving.prompts import decide
+from serving.settings import Auth, Batching, Decision, HttpLimits, RegionOfInterest
 
 LIMITS = HttpLimits(max_bytes=200_000, max_pixels=100_000, timeout_s=20)
 TOKEN = {"name": "line-3", "sha256": hashlib.sha256(b"secret").hexdigest()}
 AUTH = Auth.parse({"tokens": [TOKEN, {"name": "line-4", "sha256": "0" * 64}]})
 DEFAULT_BATCHING = Batching()
-REGISTERED = RegisteredVersion(
-    category="blister", version=7, aliases=("champion",), run_id="run", tags={}
-)
+OPEN = Access(Auth())
 
 
 def png(width: int = 40, height: int = 30) -> bytes:
@@ -54,9 +47,21 @@ def with_threshold(prompt_set: PromptSet, value: float) -> PromptSet:
 def inspector(
     backbone: FrozenCLIP, prompt_set: PromptSet, batching: Batching = DEFAULT_BATCHING
 ) -> Inspector:
-    return Inspector(
-        Detector(backbone, prompt_set), REGISTERED, limits=LIMITS.image, batching=batching
-    )
+    inspecting = Inspector(limits=LIMITS.image, batching=batching)
+    stored = StoredVersion(category="blister", version=7, run_id="run", data=prompt_set.to_bytes())
+    inspecting.load("blister", Order(version=7), stored)
+    return inspecting
+
+
+def named(prompt_set: PromptSet, name: str) -> PromptSet:
+    provenance = prompt_set.provenance.model_copy(update={"category": name})
+    return dataclasses.replace(prompt_set, provenance=provenance)
+
+
+async def ask_for(
+    inspecting: Inspector, data: bytes, name: str = "blister", picture: Picture | None = None
+) -> Inspected:
+    return await inspecting.inspect(name, data, picture=picture, timeout_s=20)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def alarmed(backbone: FrozenCLIP, prompt_set: PromptSet) -> Inspector:
 
 @pytest.fixture(scope="module")
 def api(alarmed: Inspector) -> FastAPI:
-    return create_api(alarmed, http=LIMITS, auth=Auth())
+    return create_api(alarmed, http=LIMITS, access=OPEN)
 
 
 def ask(api: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
@@ -113,7 +118,7 @@ def test_an_answer_says_what_the_detector_found(
     assert (answer["category"], answer["version"]) == (prompt_set.category, 7)
     assert (answer["backbone"], answer["request_id"]) == ("builtin", "abc")
     assert answer["p_value"] is answer["certified_false_alarm_rate"] is answer["map_png"] is None
-    assert set(answer["timings_ms"]) == {"receive", "decode", "queue", "inspect"}
+    assert set(answer["timings_ms"]) == {"receive", "decode", "queue", "inspect", "conclude"}
     assert all(value >= 0 for value in answer["timings_ms"].values())
 
 
@@ -213,7 +218,7 @@ def test_an_image_that_does_not_arrive_in_time_is_given_up(alarmed: Inspector) -
         yield png()[:20]
         await asyncio.sleep(30)
 
-    api = create_api(alarmed, http=HttpLimits(timeout_s=0.1), auth=Auth())
+    api = create_api(alarmed, http=HttpLimits(timeout_s=0.1), access=OPEN)
     assert_problem(inspect(api, stalled()), 408, "0.1 s")
 
 
@@ -228,10 +233,12 @@ def test_a_failure_of_the_service_itself_tells_nothing_of_its_inside() -> None:
         async def describe(self, category: str) -> CategoryReport:
             raise RuntimeError("the secret of the inside")
 
-        async def inspect(self, category: str, data: bytes) -> InspectedImage:
+        async def inspect(
+            self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+        ) -> Inspected:
             raise RuntimeError("the secret of the inside")
 
-    response = inspect(create_api(Broken(), http=LIMITS, auth=Auth()), png())
+    response = inspect(create_api(Broken(), http=LIMITS, access=OPEN), png())
     assert_problem(response, 500, "")
     assert "secret" not in response.text
 
@@ -239,69 +246,12 @@ def test_a_failure_of_the_service_itself_tells_nothing_of_its_inside() -> None:
 def test_a_category_tells_what_answers_for_it(api: FastAPI, prompt_set: PromptSet) -> None:
     answer = ask(api, "GET", "/v1/blister").json()
     assert answer["version"] == 7
-    assert answer["aliases"] == ["champion"]
+    assert answer["run_id"] == "run"
     assert answer["fingerprint"] == prompt_set.fingerprint
     assert answer["threshold"] == 0.0
     assert answer["trained_at"] == prompt_set.provenance.created
     assert answer["shots"] == prompt_set.provenance.shots
     assert answer["settings"]["steps"] == prompt_set.settings.steps
-
-
-@pytest.mark.parametrize(
-    ("header", "status"),
-    [(None, 401), ("Bearer wrong", 401), ("Basic secret", 401), ("Bearer secret", 200)],
-)
-def test_only_a_known_token_lets_a_request_pass(
-    alarmed: Inspector, header: str | None, status: int
-) -> None:
-    headers = {"Authorization": header} if header else {}
-    category = create_api(alarmed, http=LIMITS, auth=AUTH)
-    root = create_root_api(("blister",), dict, http=LIMITS, auth=AUTH)
-    for response in (
-        inspect(category, png(), headers=headers),
-        ask(category, "GET", "/v1/blister", headers=headers),
-        ask(root, "GET", "/v1", headers=headers),
-    ):
-        assert response.status_code == status
-        if status == 401:
-            assert_problem(response, 401, "token")
-            assert response.headers["www-authenticate"].startswith("Bearer")
-    for open_to_all in ("/", "/docs", "/openapi.json", "/healthz"):
-        assert ask(root, "GET", open_to_all).status_code == 200
-
-
-def test_the_root_explains_what_it_cannot_inspect() -> None:
-    statuses = {"blister": "RUNNING", "washer": "DEPLOYING"}
-    root = create_root_api(("blister", "washer"), lambda: statuses, http=LIMITS, auth=Auth())
-    unknown = ask(root, "POST", "/v1/screw/inspect", content=png())
-    assert "blister, washer" in assert_problem(unknown, 404, "'screw'")["remedy"]
-    early = ask(root, "POST", "/v1/washer/inspect", content=png())
-    assert_problem(early, 503, "washer")
-    assert int(early.headers["retry-after"]) > 0
-    assert_problem(ask(root, "GET", "/readyz"), 503, "washer")
-    assert ask(root, "GET", "/v1").json()["categories"] == [
-        {"category": "blister", "inspect": "/v1/blister/inspect", "status": "RUNNING"},
-        {"category": "washer", "inspect": "/v1/washer/inspect", "status": "DEPLOYING"},
-    ]
-    statuses["washer"] = "RUNNING"
-    assert ask(root, "GET", "/readyz").json() == {"status": "ok"}
-
-
-def test_the_description_names_the_routes_and_the_pages_load_nothing_from_elsewhere() -> None:
-    root = create_root_api(("blister",), dict, http=LIMITS, auth=Auth())
-    paths = ask(root, "GET", "/openapi.json").json()["paths"]
-    operation = paths["/v1/{category}/inspect"]["post"]
-    assert {"image/png", "multipart/form-data"} <= set(operation["requestBody"]["content"])
-    assert {"200", "400", "401", "404", "408", "413", "415", "503"} <= set(operation["responses"])
-    assert {"/v1", "/v1/{category}", "/healthz", "/readyz"} <= set(paths)
-    for path in ("/", "/docs"):
-        page = ask(root, "GET", path)
-        assert "default-src 'self'" in page.headers["content-security-policy"]
-        links = [part.split('"')[0] for part in page.text.split('src="')[1:]]
-        links += [part.split('"')[0] for part in page.text.split('href="')[1:]]
-        assert links
-        for link in links:
-            assert ask(root, "GET", link).status_code == 200, link
 
 
 def test_images_that_wait_together_are_inspected_together(
@@ -310,8 +260,8 @@ def test_images_that_wait_together_are_inspected_together(
     images = [image.path.read_bytes() for image in category.test[:5]]
 
     async def together(inspecting: Inspector) -> list[tuple[float, float]]:
-        found = await asyncio.gather(*(inspecting.inspect("blister", data) for data in images))
-        return [(each.inspection.anomaly_score, each.inspect_ms) for each in found]
+        found = await asyncio.gather(*(ask_for(inspecting, data) for data in images))
+        return [(each.report.anomaly_score, each.report.timings_ms.inspect) for each in found]
 
     alone = inspector(backbone, prompt_set, Batching(max_batch_size=1))
     batched = inspector(backbone, prompt_set, Batching(max_batch_size=4))
@@ -324,7 +274,7 @@ def test_images_that_wait_together_are_inspected_together(
 
 def test_a_full_queue_answers_busy(backbone: FrozenCLIP, prompt_set: PromptSet) -> None:
     small = inspector(backbone, prompt_set, Batching(max_queue=2))
-    api = create_api(small, http=LIMITS, auth=Auth())
+    api = create_api(small, http=LIMITS, access=OPEN)
 
     async def rush() -> list[httpx.Response]:
         transport = httpx.ASGITransport(api)
@@ -341,153 +291,183 @@ def test_a_full_queue_answers_busy(backbone: FrozenCLIP, prompt_set: PromptSet) 
     assert inspect(api, png()).status_code == 200
 
 
-def test_the_fleet_files_decision_replaces_the_threshold(prompt_set: PromptSet) -> None:
-    assert decide(prompt_set, Decision()).threshold == prompt_set.threshold
-    fixed = decide(prompt_set, Decision(threshold=0.25)).threshold
-    assert (fixed.value, fixed.certified) == (0.25, False)
-    with pytest.raises(FleetError, match="no calibration images, 19 are needed"):
-        decide(prompt_set, Decision(false_alarm_rate=0.05))
-
-    scores = [score / 100 for score in range(1, 20)]
-    provenance = prompt_set.provenance.model_copy(update={"threshold": calibrate(scores, 0.5)})
-    calibrated = dataclasses.replace(prompt_set, provenance=provenance)
-    strict = decide(calibrated, Decision(false_alarm_rate=0.05)).threshold
-    assert strict == calibrate(scores, 0.05)
-    with pytest.raises(FleetError, match="only 19 calibration images, 99 are needed"):
-        decide(calibrated, Decision(false_alarm_rate=0.01))
-
-
-@dataclasses.dataclass(frozen=True)
-class Deployed:
-    """A real cluster, registry and fleet, used through the commands and HTTP alone."""
-
-    stack: LocalStack
-    port: int
-    folder: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "serving.fleet", *arguments],
-            cwd=self.folder,  # not the repository: nothing may depend on where it runs
-            env=command_environment() | self.stack.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def deploy(self, fleet: Mapping[str, object]) -> "subprocess.CompletedProcess[str]":
-        path = self.folder / "fleet.yaml"
-        path.write_text(json.dumps(fleet))
-        return self.run("deploy", str(path), "--http-port", str(self.port))
-
-    def replicas(self) -> dict[str, int]:
-        """Application -> process of its only replica."""
-        token = Path(self.stack.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-        request = Request(
-            f"{self.stack.environment['RAY_API_SERVER_ADDRESS']}/api/serve/applications/",
-            headers={"Authorization": f"Bearer {token}"},
-        )
-        applications = json.loads(fetch(request))["applications"]
-        return {
-            name: deployment["replicas"][0]["pid"]
-            for name, application in applications.items()
-            for deployment in application["deployments"].values()
-        }
-
-    def inspect(self, category: str, data: bytes) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(
-            fetch(Request(f"{self.url}/v1/{category}/inspect", data=data))
-        )
-        return answer
-
-
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) -> Iterator[Deployed]:
-    """A fleet of two categories, one of which calls everything a defect."""
-    folder = tmp_path_factory.mktemp("fleet")
-    stack = LocalStack(folder / "stack")
-    stack.start()
-    try:
-        registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])
-        for name in ("blister", "washer"):
-            provenance = prompt_set.provenance.model_copy(update={"category": name})
-            named = dataclasses.replace(prompt_set, provenance=provenance)
-            registry.register(named, pictures={}, trials=[])
-        fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder)
-        done = fleet.deploy({"categories": {"blister": {"threshold": 0}, "washer": {}}})
-        assert done.returncode == 0, done.stderr
-        assert f"{fleet.url}/v1/washer/inspect" in done.stdout
-        yield fleet
-    finally:
-        stack.stop()
-
-
-@pytest.mark.timeout(600)
-def test_a_fleet_on_a_real_cluster(
-    deployed: Deployed, backbone: FrozenCLIP, prompt_set: PromptSet, category: Category
+def test_several_images_of_one_form_are_answered_one_by_one(
+    api: FastAPI, category: Category
 ) -> None:
-    path = next(image.path for image in category.test if image.is_anomalous)
-    (expected,) = Detector(backbone, prompt_set).inspect([read_image(path)])
+    images = [image.path.read_bytes() for image in category.test[:2]]
+    files = [("image", ("x", data, "image/png")) for data in (images[0], b"junk", images[1])]
+    response = ask(api, "POST", "/v1/blister/inspect", files=files)
+    first, junk, second = response.json()["inspections"]
+    for answer, data in ((first, images[0]), (second, images[1])):
+        alone = inspect(api, data).json()
+        assert answer["anomaly_score"] == pytest.approx(alone["anomaly_score"], abs=1e-5)
+        assert answer["version"] == 7
+    assert (junk["status"], junk["title"]) == (400, "Not an image")
+    many = [("image", ("x", png(), "image/png"))] * 17
+    assert_problem(ask(api, "POST", "/v1/blister/inspect", files=many), 413, "16 images")
+    headers = {"Accept": "image/png"}
+    overlay = ask(api, "POST", "/v1/blister/inspect", files=files, headers=headers)
+    assert_problem(overlay, 413, "one image")
 
-    # Each category answers over HTTP as the detector does, by its own decision.
-    for name, threshold in (("blister", 0.0), ("washer", prompt_set.threshold.value)):
-        answer = deployed.inspect(name, path.read_bytes())
-        assert (answer["category"], answer["version"]) == (name, 1)
-        assert answer["threshold"] == pytest.approx(threshold)
-        assert answer["anomaly_score"] == pytest.approx(expected.anomaly_score, abs=1e-4)
-        assert answer["is_anomalous"] == (expected.anomaly_score > threshold)
-    for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/console.js"):
-        assert fetch(Request(deployed.url + page))
-    for name, content, status in (
-        ("screw", png(), 404),
-        ("blister", bytes(21 * 2**20), 413),
-        ("blister", png()[:30], 400),
-    ):
-        response = httpx.post(f"{deployed.url}/v1/{name}/inspect", content=content, trust_env=False)
-        assert_problem(response, status, "")
 
-    # A new version and a new bound: only what is built anew gets a new process, without a gap.
-    registry = Registry(deployed.stack.environment["MLFLOW_TRACKING_URI"])
-    provenance = prompt_set.provenance.model_copy(update={"category": "blister"})
-    registry.register(
-        dataclasses.replace(prompt_set, provenance=provenance), pictures={}, trials=[]
-    )
-    before = deployed.replicas()
-    fleet = {
-        "categories": {
-            "blister": {"version": 2},
-            "washer": {"autoscaling": {"max_replicas": 2}},
-        }
+def test_what_cannot_be_in_time_is_refused_at_once(
+    backbone: FrozenCLIP, prompt_set: PromptSet
+) -> None:
+    api = create_api(inspector(backbone, prompt_set), http=LIMITS, access=OPEN)
+    late = inspect(api, png(), headers={"X-Timeout-Ms": "1"})
+    assert_problem(late, 503, "")
+    assert int(late.headers["retry-after"]) >= 1
+    assert_problem(inspect(api, png(), headers={"X-Timeout-Ms": "0"}), 422, "X-Timeout-Ms")
+    assert inspect(api, png(), headers={"X-Timeout-Ms": "20000"}).status_code == 200
+
+
+def test_a_caller_that_went_away_costs_no_forward_pass(
+    backbone: FrozenCLIP, prompt_set: PromptSet
+) -> None:
+    busy = inspector(backbone, prompt_set, Batching(max_batch_size=1))
+    forwards = []
+    run = busy._batcher._run
+    busy._batcher._run = lambda jobs: forwards.append(len(jobs)) or run(jobs)  # type: ignore[func-returns-value]
+    api = create_api(busy, http=LIMITS, access=OPEN)
+
+    async def rush() -> None:
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://fleet") as client:
+            stay = asyncio.create_task(client.post("/v1/blister/inspect", content=png()))
+            await asyncio.sleep(0)
+            leave = [
+                asyncio.create_task(_post_and_leave(api, png(), after_s=0.0)) for _ in range(5)
+            ]
+            await asyncio.gather(stay, *leave)
+
+    asyncio.run(rush())
+    assert len(forwards) < 6
+    assert busy._waiting.total() == 0
+    assert inspect(api, png()).status_code == 200
+
+
+async def _post_and_leave(api: FastAPI, data: bytes, *, after_s: float) -> None:
+    """A request whose connection closes as soon as its body is sent."""
+    sent = False
+    answered: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if not sent:
+            sent = True
+            return {"type": "http.request", "body": data, "more_body": False}
+        await asyncio.sleep(after_s)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        answered.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/blister/inspect",
+        "raw_path": b"/v1/blister/inspect",
+        "query_string": b"",
+        "headers": [(b"content-type", b"image/png")],
+        "http_version": "1.1",
+        "scheme": "http",
     }
-    done = deployed.deploy(fleet)
-    assert done.returncode == 0, done.stderr
-    assert "root: unchanged" in done.stderr
-    after = deployed.replicas()
-    assert {name for name in before if before[name] != after[name]} == {"category-blister"}
-    assert deployed.inspect("blister", png())["version"] == 2
+    await api(scope, receive, send)
+    assert answered[0]["status"] == 499
 
-    # A category that cannot be served is reported with its reason; what was there keeps serving.
-    done = deployed.deploy(
-        {"categories": {"blister": {"version": 2}, "washer": {"false_alarm_rate": 0.1}}}
-    )
-    assert done.returncode == 1
-    assert "category-washer cannot be served" in done.stderr
-    assert "washer cannot be held to a false-alarm rate of 0.1" in done.stderr
-    assert deployed.inspect("washer", png())["version"] == 1
-    status = deployed.run("status")
-    assert "DEPLOY_FAILED" in status.stdout
 
-    # HTTP options are fixed while the server runs.
-    moved = deployed.run("deploy", str(deployed.folder / "fleet.yaml"), "--http-port", "1")
-    assert moved.returncode == 1
-    assert f"port {deployed.port}, not 1" in moved.stderr
+def test_one_flooded_category_leaves_the_others_their_turn(
+    backbone: FrozenCLIP, prompt_set: PromptSet
+) -> None:
+    shared = Inspector(limits=LIMITS.image, batching=Batching(max_batch_size=2), shared=True)
+    for name in ("blister", "nut"):
+        stored = StoredVersion(
+            category=name, version=1, run_id="", data=named(prompt_set, name).to_bytes()
+        )
+        shared.load(name, Order(version=1), stored)
+    done: list[str] = []
 
-    done = deployed.run("down")
-    assert done.returncode == 0, done.stderr
-    assert "stopped 3 applications" in done.stdout
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(deployed.url, trust_env=False)
+    async def one(name: str) -> None:
+        try:
+            await ask_for(shared, png(), name)
+            done.append(name)
+        except ProblemError as error:
+            done.append(f"refused with {error.problem.status}")
+
+    async def rush() -> None:
+        flood = [asyncio.create_task(one("blister")) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        await one("nut")
+        await asyncio.gather(*flood)
+
+    asyncio.run(rush())
+    served = [name for name in done if not name.startswith("refused")]
+    assert done.count("refused with 429") == 4  # of 20, 16 may wait
+    assert served.index("nut") <= 6
+
+
+def test_a_region_of_interest_leaves_only_what_lies_in_it(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category
+) -> None:
+    data = next(image.path for image in category.test if image.is_anomalous).read_bytes()
+    stored = StoredVersion(category="blister", version=1, run_id="", data=prompt_set.to_bytes())
+    scores = {}
+    for name, box in (("all", (0, 0, 1, 1)), ("left", (0, 0, 0.5, 1)), ("right", (0.5, 0, 0.5, 1))):
+        inspecting = Inspector(limits=LIMITS.image, batching=Batching())
+        order = Order(
+            version=1,
+            decision=Decision(threshold=0.0),
+            region_of_interest=RegionOfInterest(box=box),
+        )
+        inspecting.load("blister", order, stored)
+        found = asyncio.run(ask_for(inspecting, data, picture="png"))
+        assert found.picture_png is not None
+        map_HW = np.asarray(Image.open(io.BytesIO(found.picture_png)))
+        middle = map_HW.shape[1] // 2
+        if name == "left":
+            assert map_HW[:, middle + 4 :].max() == 0 < map_HW[:, :middle].max()
+            assert all(region.x + region.width <= middle + 4 for region in found.report.regions)
+        scores[name] = found.report.anomaly_score
+    plain = asyncio.run(ask_for(inspector(backbone, prompt_set), data)).report.anomaly_score
+    assert scores["all"] == pytest.approx(plain, abs=1e-6)
+    assert max(scores["left"], scores["right"]) <= scores["all"] + 1e-6
+
+
+def test_a_damaged_version_never_replaces_the_one_that_serves(
+    backbone: FrozenCLIP, prompt_set: PromptSet
+) -> None:
+    serving = inspector(backbone, prompt_set)
+    provenance = prompt_set.provenance.model_copy(update={"probe_score": 0.9})
+    lying = dataclasses.replace(prompt_set, provenance=provenance).to_bytes()
+    other = prompt_set.provenance.model_copy(update={"fingerprint": "0" * 32})
+    foreign = dataclasses.replace(prompt_set, provenance=other).to_bytes()
+    for data, says in (
+        (lying, "not 0.9000 as when it was fitted"),
+        (foreign, "another backbone"),
+        (prompt_set.to_bytes()[:1000], "damaged"),
+    ):
+        stored = StoredVersion(category="blister", version=8, run_id="", data=data)
+        with pytest.raises(AptError, match=says):
+            serving.load("blister", Order(version=8), stored)
+    assert asyncio.run(ask_for(serving, png())).report.version == 7
+
+
+def test_a_new_version_takes_over_between_two_batches_without_a_lost_image(
+    backbone: FrozenCLIP, prompt_set: PromptSet
+) -> None:
+    serving = inspector(backbone, prompt_set, Batching(max_batch_size=2, max_queue=64))
+    stored = StoredVersion(category="blister", version=8, run_id="", data=prompt_set.to_bytes())
+
+    async def swap() -> list[int]:
+        asked = [asyncio.create_task(ask_for(serving, png())) for _ in range(24)]
+        await asyncio.to_thread(serving.load, "blister", Order(version=8), stored)
+        asked += [asyncio.create_task(ask_for(serving, png())) for _ in range(2)]
+        return [found.report.version for found in await asyncio.gather(*asked)]
+
+    versions = asyncio.run(swap())
+    assert len(versions) == 26
+    assert versions[-2:] == [8, 8]
+    assert set(versions) <= {7, 8}
+    serving.drop("blister")
+    with pytest.raises(ProblemError, match="not ready"):
+        asyncio.run(ask_for(serving, png()))

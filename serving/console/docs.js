@@ -27,6 +27,7 @@ const table = (rows) =>
 
 // The fields of an object, those of objects inside it under dotted names.
 function fields(schema, prefix = "") {
+  if (schema.anyOf) return schema.anyOf.flatMap((option) => fields(option, prefix));
   return Object.entries(resolve(schema).properties ?? {}).flatMap(([name, field]) => {
     const inner = field.items ?? field;
     const label = `${prefix}${name}${field.items ? "[]" : ""}`;

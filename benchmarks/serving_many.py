@@ -1,0 +1,87 @@
+"""Many categories in one pool: `python -m benchmarks.serving_many [--json FILE]`.
+
+The engine of a replica, in this process: images of random categories against images of one, the
+memory that a further category takes, and the time to add one. Both sides take turns.
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from apt_ray.images import ImageLimits
+from apt_ray.prompt_set import PromptSet
+from benchmarks.fleet import prepare, write
+from serving.inspector import Inspector
+from serving.orders import Order, StoredVersion
+from serving.settings import Batching
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Many categories in one pool.")
+    parser.add_argument("--categories", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--images", type=int, default=64, help="of one round and side")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory(prefix="apt-bench-") as name:
+        prompt_set, data = prepare(Path(name), "builtin")
+    batching = Batching(max_queue=10 * options.images, threads=1)
+    pool = Inspector(limits=ImageLimits(), batching=batching, shared=True)
+    _add(pool, prompt_set, 0)
+    asyncio.run(_rate(pool, data, ["part-0"] * 16))
+    resident, adding = _resident_mb(), []
+    for number in range(1, options.categories):
+        started = time.perf_counter()
+        _add(pool, prompt_set, number)
+        adding.append(time.perf_counter() - started)
+    further = (_resident_mb() - resident) / (options.categories - 1)
+
+    g = random.Random(0)
+    one, many = [], []
+    for _ in range(options.rounds):
+        names = [f"part-{g.randrange(options.categories)}" for _ in range(options.images)]
+        many.append(asyncio.run(_rate(pool, data, names)))
+        one.append(asyncio.run(_rate(pool, data, ["part-0"] * options.images)))
+    ratio = statistics.median(a / b for a, b in zip(many, one, strict=True))
+    write(
+        options.json,
+        {
+            "categories": options.categories,
+            "images_per_second_of_one": round(statistics.median(one), 1),
+            "images_per_second_of_many": round(statistics.median(many), 1),
+            "many_against_one": round(ratio, 3),
+            "further_category_mb": round(further, 3),
+            "adding_one_p50_s": round(statistics.median(adding), 3),
+        },
+    )
+
+
+def _add(pool: Inspector, prompt_set: PromptSet, number: int) -> None:
+    name = f"part-{number}"
+    provenance = prompt_set.provenance.model_copy(update={"category": name})
+    data = replace(prompt_set, provenance=provenance).to_bytes()
+    stored = StoredVersion(category=name, version=1, run_id="", data=data)
+    pool.load(name, Order(version=1), stored)
+
+
+async def _rate(pool: Inspector, data: bytes, names: list[str]) -> float:
+    started = time.perf_counter()
+    asked = [pool.inspect(name, data, picture=None, timeout_s=600) for name in names]
+    await asyncio.gather(*asked)
+    return len(names) / (time.perf_counter() - started)
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Structured logs: one line an inspection and one an operation, through Serve's own logger.
+
+The fleet runs Serve with JSON logs: every field given here, the request's id and the replica stand
+in each line.
+"""
+
+import logging
+from datetime import datetime, timezone
+
+from serving.messages import InspectionReport
+
+logger = logging.getLogger("ray.serve")
+
+
+def audit(operation: str, **fields: object) -> dict[str, object]:
+    """Log an operation; returns what was logged."""
+    line = {
+        "at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "operation": operation,
+        **fields,
+    }
+    logger.info("audit: %s", operation, extra={"audit": line})
+    return line
+
+
+def log_inspection(report: InspectionReport) -> None:
+    """Log what an image was found to be."""
+    logger.info(
+        "inspected",
+        extra={
+            "request": report.request_id,
+            "category": report.category,
+            "version": report.version,
+            "anomaly_score": round(report.anomaly_score, 6),
+            "is_anomalous": report.is_anomalous,
+            "timings_ms": report.timings_ms.model_dump(),
+        },
+    )

@@ -1,0 +1,82 @@
+"""The fleet's Prometheus metrics; Ray's agent on each node exports them.
+
+Serve adds the application, deployment and replica of each. `serving/dashboard.json` shows them in
+Grafana.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+from ray.serve import metrics
+
+PREFIX = "apt_"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SCORES = tuple(step / 20 for step in range(1, 21))
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_WHO = ("category", "version")
+
+
+class Meter:
+    """Counts what a process of the fleet does. `version` is 0 where none answered."""
+
+    def __init__(self) -> None:
+        self._requests = _counter("requests", "Images answered, by `outcome`.", (*_WHO, "outcome"))
+        self._rejects = _counter("rejects", "Images found anomalous.", _WHO)
+        self._loads = _counter("loads", "Prompt sets loaded, by `outcome`.", (*_WHO, "outcome"))
+        self._stages = _histogram(
+            "stage_seconds", "Time in each `stage` of an image.", _SECONDS, (*_WHO, "stage")
+        )
+        self._scores = _histogram("anomaly_score", "Anomaly scores.", _SCORES, _WHO)
+        self._batches = _histogram("batch_size", "Images of one forward pass.", _BATCHES, ())
+        self._queue = metrics.Gauge(
+            f"{PREFIX}queue", "Images that wait in a replica.", tag_keys=("category",)
+        )
+
+    def inspected(
+        self, category: str, version: int, *, score: float, is_anomalous: bool, ms: dict[str, float]
+    ) -> None:
+        """An image was inspected; `ms` are the milliseconds of its stages."""
+        who = _who(category, version)
+        self._requests.inc(tags=who | {"outcome": "ok"})
+        if is_anomalous:
+            self._rejects.inc(tags=who)
+        self._scores.observe(max(score, 1e-9), tags=who)  # Ray refuses to observe 0
+        for stage, value in ms.items():
+            self._stages.observe(max(value / 1000, 1e-9), tags=who | {"stage": stage})
+
+    def refused(self, category: str, kind: str) -> None:
+        """An image was answered with a problem of this kind."""
+        self._requests.inc(tags=_who(category, 0) | {"outcome": kind})
+
+    def loaded(self, category: str, version: int, *, succeeded: bool) -> None:
+        """A prompt set was loaded and passed its test, or was refused."""
+        outcome = "ok" if succeeded else "refused"
+        self._loads.inc(tags=_who(category, version) | {"outcome": outcome})
+
+    def batch(self, size: int) -> None:
+        """A forward pass took this many images."""
+        self._batches.observe(size)
+
+    def queue(self, category: str, waiting: int) -> None:
+        """This many images of the category wait now."""
+        self._queue.set(waiting, tags={"category": category})
+
+
+def _who(category: str, version: int) -> dict[str, str]:
+    return {"category": category, "version": str(version)}
+
+
+def _counter(name: str, description: str, tags: Sequence[str]) -> metrics.Counter:
+    return metrics.Counter(f"{PREFIX}{name}", description, tag_keys=_keys(tags))
+
+
+def _histogram(
+    name: str, description: str, boundaries: Sequence[float], tags: Sequence[str]
+) -> metrics.Histogram:
+    return metrics.Histogram(
+        f"{PREFIX}{name}", description, boundaries=list(boundaries), tag_keys=_keys(tags)
+    )
+
+
+def _keys(tags: Sequence[str]) -> tuple[str]:
+    return cast("tuple[str]", tuple(tags))  # Ray's annotation says one, its code takes any number

@@ -1,0 +1,124 @@
+"""What passes between the controller, the replicas and the root.
+
+A *plan* is the controller's part of Serve's configuration: who serves what, without versions.
+*Orders* are what one pool shall serve now, versions included. *Reports* come back.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from apt_ray.config import Settings
+from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolName, RegionOfInterest
+
+State = Literal["READY", "LOADING", "IDLE", "FAILED"]
+
+
+class Plan(Settings):
+    """Who serves what, and who may ask: the state that a deploy changes.
+
+    A category that moves is in two pools for a while.
+    """
+
+    revision: int = Field(default=0, description="One more for every deploy.")
+    deployed_by: str = ""
+    pools: dict[PoolName, dict[CategoryName, CategoryEntry]] = Field(default_factory=dict)
+    auth: Auth = Auth()
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain values that say no more than they must: a thousand categories stay readable."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def places(self) -> Iterator[tuple[CategoryName, PoolName, CategoryEntry]]:
+        """Every category in every pool that shall serve it."""
+        for pool, entries in self.pools.items():
+            for category, entry in entries.items():
+                yield category, pool, entry
+
+
+class Order(Settings):
+    """One category as a pool shall serve it."""
+
+    version: int | None = Field(description="Null: the one that it serves, for want of news.")
+    decision: Decision = Decision()
+    region_of_interest: RegionOfInterest | None = None
+
+
+class Orders(Settings):
+    """All that one pool shall serve."""
+
+    categories: dict[CategoryName, Order] = Field(default_factory=dict)
+    auth: Auth = Auth()
+
+    @property
+    def etag(self) -> str:
+        """Changes with the content."""
+        return digest(self)
+
+
+class Routes(Settings):
+    """All that the root needs: category -> the pools that may be asked."""
+
+    pools: dict[CategoryName, tuple[PoolName, ...]] = Field(default_factory=dict)
+    auth: Auth = Auth()
+
+    @property
+    def etag(self) -> str:
+        return digest(self)
+
+
+class ServedVersion(Settings):
+    """What a replica does for one category."""
+
+    version: int | None = Field(description="What it serves; null if nothing.")
+    source: Literal["registry", "cache"] | None = Field(
+        default=None, description="Where it was loaded from; `cache` means the registry was away."
+    )
+    problem: str | None = Field(default=None, description="Why it does not do as ordered.")
+
+
+class ReplicaReport(Settings):
+    """What a replica serves now."""
+
+    orders: str = Field(default="", description="Etag of the orders that it has carried out.")
+    followed: bool = Field(default=True, description="False while it runs from its cache alone.")
+    categories: dict[CategoryName, ServedVersion] = Field(default_factory=dict)
+
+
+class CategoryStatus(Settings):
+    """One category as the whole fleet serves it."""
+
+    state: State
+    pools: tuple[PoolName, ...]
+    wanted: int | None = Field(description="The registry's version; null if there is none.")
+    serving: tuple[int, ...] = Field(description="Versions that replicas serve.")
+    replicas: int = Field(description="How many replicas serve it.")
+    from_cache: bool = Field(description="Whether a replica serves it without the registry.")
+    problem: str | None = None
+
+
+class FleetStatus(Settings):
+    """The state of the fleet as its controller knows it."""
+
+    revision: int
+    deployed_by: str
+    registry: str = Field(description="`ok`, or why the registry does not answer.")
+    polled_s_ago: float | None = Field(description="Since the registry last answered.")
+    categories: dict[CategoryName, CategoryStatus]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredVersion:
+    """A version of a prompt set on its way from the registry to a replica."""
+
+    category: str
+    version: int
+    run_id: str
+    data: bytes
+
+
+def digest(settings: Settings) -> str:
+    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16]

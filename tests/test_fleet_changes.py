@@ -1,0 +1,130 @@
+"""A fleet that changes under load: no request may fail that a killed process did not hold."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from apt_ray.data.folders import Category
+from apt_ray.local_stack import LocalStack, free_ports
+from apt_ray.prompt_set import PromptSet
+from serving.webhooks import SECRET_VARIABLE
+from tests.fleets import Deployed, Load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+POOLS = {"pools": {"tail": {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}}}
+ONE = {"autoscaling": {"max_replicas": 1}}
+SECRET = "known to MLflow and the fleet"
+PER_SECOND = float(os.environ.get("APT_RAY_TEST_RATE", "20"))
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) -> Iterator[Deployed]:
+    """A category with a pool of its own and one in a shared pool of two replicas."""
+    folder = tmp_path_factory.mktemp("changes")
+    stack = LocalStack(
+        folder / "stack",
+        ray_env={SECRET_VARIABLE: SECRET},
+        mlflow_env={
+            "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+            "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        },
+    )
+    stack.start()
+    try:
+        fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder)
+        fleet.register(prompt_set, "blister", "washer", "screw")
+        done = fleet.deploy(POOLS | {"categories": {"blister": ONE, "washer": {"pool": "tail"}}})
+        assert done.returncode == 0, done.stderr
+        yield fleet
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def picture(category: Category) -> bytes:
+    return category.test[0].path.read_bytes()
+
+
+def _until(holds: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_versions_pools_and_bounds_change_without_a_failed_request(
+    deployed: Deployed, prompt_set: PromptSet, picture: bytes
+) -> None:
+    def deploy(**categories: object) -> None:
+        done = deployed.deploy(POOLS | {"categories": categories})
+        assert done.returncode == 0, done.stderr
+
+    with Load(deployed.url, ("blister", "washer"), picture, per_second=PER_SECOND) as load:
+        deployed.register(prompt_set, "blister", "washer", champion=True)
+        followed = [load.wait_for(name, 2) for name in ("blister", "washer")]
+        for name in ("blister", "washer"):
+            deployed.promote(name, 1)
+        rolled_back = [load.wait_for(name, 1) for name in ("blister", "washer")]
+        tail = {"pool": "tail"}
+        deploy(blister=ONE, washer=tail, screw=tail)
+        deploy(blister={"autoscaling": {"max_replicas": 2}}, washer=tail)
+        deploy(blister=tail, washer=tail)
+        deploy(blister=tail, washer=ONE)
+        time.sleep(1)
+    print(
+        f"\n{len(load.answers)} requests, {len(load.failed())} failed; followed after {followed},"
+        f" rolled back after {rolled_back} s"
+    )
+    assert load.failed() == []
+    assert len(load.answers) > 50
+    assert {answer.version for answer in load.answers} == {1, 2}
+    assert max(*followed, *rolled_back) < 15
+
+
+def test_killed_processes_take_only_what_they_held(deployed: Deployed, picture: bytes) -> None:
+    two = {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}
+    done = deployed.deploy(POOLS | {"categories": {"blister": {"pool": "tail"}, "washer": two}})
+    assert done.returncode == 0, done.stderr
+    for application in ("pool-tail", "pool-washer", "controller"):
+        before = deployed.replicas()[application]
+        with Load(deployed.url, ("blister", "washer"), picture, per_second=PER_SECOND / 2) as load:
+            time.sleep(1)
+            os.kill(before[0], signal.SIGKILL)
+
+            def again(application: str = application, before: list[int] = before) -> bool:
+                now = deployed.replicas()[application]
+                return len(now) == len(before) and before[0] not in now
+
+            _until(again)
+            time.sleep(2)
+        once, twice = load.failed(), load.failed(attempts=2)
+        print(
+            f"\n{application}: {len(load.answers)} requests, {len(once)} failed,"
+            f" {len(twice)} after one retry"
+        )
+        assert twice == []
+        assert len(once) <= (0 if application == "controller" else 8)
+
+
+def test_a_webhook_spares_the_wait_for_the_next_poll(
+    deployed: Deployed, prompt_set: PromptSet, picture: bytes
+) -> None:
+    tail = {"pool": "tail"}
+    fleet = POOLS | {"categories": {"blister": tail, "washer": tail}}
+    done = deployed.deploy(fleet, poll_s=600)
+    assert done.returncode == 0, done.stderr
+    events = ["model_version_alias.created", "model_version_alias.deleted"]
+    deployed.registry._client.create_webhook(
+        "fleet", f"{deployed.url}/webhooks/mlflow", events, secret=SECRET
+    )
+    version = deployed.inspect("washer", picture)["version"]
+    with Load(deployed.url, ["washer"], picture, per_second=4) as load:
+        deployed.promote("washer", 3 - version)
+        followed = load.wait_for("washer", 3 - version, timeout_s=60)
+    print(f"\nfollowed a webhook after {followed:.1f} s")
+    assert followed < 3
+    assert load.failed() == []
