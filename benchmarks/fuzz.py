@@ -36,7 +36,7 @@ def main() -> int:
     slowest = 0.0
     started = time.perf_counter()
     for seed in tqdm(range(options.seed, options.seed + options.images), unit=" files"):
-        begin = time.perf_counter()
+        begin = time.thread_time()  # not the clock: the machine has other work
         try:
             image = decode_image(mutated(seed), limits=_LIMITS)
             outcomes["decoded"] += 1
@@ -46,7 +46,7 @@ def main() -> int:
             outcomes[type(error).__name__] += 1
         except Exception as error:
             unexpected.append(f"seed {seed}: {error!r}")
-        took = time.perf_counter() - begin
+        took = time.thread_time() - begin
         slowest = max(slowest, took)
         if took > _SLOW_S:
             unexpected.append(f"seed {seed}: took {took:.1f} s")

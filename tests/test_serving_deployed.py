@@ -15,7 +15,7 @@ from apt_ray.local_stack import LocalStack, fetch, free_ports
 from apt_ray.prompt_set import PromptSet
 from tests.fleets import Deployed, Load
 
-TAIL = {"pools": {"tail": {}}}
+TAIL = {"pools": {"tail": {}}, "defaults": {"autoscaling": {"max_replicas": 1}}}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_fleet_on_a_real_cluster(
         # Bounds, decisions and tokens change without a new process.
         fleet = {
             "categories": {
-                "blister": {"autoscaling": {"max_replicas": 2}},
+                "blister": {"autoscaling": {"target_ongoing_requests": 8}},
                 "washer": {"pool": "tail", "threshold": 0.25},
             }
         }
