@@ -48,7 +48,8 @@ p { margin: .3rem 0; max-width: 70ch; }
 .quiet { color: #5b6670; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid #e7ebee; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid #e7ebee;
+         white-space: nowrap; }
 th { font-weight: 600; }
 th.text, td.text { text-align: left; }
 .figures { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); }

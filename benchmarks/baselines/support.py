@@ -83,7 +83,7 @@ class Support:
 
     @property
     def bank(self) -> SupportBank:
-        """The anomaly bank at the default noise strength."""
+        """The anomaly bank that `apt_ray.fit` would make of the default settings."""
         return self._shared(
             "bank",
             lambda: encode_support(
@@ -91,6 +91,9 @@ class Support:
                 self.images,
                 seed=self.seed,
                 strengths=[self.settings.noise_strength],
+                region=self.settings.region,
+                object_mask=self.settings.object_mask,
+                judged=False,
             ),
         )
 
