@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from apt_ray.backbone import FrozenCLIP, ImageFeatures
 from apt_ray import synthesis
+from apt_ray.backbone import FrozenCLIP, ImageFeatures
 from apt_ray.config import NOISE_LADDER
 from apt_ray.errors import DataError
 from apt_ray.synthesis import (

@@ -36,6 +36,7 @@ from apt_ray.prompt_set import PromptSet
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 EXPERIMENT = "apt-ray"
+TRIALS_EXPERIMENT = "apt-ray-trials"
 
 _PREFIX = "apt-"
 _DIRECTORY = "version"
@@ -56,6 +57,17 @@ class RegisteredVersion:
     aliases: tuple[str, ...]
     run_id: str
     tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedTrial:
+    """A trial of a search, for `Registry.log_trials`; metrics are (step, value) pairs."""
+
+    category: str
+    number: int
+    settings: Mapping[str, object]
+    metrics: Mapping[str, Sequence[tuple[int, float]]]
+    status: str
 
 
 class Registry:
@@ -92,16 +104,18 @@ class Registry:
         pictures: Mapping[str, Image.Image],
         trials: Sequence[Mapping[str, object]],
         tags: Mapping[str, str] = {},
+        promote: bool = True,
     ) -> RegisteredVersion:
         """Store a prompt set as the category's newest version and make it the candidate.
 
-        It becomes the champion as well where the category has none yet.
+        It becomes the champion as well where the category has none yet and `promote` is set.
 
         Args:
             prompt_set: What is registered; its metrics and settings are logged with it.
             pictures: File name without suffix -> picture, shown under the version.
             trials: One row a trial of the search, all with the same keys.
             tags: Provenance that the prompt set itself does not carry.
+            promote: Whether it may become the champion.
         """
         name = _model_name(prompt_set.category)
         tags = _tags(prompt_set) | dict(tags)
@@ -124,7 +138,8 @@ class Registry:
                 self._client.set_terminated(run_id, "FAILED")
                 raise
             self._client.set_terminated(run_id)
-            moved = (CANDIDATE,) if CHAMPION in aliases else (CANDIDATE, CHAMPION)
+            may_serve = promote and CHAMPION not in aliases
+            moved = (CANDIDATE, CHAMPION) if may_serve else (CANDIDATE,)
             for alias in moved:
                 self._client.set_registered_model_alias(name, alias, created.version)
         return RegisteredVersion(
@@ -183,6 +198,55 @@ class Registry:
             if CHAMPION in aliases
         }
 
+    def log_trials(self, search: str, trials: Sequence[LoggedTrial]) -> None:
+        """Write trials as runs of the experiment `apt-ray-trials`, each once, whatever is repeated.
+
+        Args:
+            search: Name of the search, a tag of every run.
+            trials: Ended trials.
+        """
+        with self._requests():
+            experiment = self._experiment_id(TRIALS_EXPERIMENT)
+            known = self._logged(experiment, search)
+            for trial in trials:
+                name = f"{trial.category}/{trial.number}"
+                if name in known:
+                    continue
+                now = int(time.time() * 1000)
+                run = self._client.create_run(experiment, run_name=f"{search}/{name}")
+                self._client.log_batch(
+                    run.info.run_id,
+                    metrics=[
+                        Metric(key, value, now, step)
+                        for key, values in trial.metrics.items()
+                        for step, value in values
+                    ],
+                    params=[Param(key, str(value)) for key, value in trial.settings.items()],
+                    # Whoever finds the tag `trial` finds a run that is whole.
+                    tags=[
+                        RunTag("search", search),
+                        RunTag("category", trial.category),
+                        RunTag("status", trial.status),
+                        RunTag("trial", name),
+                    ],
+                )
+                self._client.set_terminated(
+                    run.info.run_id, "FAILED" if trial.status == "failed" else "FINISHED"
+                )
+                known.add(name)
+
+    def _logged(self, experiment: str, search: str) -> set[str]:
+        """The trials of a search that are written already."""
+        known: set[str] = set()
+        token: str | None = None
+        while token != "":
+            page = self._client.search_runs(
+                [experiment], f"tags.search = '{search}'", max_results=_PAGE, page_token=token
+            )
+            known |= {run.data.tags["trial"] for run in page if "trial" in run.data.tags}
+            token = page.token or ""
+        return known
+
     def _registered_model(self, category: str) -> Mapping[str, str]:
         """The aliases of the category's registered model, which is created if need be."""
         name = _model_name(category)
@@ -226,11 +290,11 @@ class Registry:
                     table.writerows(trials)
             self._client.log_artifacts(run_id, name)
 
-    def _experiment_id(self) -> str:
+    def _experiment_id(self, name: str = EXPERIMENT) -> str:
         try:
-            return self._client.create_experiment(EXPERIMENT)
+            return self._client.create_experiment(name)
         except MlflowException:
-            existing = self._client.get_experiment_by_name(EXPERIMENT)
+            existing = self._client.get_experiment_by_name(name)
             if existing is None:
                 raise
             return existing.experiment_id
