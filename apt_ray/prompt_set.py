@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,6 +98,11 @@ class PromptSet:
     @property
     def support_hash(self) -> str:
         return self.provenance.support_hash
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> PromptSet:
+        """The same prompt set with further figures."""
+        provenance = self.provenance.model_copy(update={"metrics": {**self.metrics, **metrics}})
+        return replace(self, provenance=provenance)
 
     def to_bytes(self) -> bytes:
         """The content of its safetensors file."""

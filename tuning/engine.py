@@ -94,8 +94,7 @@ class Engine:
         limits: EngineLimits | None = None,
         threads: int | None = None,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self._threads = threads
         self.backbone = backbone
         self._limits = limits or EngineLimits()
         self._load_banks = load_banks
@@ -107,6 +106,7 @@ class Engine:
         self._busy_s = 0.0
         self._changed = threading.Condition()
         self._is_closed = False
+        self._is_draining = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -120,6 +120,8 @@ class Engine:
             if call.id in self._slots:
                 self._slots[call.id].asked_for = time.monotonic()
                 return
+            if self._is_draining:
+                raise EngineBusyError("the search is being stopped, the engine takes no more calls")
             if len(self._slots) >= self._limits.calls:
                 raise EngineBusyError(
                     f"the engine holds {len(self._slots)} calls, its limit: call again later, or"
@@ -163,6 +165,12 @@ class Engine:
                 self._banks.popitem(last=False)
         return loaded
 
+    def drain(self) -> None:
+        """Drop all calls and refuse further ones, so that the machine is free for other work."""
+        with self._changed:
+            self._is_draining = True
+            self._slots.clear()
+
     def status(self) -> EngineStatus:
         """What the engine is doing."""
         with self._changed:
@@ -182,6 +190,8 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         while True:
             with self._changed:
                 while not (self._is_closed or self._training or self._next_waiting()):

@@ -1,238 +1,278 @@
-"""The search over categories: Ray Tune for each, then the fit and the registration of its winner.
+"""The search over categories: one Ray Tune experiment for all of them.
 
-Categories are searched one after another. While one is searched, the support sets of the next are
-encoded, and the winner of the one before is fitted and registered.
+A category is fitted and registered as soon as its last trial has ended, beside the trials of the
+others.
 """
 
+import signal
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import ray
+from PIL import Image
 from ray import ObjectRef, tune
-from ray.exceptions import RayTaskError
-from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.experiment import Trial
 
-from apt_ray.bank import SupportBank
+from apt_ray.bank import default_cache_folder
 from apt_ray.data.folders import Category
 from apt_ray.errors import AptError
-from apt_ray.registry import Registry, default_pending
+from apt_ray.registry import Registry
+from tuning.cluster import Engines, FitJob, start_encoding, start_engines, wait_until_ready
+from tuning.finishing import Finisher
 from tuning.progress import Progress, say
-from tuning.results import (
-    TrialRecord,
-    TunedCategory,
-    choose_winner,
-    draw_trials,
-    read_trials,
-)
-from tuning.settings import RUNGS, SearchSettings
-from tuning.space import search_space, starting_point
-from tuning.trial import Banks, TrialPlan, encode_bank, fit_winner, run_trial
+from tuning.records import SearchStore
+from tuning.results import TunedCategory
+from tuning.searcher import CategoriesScheduler, CategoriesSearcher
+from tuning.settings import EngineSettings, SearchSettings
+from tuning.tracking import TrialLog
+from tuning.trial import Banks, TrialPlan, run_trial
+
+_TRIAL_CPUS = 0.01
+_STARTS_AGAIN = 8
+_STOP_S = 8.0
+_CHECK_S = 0.5
+_LOG_S = 300.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Encoding:
-    """The banks of a category on their way; `shots` is small, and raises what went wrong."""
+class SearchStopped(BaseException):
+    """SIGTERM, as `ray job stop` sends it. No Exception: nothing on its way may swallow it."""
 
-    banks: Banks
-    shots: "tuple[ObjectRef[int], ...]"
+
+class _StopRequest(tune.Callback):
+    """Takes note of SIGTERM; what waits asks it now and then.
+
+    The handler itself must not raise: inside of Ray's own calls that becomes a SystemError.
+    """
+
+    def __init__(self) -> None:
+        self._is_made = False
+
+    def listen(self) -> None:
+        """Take the signal over; after ray.init(), which sets a handler of its own."""
+        signal.signal(signal.SIGTERM, self._note)
+
+    def check(self) -> None:
+        """Raise SearchStopped, once, if the signal has come."""
+        if self._is_made:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise SearchStopped
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Check, ten times a second: Ray Tune calls it before each of its steps."""
+        self.check()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._is_made = True
 
 
 class Search:
     """The search over some categories on a connected Ray.
 
-    Attributes:
-        tuned: What was registered so far.
-        failures: Category -> why it was not.
+    Args:
+        categories: What is searched.
+        settings: How.
+        engine: Where the arithmetic is done.
+        store: Where everything is kept that must not be lost.
+        registry: Where winners and trials go.
+        provenance: Tags of every version.
     """
 
     def __init__(
-        self, settings: SearchSettings, registry: Registry, provenance: dict[str, str]
-    ) -> None:
-        self.tuned: list[TunedCategory] = []
-        self.failures: dict[str, str] = {}
-        self._settings = settings
-        self._registry = registry
-        self._provenance = provenance
-        alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        nodes = [node["Resources"].get("CPU", 0) for node in alive]
-        self._live_trials = settings.live_trials or max(1, int(sum(nodes)))
-        if max(nodes) < settings.cpus_per_trial:
-            say(
-                f"no node has {settings.cpus_per_trial:g} CPUs for a trial, the largest has"
-                f" {max(nodes):g}: the search waits until one does, or lower --cpus-per-trial"
-            )
-
-    def run(self, categories: Sequence[Category]) -> None:
-        """Search, fit and register every category; failures are collected, not raised."""
-        places = {category.name: place for place, category in enumerate(categories, 1)}
-        with ThreadPoolExecutor(max_workers=1) as background:
-            for category, encoding in self._encode_ahead(categories):
-                label = f"[{places[category.name]}/{len(categories)}] {category.name}"
-                with self._collecting_failure(category):
-                    started = time.monotonic()
-                    say(f"{label}: encoding {len(encoding.banks)} support sets")
-                    ray.get(list(encoding.shots))
-                    encoded = time.monotonic()
-                    trials = self._run_trials(category, encoding.banks, label)
-                    searched = time.monotonic()
-                    background.submit(
-                        self._finish,
-                        category,
-                        encoding.banks[0],
-                        trials,
-                        {"encode": encoded - started, "search": searched - encoded},
-                        label,
-                    )
-
-    def _encode_ahead(self, categories: Sequence[Category]) -> Iterator[tuple[Category, _Encoding]]:
-        """Each category with its banks; by then the encoding of the next has been started."""
-        begun: deque[tuple[Category, _Encoding]] = deque()
-        for category in categories:
-            with self._collecting_failure(category):
-                begun.append((category, self._encode(category)))
-            if len(begun) > 1:
-                yield begun.popleft()
-        yield from begun
-
-    def _encode(self, category: Category) -> _Encoding:
-        settings = self._settings
-        task = self._task(encode_bank)
-        started = [
-            task.remote(
-                category.support_set(settings.shots, seed),
-                backbone=settings.backbone,
-                seed=seed,
-                threads=settings.threads,
-            )
-            for seed in settings.support_seeds
-        ]
-        banks, shots = zip(*started, strict=True)
-        return _Encoding(banks=banks, shots=shots)
-
-    def _task(self, function: Callable[..., tuple[object, object]]) -> Any:
-        """A function that returns a pair, as a Ray task that reserves as much as a trial."""
-        return ray.remote(num_cpus=self._settings.cpus_per_trial, num_returns=2)(function)
-
-    def _run_trials(self, category: Category, banks: Banks, label: str) -> list[TrialRecord]:
-        settings = self._settings
-        plan = TrialPlan(
-            backbone=settings.backbone,
-            banks=banks,
-            settings=settings.fit_settings(),
-            threads=settings.threads,
-        )
-        tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(run_trial, plan=plan), {"CPU": settings.cpus_per_trial}
-            ),
-            param_space=search_space(),
-            tune_config=tune.TuneConfig(
-                metric="held_out",
-                mode="max",
-                num_samples=settings.trials,
-                search_alg=BasicVariantGenerator(
-                    points_to_evaluate=[starting_point()],
-                    max_concurrent=self._live_trials,
-                    random_state=settings.seed,
-                ),
-                scheduler=_scheduler(settings.scheduler),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name=category.name,
-                storage_path=settings.storage,
-                callbacks=[Progress(label, settings.trials), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
-                verbose=0,
-            ),
-        )
-        trials = read_trials(tuner.fit())
-        errors = [trial.error for trial in trials if trial.error is not None]
-        if errors:
-            say(f"{label}: {len(errors)} of {len(trials)} trials failed: {_reason(errors[0])}")
-        return trials
-
-    def _finish(
         self,
-        category: Category,
-        bank: "ObjectRef[SupportBank]",
-        trials: list[TrialRecord],
-        seconds: dict[str, float],
-        label: str,
+        categories: Sequence[Category],
+        settings: SearchSettings,
+        engine: EngineSettings,
+        store: SearchStore,
+        registry: Registry,
+        provenance: Mapping[str, str],
     ) -> None:
-        """Fit the winner on all shots and register it; runs beside the next category's trials."""
-        with self._collecting_failure(category):
-            started = time.monotonic()
-            winner = choose_winner(trials)
-            settings = self._settings
-            support = category.support_set(settings.shots, settings.support_seeds[0])
-            others = [path for path in category.good if path not in support]
-            task = self._task(fit_winner)
-            fitted = task.remote(
-                category.name,
-                support,
-                others,
-                settings.fit_settings(winner.settings),
-                backbone=settings.backbone,
-                bank=bank,
-                metrics=winner.metrics(),
-                threads=settings.threads,
-                test=category,
-            )
-            prompt_set, pictures = ray.get(fitted)
-            version = self._registry.register(
-                prompt_set,
-                pictures={**pictures, "trials": draw_trials(trials, winner)},
-                trials=[trial.row(settings.steps) for trial in trials],
-                tags={
-                    **self._provenance,
-                    "support_seeds": ",".join(map(str, settings.support_seeds)),
-                },
-                support=support,
-                held_out=others,
-                pending=default_pending(),
-            )
-            seconds["register"] = time.monotonic() - started
-            self.tuned.append(
-                TunedCategory(
-                    trials=trials,
-                    winner=winner,
-                    prompt_set=prompt_set,
-                    version=version,
-                    seconds=seconds,
-                )
-            )
-            say(f"{label}: registered version {version.version}, {', '.join(version.aliases)}")
+        self._categories = {category.name: category for category in categories}
+        self._settings, self._engine, self._store = settings, engine, store
+        self._registry = registry
+        self._began = time.time()
+        self._finisher = Finisher(settings, store, registry, provenance, self._fit)
+        self._stop_request = _StopRequest()
+        self._engines: Engines | None = None
+        self._banks: dict[str, Banks] = {}
+        self._encoding: dict[str, tuple[ObjectRef[int], ...]] = {}
+        self._ended: dict[str, set[int]] = {name: set() for name in self._categories}
 
-    @contextmanager
-    def _collecting_failure(self, category: Category) -> Iterator[None]:
+    @property
+    def tuned(self) -> list[TunedCategory]:
+        """What was registered so far."""
+        return self._finisher.tuned
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Category -> why it was not registered."""
+        return self._finisher.failures
+
+    def run(self) -> None:
+        """Search, fit and register every category; failures are collected, not raised.
+
+        Raises:
+            SettingsError: No engine can be started.
+            SearchStopped: SIGTERM came; what could be registered by then is.
+        """
+        self._log = TrialLog(self._registry, self._store.name)
+        self._stop_request.listen()
         try:
-            yield
-        except Exception as error:
-            if not isinstance(_cause(error), AptError):
-                traceback.print_exception(error)
-            self.failures[category.name] = _reason(error)
-            say(f"{category.name} failed: {_reason(error)}")
+            self._start_engines()
+            for category in self._categories.values():
+                self._encode(category)
+            self._run_trials()
+            for name, category in self._categories.items():
+                is_whole = len(self._ended[name]) == self._settings.trials
+                self._finisher.start(category, "complete" if is_whole else "cut off")
+            while not self._finisher.wait(_CHECK_S):
+                self._stop_request.check()
+            self._log.close(_LOG_S)
+        except SearchStopped:
+            self._stop()
+            raise
+        if self._log.missing:
+            say(
+                f"{self._log.missing} trials are not in MLflow, they are kept in {self._store.uri}:"
+                f" write them with --resume {self._store.name}"
+            )
+        say(f"MLflow took {self._log.seconds:.1f} s for the trials, beside the search")
+
+    def _start_engines(self) -> None:
+        # Every live trial may ask, and a fit may run.
+        self._engines = start_engines(
+            self._settings.backbone, self._engine, callers=self._settings.live_trials + 2
+        )
+        wait_until_ready(self._engines, self._stop_request.check)
+        say(f"{len(self._engines.actors)} engine(s) ready, {self._engines.threads} threads each")
+
+    def _run_trials(self) -> None:
+        """Run what is left of the trials of all categories that can be searched."""
+        assert self._engines is not None
+        settings = self._settings
+        records = {name: self._store.trials(name) for name in self._banks}
+        ended = [record for known in records.values() for record in known if record.has_ended]
+        if ended:
+            say(f"{len(ended)} trials have ended before, they are not run again")
+        plan = TrialPlan(
+            store=self._store,
+            settings=settings,
+            banks=self._banks,
+            engines=self._engines.actors if self._engine.mode == "shared" else (),
+            threads=self._engine.threads or 1,
+            began=self._began,
+        )
+        run_trials(
+            plan,
+            CategoriesSearcher(settings, records, self._is_ready),
+            trials=settings.trials * len(records),
+            callbacks=[
+                self._stop_request,
+                Progress(list(records), settings.trials, settings.steps, self._end_trial),
+            ],
+        )
+
+    def _encode(self, category: Category) -> None:
+        assert self._engines is not None
+        settings, folder = self._settings, self._engine.bank_cache
+        try:
+            supports = [
+                category.support_set(settings.shots, seed) for seed in settings.support_seeds
+            ]
+        except AptError as error:
+            self._finisher.fail(category.name, error)
+            return
+        self._banks[category.name], self._encoding[category.name] = start_encoding(
+            supports,
+            settings.support_seeds,
+            backbone=settings.backbone,
+            fingerprint=self._engines.fingerprint,
+            cache=default_cache_folder() if folder is None else Path(folder) if folder else None,
+        )
+
+    def _is_ready(self, name: str) -> bool | None:
+        """Whether the banks of a category are encoded; None if they cannot be."""
+        if name in self.failures:
+            return None
+        shots = self._encoding.get(name, ())
+        if shots:
+            _, missing = ray.wait(list(shots), num_returns=len(shots), timeout=0)
+            if missing:
+                return False
+            try:
+                ray.get(list(shots))
+            except Exception as error:
+                self._finisher.fail(name, error)
+                return None
+            del self._encoding[name]
+        return True
+
+    def _end_trial(self, name: str, number: int) -> None:
+        """Close a trial's record; the last one's end is that of its category's search."""
+        record = self._store.trial(name, number)
+        if record is not None:
+            if not record.has_ended:
+                record = record.model_copy(update={"status": "stopped early"})
+                self._store.save_trial(record)
+            self._log.add([record])
+        self._ended[name].add(number)
+        if len(self._ended[name]) == self._settings.trials:
+            self._finisher.start(self._categories[name], "complete")
+
+    def _fit(self, job: FitJob) -> tuple[bytes, dict[str, Image.Image]]:
+        """Fit in an engine, which has the backbone and the bank."""
+        assert self._engines is not None
+        actor = self._engines.actors[hash(job.category) % len(self._engines.actors)]
+        fitted: Any = actor.fit.options(max_task_retries=-1).remote(
+            job, list(self._banks[job.category])
+        )
+        result: tuple[bytes, dict[str, Image.Image]] = ray.get(fitted)
+        return result
+
+    def _stop(self) -> None:
+        """Register the best so far of every category that is not done, within seconds."""
+        deadline = time.monotonic() + _STOP_S
+        say("stopping: the best so far becomes the candidate")
+        self._finisher.hurry()
+        if self._engines is not None:
+            ray.wait([actor.drain.remote() for actor in self._engines.actors], timeout=1.0)
+            for name, category in self._categories.items():
+                if any(trial.steps for trial in self._store.trials(name)):
+                    self._finisher.start(category, "cut off")
+        self._finisher.wait(deadline - time.monotonic())
+        self._log.close(max(0.0, deadline - time.monotonic()))
+        say(f"stopped: go on with --resume {self._store.name}")
 
 
-def _cause(error: Exception) -> Exception:
-    """What went wrong in the worker process, if it was there."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
-def _reason(error: Exception) -> str:
-    cause = _cause(error)
-    return str(cause) if isinstance(cause, AptError) else f"{type(cause).__name__}: {cause}"
-
-
-def _scheduler(name: Literal["asha", "none"]) -> TrialScheduler | None:
-    if name == "none":
-        return None
-    return ASHAScheduler(time_attr="rung", max_t=RUNGS, grace_period=1, reduction_factor=2)
+def run_trials(
+    plan: TrialPlan,
+    searcher: CategoriesSearcher,
+    *,
+    trials: int,
+    callbacks: Sequence[tune.Callback] = (),
+) -> None:
+    """Run trials with Ray Tune until all have ended; what they report is in the plan's store."""
+    settings = plan.settings
+    cpus = _TRIAL_CPUS if plan.engines else float(plan.threads)
+    tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": cpus}),
+        tune_config=tune.TuneConfig(
+            metric="held_out",
+            mode="max",
+            num_samples=trials,
+            search_alg=searcher,
+            scheduler=CategoriesScheduler(settings),
+            max_concurrent_trials=settings.live_trials,
+            time_budget_s=settings.time_budget_s,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=f"ray_tune-{plan.began:.0f}",
+            storage_path=plan.store.uri,
+            failure_config=tune.FailureConfig(max_failures=_STARTS_AGAIN),
+            callbacks=list(callbacks),
+            verbose=0,
+        ),
+    ).fit()

@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python tuning/search.py --data DIR --shots 4 --trials 8
 
 Exit code: 0 if every category was registered, 1 if not (the others are kept), 2 for a wrong
-command line.
+command line, 143 if it was stopped.
 """
 
 import argparse
@@ -17,12 +17,14 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from apt_ray.config import BackboneSpec, FitSettings
-from apt_ray.data.folders import find_categories
+from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError, SettingsError
 from apt_ray.storage import location
-from tuning.settings import RUNGS, SearchSettings
+from tuning.settings import RUNGS, EngineSettings, SearchSettings
+from tuning.space import DEFAULT_SPACE, read_space
 
 # Ray, PyTorch and MLflow are imported inside, so that `--help` answers at once.
 
@@ -33,20 +35,92 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.register_pending:
         return _register_pending(options)
-    if options.data is None:
-        parser.error("the following arguments are required: --data")
+    if options.data is None and options.resume is None:
+        parser.error("--data is required, or --resume")
     try:
-        settings = _settings(options)
+        engine = _engine(options)
+        settings = None if options.resume else _settings(options)
     except SettingsError as error:
         parser.error(str(error))
     try:
-        return _search(options, settings)
+        return _search(options, settings, engine)
     except AptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _search(
+    options: argparse.Namespace, settings: SearchSettings | None, engine: EngineSettings
+) -> int:
+    started = time.monotonic()
+
+    from tuning.records import SearchStore
+
+    name = options.resume or f"apt-ray-{datetime.now():%Y%m%d-%H%M%S}"
+    store = SearchStore(options.storage, name)
+    if settings is None:
+        settings, data, categories = _planned(store, options.time_budget)
+        store.check_writable()
+    else:
+        data, categories = str(options.data), find_categories(options.data, options.categories)
+        store.create(
+            {
+                "data": data,
+                "categories": [category.name for category in categories],
+                "settings": settings.model_dump(mode="json"),
+            }
+        )
+
+    from apt_ray.registry import Registry
+    from tuning.progress import say
+    from tuning.results import closing_table
+    from tuning.runner import Search, SearchStopped
+
+    registry = Registry(options.mlflow)
+    registry.check()
+    _connect(options.ray_address)
+    provenance = _provenance()
+    say(
+        f"search {name}: {len(categories)} categories x {settings.trials} trials of"
+        f" {settings.steps} steps, {settings.shots} shots; registry at {registry.address}"
+    )
+    say(f"if it is cut off: --storage {options.storage} --resume {name}")
+    search = Search(categories, settings, engine, store, registry, provenance)
+    is_stopped = False
+    try:
+        search.run()
+    except SearchStopped:
+        is_stopped = True
+    seconds = time.monotonic() - started
+    if search.tuned:
+        print(f"\n{closing_table(search.tuned)}\n")
+    say(f"{len(search.tuned)} of {len(categories)} categories registered in {seconds:.0f} s")
+    for category, reason in search.failures.items():
+        say(f"not registered: {category}: {reason}")
+    if options.summary:
+        summary = {
+            "search": name,
+            "data": data,
+            "registry": registry.address,
+            "settings": settings.model_dump(mode="json"),
+            "provenance": provenance,
+            "seconds": round(seconds, 2),
+            "categories": [category.summary() for category in search.tuned]
+            + [
+                {"category": category, "status": "failed", "reason": reason}
+                for category, reason in search.failures.items()
+            ],
+        }
+        options.summary.parent.mkdir(parents=True, exist_ok=True)
+        options.summary.write_text(json.dumps(summary, indent=2) + "\n")
+    if is_stopped:
+        # Threads may still wait for a registry or a fit; nothing that they do is needed any more.
+        sys.stdout.flush()
+        os._exit(143)
+    return 1 if search.failures else 0
 
 
 def _register_pending(options: argparse.Namespace) -> int:
@@ -66,47 +140,11 @@ def _register_pending(options: argparse.Namespace) -> int:
     return 0
 
 
-def _search(options: argparse.Namespace, settings: SearchSettings) -> int:
-    started = time.monotonic()
-    categories = find_categories(options.data, options.categories)
-
-    from apt_ray.registry import Registry
-    from tuning.progress import say
-    from tuning.results import closing_table
-    from tuning.runner import Search
-
-    registry = Registry(options.mlflow)
-    registry.check()
-    _connect(options.ray_address)
-    provenance = _provenance()
-    say(
-        f"{len(categories)} categories x {settings.trials} trials of {settings.steps} steps,"
-        f" {settings.shots} shots; registry at {registry.address}"
-    )
-    search = Search(settings, registry, provenance)
-    search.run(categories)
-    seconds = time.monotonic() - started
-    if search.tuned:
-        print(f"\n{closing_table(search.tuned)}\n")
-    say(f"{len(search.tuned)} of {len(categories)} categories registered in {seconds:.0f} s")
-    for name, reason in search.failures.items():
-        say(f"not registered: {name}: {reason}")
-    if options.summary:
-        summary = {
-            "data": str(options.data.expanduser().absolute()),
-            "registry": registry.address,
-            "settings": settings.model_dump(),
-            "provenance": provenance,
-            "seconds": round(seconds, 2),
-            "categories": [category.summary() for category in search.tuned]
-            + [
-                {"category": name, "status": "failed", "reason": reason}
-                for name, reason in search.failures.items()
-            ],
-        }
-        options.summary.parent.mkdir(parents=True, exist_ok=True)
-        options.summary.write_text(json.dumps(summary, indent=2) + "\n")
-    return 1 if search.failures else 0
+def _planned(store: Any, time_budget_s: float | None) -> tuple[SearchSettings, str, list[Category]]:
+    """What a search that is resumed was about."""
+    plan = store.plan()
+    settings = SearchSettings.parse(plan["settings"] | {"time_budget_s": time_budget_s})
+    return settings, plan["data"], find_categories(location(plan["data"]), plan["categories"])
 
 
 def _connect(address: str | None) -> None:
@@ -173,25 +211,36 @@ def _git_commit(root: Path) -> str | None:
 
 
 def _settings(options: argparse.Namespace) -> SearchSettings:
-    storage = options.storage
-    if "://" not in storage:
-        storage = str(Path(storage).expanduser().absolute())
     return SearchSettings.parse(
         {
             "shots": options.shots,
             "support_seeds": options.seeds,
             "trials": options.trials,
-            "steps": options.steps,
-            "seed": options.seed,
             "live_trials": options.live_trials,
-            "cpus_per_trial": options.cpus_per_trial,
+            "searcher": options.searcher,
             "scheduler": options.scheduler,
-            "storage": f"{storage}/apt-ray-{datetime.now():%Y%m%d-%H%M%S}",
+            "objective": options.objective,
+            "steps": options.max_steps,
+            "time_budget_s": options.time_budget,
+            "seed": options.seed,
+            "promote": options.promote,
+            "space": read_space(options.space) if options.space else DEFAULT_SPACE,
             "backbone": {
                 "name": options.backbone,
                 "pretrained": options.pretrained,
                 "quick_gelu": options.quick_gelu,
             },
+        }
+    )
+
+
+def _engine(options: argparse.Namespace) -> EngineSettings:
+    return EngineSettings.parse(
+        {
+            "mode": options.engine,
+            "gpus": options.engine_gpus,
+            "threads": options.engine_threads,
+            "bank_cache": options.bank_cache,
         }
     )
 
@@ -240,11 +289,17 @@ def _parser() -> argparse.ArgumentParser:
         help="settings that are tried in each category (default: %(default)s)",
     )
     search.add_argument(
-        "--steps",
+        "--live-trials",
         type=int,
-        default=FitSettings().steps,
+        default=8,
         metavar="N",
-        help="optimisation steps of a trial and of the final fit (default: %(default)s)",
+        help="trials that run at a time, over all categories (default: %(default)s)",
+    )
+    search.add_argument(
+        "--searcher",
+        choices=("random", "optuna"),
+        default="random",
+        help="draw settings at random, or where Optuna expects good values (default: %(default)s)",
     )
     search.add_argument(
         "--scheduler",
@@ -254,6 +309,35 @@ def _parser() -> argparse.ArgumentParser:
         "steps, none stops nothing (default: %(default)s)",
     )
     search.add_argument(
+        "--objective",
+        choices=("mean", "pareto"),
+        default="mean",
+        help="the mean of the held-out values of images and of pixels, or both as two objectives "
+        "(with --searcher optuna --scheduler none); the mean chooses the winner either way "
+        "(default: %(default)s)",
+    )
+    search.add_argument(
+        "--max-steps",
+        "--steps",
+        type=int,
+        default=FitSettings().steps,
+        metavar="N",
+        help="optimisation steps of a trial and of the final fit (default: %(default)s)",
+    )
+    search.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="start no trial and stop those that run after this long; the best so far is "
+        "registered as candidate (default: none)",
+    )
+    search.add_argument(
+        "--space",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with other settings to search, such as `smgs_weight: {low: 0, high: 1}`",
+    )
+    search.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -261,10 +345,24 @@ def _parser() -> argparse.ArgumentParser:
         help="seed of the settings that are tried (default: %(default)s)",
     )
     search.add_argument(
+        "--promote",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto lets a winner become the champion by the registry's rules, never leaves it a "
+        "candidate (default: %(default)s)",
+    )
+    search.add_argument(
         "--storage",
         default="~/ray_results",
         metavar="DIR",
-        help="where Ray Tune keeps the state of its trials (default: %(default)s)",
+        help="where the state of the search is kept: a folder, on a cluster one that all nodes "
+        "share, or s3:// (default: %(default)s)",
+    )
+    search.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="go on with a search of that name in the storage; it keeps its own settings and data, "
+        "and trials that have ended are not run again",
     )
     model = parser.add_argument_group("backbone")
     model.add_argument(
@@ -291,18 +389,30 @@ def _parser() -> argparse.ArgumentParser:
         help="Ray cluster, or 'local' for one of its own (default: RAY_ADDRESS, which a job has)",
     )
     cluster.add_argument(
-        "--live-trials",
-        type=int,
-        metavar="N",
-        help="trials that run at a time (default: one for each CPU of the cluster)",
+        "--engine",
+        choices=("shared", "own"),
+        default="shared",
+        help="shared: one process a GPU, or a node where there is none, batches all trials; own: "
+        "each live trial has a backbone of its own, on CPUs (default: %(default)s)",
     )
     cluster.add_argument(
-        "--cpus-per-trial",
+        "--engine-gpus",
         type=float,
-        default=0.5,
-        metavar="C",
-        help="CPUs that a trial reserves; it computes on as many threads, rounded up "
-        "(default: %(default)s)",
+        default=1.0,
+        metavar="G",
+        help="GPU fraction of a shared engine (default: %(default)s)",
+    )
+    cluster.add_argument(
+        "--engine-threads",
+        type=int,
+        metavar="N",
+        help="PyTorch's threads in an engine on CPUs (default: all CPUs of its node; own: 1)",
+    )
+    cluster.add_argument(
+        "--bank-cache",
+        metavar="DIR",
+        help="where encoded support sets are kept on each node, '' for nowhere "
+        "(default: ~/.cache/apt-ray/banks)",
     )
     cluster.add_argument(
         "--mlflow",

@@ -1,13 +1,13 @@
 """The settings of a search."""
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from apt_ray.config import BackboneSpec, FitSettings, Settings
+from tuning.space import Space
 
 RUNGS = 4
 """How often a trial reports its held-out value, at equal distances; ASHA stops trials there."""
@@ -19,12 +19,15 @@ class SearchSettings(Settings):
     shots: int = Field(ge=1)
     support_seeds: tuple[int, ...] = Field(min_length=1)
     trials: int = Field(ge=1)
-    steps: int = Field(ge=RUNGS)
-    seed: int = Field(ge=0)
-    live_trials: int | None = Field(ge=1)
-    cpus_per_trial: float = Field(gt=0)
+    live_trials: int = Field(ge=1)
+    searcher: Literal["random", "optuna"]
     scheduler: Literal["asha", "none"]
-    storage: str
+    objective: Literal["mean", "pareto"]
+    steps: int = Field(ge=RUNGS)
+    time_budget_s: float | None = Field(gt=0)
+    seed: int = Field(ge=0)
+    promote: Literal["auto", "never"]
+    space: Space
     backbone: BackboneSpec
 
     @field_validator("support_seeds")
@@ -34,11 +37,37 @@ class SearchSettings(Settings):
             raise ValueError("must differ from one another")
         return seeds
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "SearchSettings":
+        if self.objective == "pareto" and (self.searcher, self.scheduler) != ("optuna", "none"):
+            raise ValueError("two objectives need --searcher optuna and --scheduler none")
+        return self
+
     def fit_settings(self, searched: Mapping[str, Any] = MappingProxyType({})) -> FitSettings:
         """The settings of a fit to the first support set, with searched values in place."""
         return FitSettings.parse({"steps": self.steps, "seed": self.support_seeds[0], **searched})
 
-    @property
-    def threads(self) -> int:
-        """PyTorch's threads in one worker process."""
-        return math.ceil(self.cpus_per_trial)
+    def rung_steps(self, rung: int) -> int:
+        """The step at which a rung, from 1 to RUNGS, reports."""
+        return self.steps * rung // RUNGS
+
+
+class EngineSettings(Settings):
+    """Where and how the lanes are computed; none of it changes what a search finds."""
+
+    mode: Literal["shared", "own"] = Field(
+        default="shared",
+        description="shared: one engine a GPU, or a node, batches all trials; own: each trial's"
+        " process holds a model of its own.",
+    )
+    gpus: float = Field(default=1.0, gt=0, le=1, description="GPU fraction of one engine.")
+    threads: int | None = Field(
+        default=None, ge=1, description="PyTorch's threads on a CPU; None is all of a node's CPUs."
+    )
+    bank_cache: str | None = Field(default=None, description="Folder of cached banks on each node.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EngineSettings":
+        if self.mode == "own" and self.gpus < 1:
+            raise ValueError("--engine own computes on CPUs: leave --engine-gpus out")
+        return self

@@ -1,127 +1,176 @@
-"""What runs in Ray's worker processes: encoding support sets, trials, the fit of the winner.
+"""A trial: a light process that asks an engine for one rung after another. No PyTorch here.
 
-A worker process keeps the backbone and the anomaly banks that it used last, so that the trials that
-an actor runs one after another load neither again. Nothing here imports MLflow.
+What it has reported lies in the search's store before Ray Tune hears of it. A trial that is started
+again, because its process or the whole search was killed, repeats the reports and goes on behind
+them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
-import torch
-from PIL import Image
 from ray import ObjectRef, tune
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
-from apt_ray.backbone import FrozenCLIP, load_backbone
-from apt_ray.bank import SupportBank, encode_support
-from apt_ray.config import BackboneSpec, FitSettings
-from apt_ray.data.folders import Category
-from apt_ray.fitting import fit
-from apt_ray.images import read_image
-from apt_ray.prompt_set import PromptSet
-from apt_ray.selection import HeldOutTrial
-from tuning.labelled import report_labelled
-from tuning.pictures import draw_held_out, draw_support
-from tuning.settings import RUNGS
+from apt_ray.config import BackboneSpec
+from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
+from tuning.records import SearchStore, TrialRecord
+from tuning.settings import RUNGS, SearchSettings
+
+if TYPE_CHECKING:
+    from apt_ray.bank import SupportBank
 
 Banks = tuple["ObjectRef[SupportBank]", ...]
+"""The banks of a category in Ray's object store, one a support seed."""
+
+_ASK_S = 5.0
+_PATIENCE_S = 600.0
+
+
+class SomeEngine(Protocol):
+    """What a trial wants of an engine, near or far; see `tuning.engine.Engine`."""
+
+    def submit(self, call: RungCall) -> None: ...
+    def collect(self, call_id: str, timeout_s: float) -> RungResult | None: ...
+    def forget(self, call_id: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialPlan:
-    """What all trials of a category share.
+    """What all trials of a search share.
 
     Attributes:
-        backbone: The frozen model, loaded once a process.
-        banks: One a support seed, in Ray's object store.
-        settings: The settings that are not searched.
-        threads: PyTorch's threads in a trial.
+        store: Where they report.
+        settings: Of the search.
+        banks: Category -> its banks.
+        engines: Those that may be asked; without any a trial has one of its own.
+        threads: PyTorch's threads of an engine of its own.
+        began: Time of the search's start, in seconds since the epoch.
     """
 
-    backbone: BackboneSpec
-    banks: Banks
-    settings: FitSettings
+    store: SearchStore
+    settings: SearchSettings
+    banks: Mapping[str, Banks]
+    engines: tuple["ActorHandle[Any]", ...]
     threads: int
-
-
-def encode_bank(
-    paths: Sequence[Path], *, backbone: BackboneSpec, seed: int, threads: int
-) -> tuple[SupportBank, int]:
-    """The bank of one support set and its shots; DataError if a picture cannot be read."""
-    torch.set_num_threads(threads)
-    images = [read_image(path) for path in paths]
-    bank = encode_support(_resident_backbone(backbone), images, seed=seed)
-    return bank, bank.shots
+    began: float
 
 
 def run_trial(config: Mapping[str, Any], *, plan: TrialPlan) -> None:
-    """Train the support seeds and folds of one trial together; report after each rung."""
-    torch.set_num_threads(plan.threads)
-    settings = FitSettings.parse(plan.settings.model_dump() | dict(config))
-    trial = HeldOutTrial(_resident_backbone(plan.backbone), _resident_banks(plan.banks), settings)
-    for rung in range(1, RUNGS + 1):
-        trial.advance(settings.steps * rung // RUNGS - trial.steps_done)
-        held_out = trial.value()
-        tune.report(
-            {
-                "rung": rung,
-                "steps": trial.steps_done,
-                "held_out": held_out.value,
-                "held_out_sd": held_out.sd,
-                "families": held_out.families,
-            }
+    """Ask for each rung in turn, and report it; an error of the call ends the trial as failed."""
+    category, number = config["category"], config["number"]
+    store, settings = plan.store, plan.settings
+    record = store.trial(category, number)
+    if record is None:
+        store.plan()  # says so if this node does not see the storage
+        record = TrialRecord(category=category, number=number, settings=config["settings"])
+    for rung in range(1, len(record.steps) + 1):
+        tune.report(record.report(rung))
+    state = store.state(record)
+    while not record.has_ended:
+        rung = len(record.steps) + 1
+        call = RungCall(
+            id=f"{store.name}/{category}/{number}/{rung}",
+            category=category,
+            settings=settings.fit_settings(record.settings).model_dump(),
+            steps=settings.rung_steps(rung),
+            state=state,
         )
+        result = _ask(list(_engines(plan, category, number)), call)
+        state = result.state
+        elapsed = time.time() - plan.began
+        record = record.reported(result, elapsed, is_last=rung == RUNGS)
+        store.save_trial(record, state)
+        if result.error is None:
+            tune.report(record.report(rung))
 
 
-def fit_winner(
-    category: str,
-    support: Sequence[Path],
-    calibration: Sequence[Path],
-    settings: FitSettings,
-    *,
-    backbone: BackboneSpec,
-    bank: SupportBank,
-    metrics: dict[str, float],
-    threads: int,
-    test: Category | None = None,
-) -> tuple[PromptSet, dict[str, Image.Image]]:
-    """The prompt set of the best settings on all shots, and pictures of what it sees.
+def _ask(engines: Sequence[SomeEngine], call: RungCall) -> RungResult:
+    """The result of a call, from the first engine that serves it; lost ones are asked again."""
+    deadline = time.monotonic() + _PATIENCE_S
+    attempt = 0
+    while True:
+        engine = engines[attempt % len(engines)]
+        attempt += 1
+        try:
+            engine.submit(call)
+            while True:
+                result = engine.collect(call.id, _ASK_S)
+                if result is not None:
+                    engine.forget(call.id)
+                    return result
+                deadline = time.monotonic() + _PATIENCE_S
+        except (EngineBusyError, UnknownCallError, RayActorError) as error:
+            if time.monotonic() > deadline:
+                return RungResult(
+                    families={},
+                    error=f"no engine served the trial for {_PATIENCE_S:.0f} s ({error}): look at"
+                    " Ray's logs, then --resume the search",
+                )
+            time.sleep(min(2.0, 0.1 * 2 ** min(attempt, 10)))
 
-    The labelled pictures of `test`, if it has any, are reported in metrics `test.*`.
-    """
-    torch.set_num_threads(threads)
-    model = _resident_backbone(backbone)
-    prompt_set = fit(
-        category,
-        support,
-        settings,
-        backbone=model,
-        calibration=calibration,
-        bank=bank,
-        metrics=metrics,
+
+def _engines(plan: TrialPlan, category: str, number: int) -> Iterator[SomeEngine]:
+    """All engines, the trial's first choice first."""
+    banks = plan.banks[category]
+    if not plan.engines:
+        yield _OwnEngine(plan.settings.backbone, banks, plan.threads)
+        return
+    for place in range(len(plan.engines)):
+        yield _RemoteEngine(plan.engines[(number + place) % len(plan.engines)], banks)
+
+
+class _RemoteEngine:
+    """An engine in an actor."""
+
+    def __init__(self, actor: "ActorHandle[Any]", banks: Banks) -> None:
+        self._actor, self._banks = actor, banks
+
+    def submit(self, call: RungCall) -> None:
+        ray.get(self._actor.submit.remote(call, list(self._banks)))
+
+    def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
+        answer: Any = self._actor.collect.remote(call_id, timeout_s)
+        result: RungResult | None = ray.get(answer)
+        return result
+
+    def forget(self, call_id: str) -> None:
+        self._actor.forget.remote(call_id)
+
+
+class _OwnEngine:
+    """An engine in this process, which then does import PyTorch."""
+
+    def __init__(self, backbone: BackboneSpec, banks: Banks, threads: int) -> None:
+        self._engine, self._refs = _engine_of_this_process(backbone, threads)
+        self._banks = banks
+
+    def submit(self, call: RungCall) -> None:
+        self._refs[call.category] = self._banks
+        self._engine.submit(call)
+
+    def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
+        return self._engine.collect(call_id, timeout_s)
+
+    def forget(self, call_id: str) -> None:
+        self._engine.forget(call_id)
+
+
+@lru_cache(maxsize=1)
+def _engine_of_this_process(
+    backbone: BackboneSpec, threads: int
+) -> "tuple[SomeEngine, dict[str, Banks]]":
+    from apt_ray.backbone import load_backbone
+    from tuning.engine import Engine
+
+    refs: dict[str, Banks] = {}
+    engine = Engine(
+        load_backbone(backbone),
+        lambda category: ray.get(list(refs[category])),
+        threads=threads,
     )
-    images = [read_image(path) for path in support]
-    pictures = {
-        "support_images": draw_support(model, prompt_set, images),
-        "held_out_perturbations": draw_held_out(model, prompt_set, images[0]),
-    }
-    if test is not None:
-        reported, drawn = report_labelled(model, prompt_set, test, support=tuple(support))
-        metrics = prompt_set.metrics | reported
-        provenance = prompt_set.provenance.model_copy(update={"metrics": metrics})
-        prompt_set = replace(prompt_set, provenance=provenance)
-        pictures |= drawn
-    return prompt_set, pictures
-
-
-@lru_cache(maxsize=1)
-def _resident_backbone(spec: BackboneSpec) -> FrozenCLIP:
-    return load_backbone(spec)
-
-
-@lru_cache(maxsize=1)
-def _resident_banks(banks: Banks) -> list[SupportBank]:
-    return ray.get(list(banks))
+    return engine, refs

@@ -10,7 +10,14 @@ This is the only package that imports MLflow, an import of seconds; keep it out 
 from apt_ray.registry.cache import default_cache
 from apt_ray.registry.client import Registry
 from apt_ray.registry.moves import History, Move
-from apt_ray.registry.names import CANDIDATE, CHAMPION, EXPERIMENT, RegisteredVersion
+from apt_ray.registry.names import (
+    CANDIDATE,
+    CHAMPION,
+    EXPERIMENT,
+    TRIALS_EXPERIMENT,
+    LoggedTrial,
+    RegisteredVersion,
+)
 from apt_ray.registry.pending import default_pending
 from apt_ray.registry.promotion import Promotion, promote, roll_back
 from apt_ray.registry.retention import Pruned, prune
@@ -19,7 +26,9 @@ __all__ = [
     "CANDIDATE",
     "CHAMPION",
     "EXPERIMENT",
+    "TRIALS_EXPERIMENT",
     "History",
+    "LoggedTrial",
     "Move",
     "Promotion",
     "Pruned",

@@ -36,6 +36,8 @@ from apt_ray.registry.names import (
     EXPERIMENT,
     MODEL_PREFIX,
     PROMPT_SET,
+    TRIALS_EXPERIMENT,
+    LoggedTrial,
     RegisteredVersion,
     model_name,
 )
@@ -108,11 +110,12 @@ class Registry:
         tags: Mapping[str, str] = {},
         support: Sequence[Path] = (),
         held_out: Sequence[Path] = (),
+        promote: bool = True,
         pending: Path | None = None,
     ) -> RegisteredVersion:
         """Store a prompt set as the category's newest version and make it the candidate.
 
-        It becomes the champion as well where the category has none yet.
+        It becomes the champion as well where the category has none yet and `promote` is set.
 
         Args:
             prompt_set: What is registered; its metrics and settings are logged with it.
@@ -122,6 +125,7 @@ class Registry:
             support: Files of its support images.
             held_out: Files of further normal images; small copies of some are kept with the
                 version, so that it can be compared with later ones.
+            promote: Whether it may become the champion.
             pending: Where the version is kept if the registry cannot take it; see
                 `register_pending`.
         """
@@ -136,6 +140,7 @@ class Registry:
                 tags=tags,
                 support=support,
                 held_out=held_out,
+                may_serve=promote,
             )
             try:
                 return self._submit(folder, record)
@@ -328,7 +333,7 @@ class Registry:
                 client.set_terminated(run_id, "FAILED")
                 raise
             client.set_terminated(run_id)
-        return self._settle(record.category, int(created.version))
+        return self._settle(record, int(created.version))
 
     def _already_submitted(self, record: Record) -> RegisteredVersion | None:
         """The version that an earlier attempt made before it died, if it came so far."""
@@ -338,12 +343,12 @@ class Registry:
             )
             for run in runs:
                 for version in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-                    return self._settle(record.category, int(version.version))
+                    return self._settle(record, int(version.version))
         return None
 
-    def _settle(self, category: str, version: int) -> RegisteredVersion:
+    def _settle(self, record: Record, version: int) -> RegisteredVersion:
         """Point the aliases where they belong, whatever else is being registered meanwhile."""
-        name = model_name(category)
+        category, name = record.category, model_name(record.category)
         with self._connection.requests() as client:
             newest = self._newest(name)
             while True:
@@ -352,7 +357,7 @@ class Registry:
                 if newest == set_to:
                     break
         history = self.history(category)
-        if history.champion is None:
+        if history.champion is None and record.may_serve:
             with suppress(RegistryConflictError):  # another version was the first
                 self.move(history, version, action="first", why="the first version")
         return self.resolve(category, str(version))
@@ -384,17 +389,68 @@ class Registry:
             ],
         )
 
-    def _experiment_id(self) -> str:
-        existing = self._client.get_experiment_by_name(EXPERIMENT)
+    def _experiment_id(self, name: str = EXPERIMENT) -> str:
+        existing = self._client.get_experiment_by_name(name)
         if existing is not None:
             return existing.experiment_id
         try:
-            return self._client.create_experiment(EXPERIMENT)
+            return self._client.create_experiment(name)
         except MlflowException:
-            existing = self._client.get_experiment_by_name(EXPERIMENT)
+            existing = self._client.get_experiment_by_name(name)
             if existing is None:
                 raise
             return existing.experiment_id
+
+    # ---- trials
+
+    def log_trials(self, search: str, trials: Sequence[LoggedTrial]) -> None:
+        """Write trials as runs of the experiment `apt-ray-trials`, each once, whatever is repeated.
+
+        Args:
+            search: Name of the search, a tag of every run.
+            trials: Ended trials.
+        """
+        with self._connection.requests() as client:
+            experiment = self._experiment_id(TRIALS_EXPERIMENT)
+            known = self._logged(experiment, search)
+            for trial in trials:
+                name = f"{trial.category}/{trial.number}"
+                if name in known:
+                    continue
+                now = int(time() * 1000)
+                run = client.create_run(experiment, run_name=f"{search}/{name}")
+                client.log_batch(
+                    run.info.run_id,
+                    metrics=[
+                        Metric(key, value, now, step)
+                        for key, values in trial.metrics.items()
+                        for step, value in values
+                    ],
+                    params=[Param(key, str(value)) for key, value in trial.settings.items()],
+                    # Whoever finds the tag `trial` finds a run that is whole.
+                    tags=[
+                        RunTag("search", search),
+                        RunTag("category", trial.category),
+                        RunTag("status", trial.status),
+                        RunTag("trial", name),
+                    ],
+                )
+                client.set_terminated(
+                    run.info.run_id, "FAILED" if trial.status == "failed" else "FINISHED"
+                )
+                known.add(name)
+
+    def _logged(self, experiment: str, search: str) -> set[str]:
+        """The trials of a search that are written already."""
+        known: set[str] = set()
+        token: str | None = None
+        while token != "":
+            page = self._client.search_runs(
+                [experiment], f"tags.search = '{search}'", max_results=_PAGE, page_token=token
+            )
+            known |= {run.data.tags["trial"] for run in page if "trial" in run.data.tags}
+            token = page.token or ""
+        return known
 
     # ---- look-ups
 

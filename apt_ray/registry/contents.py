@@ -57,6 +57,7 @@ class Record:
         tags: provenance, kept with the run.
         version_tags: the few that every listing of models carries, so a thousand categories are
             listed quickly.
+        may_serve: whether it becomes the champion of a category that has none.
     """
 
     submission: str
@@ -66,6 +67,7 @@ class Record:
     params: Mapping[str, str]
     tags: Mapping[str, str]
     version_tags: Mapping[str, str]
+    may_serve: bool = True
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
@@ -88,6 +90,7 @@ def write_version(
     tags: Mapping[str, str],
     support: Sequence[Path],
     held_out: Sequence[Path],
+    may_serve: bool = True,
 ) -> Record:
     """Write all of a version to an empty folder; DataError if a picture cannot be read."""
     home = folder / DIRECTORY
@@ -108,6 +111,7 @@ def write_version(
     version_tags = {"fingerprint": prompt_set.fingerprint, "sha256": sha256(data)}
     record = Record(
         submission=uuid.uuid4().hex,
+        may_serve=may_serve,
         category=prompt_set.category,
         pictures=tuple(pictures),
         metrics={

@@ -1,11 +1,12 @@
 """What things are called in MLflow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 EXPERIMENT = "apt-ray"
+TRIALS_EXPERIMENT = "apt-ray-trials"
 
 DIRECTORY = "version"
 """The one directory of artifacts of a version: registration keeps no other (mlflow#18581)."""
@@ -36,6 +37,17 @@ class RegisteredVersion:
     run_id: str
     tags: Mapping[str, str]
     last_known: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedTrial:
+    """A trial of a search, for `Registry.log_trials`; metrics are (step, value) pairs."""
+
+    category: str
+    number: int
+    settings: Mapping[str, object]
+    metrics: Mapping[str, Sequence[tuple[int, float]]]
+    status: str
 
 
 def model_name(category: str) -> str:

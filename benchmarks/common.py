@@ -1,0 +1,121 @@
+"""What the benchmarks of the search share."""
+
+import json
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypedDict
+
+import optuna
+import psutil
+import torch
+from PIL import Image
+
+from apt_ray.backbone import FrozenCLIP, load_backbone
+from apt_ray.config import BUILTIN, BackboneSpec, FitSettings
+from apt_ray.data.folders import find_categories
+from apt_ray.data.samples import write_samples
+from apt_ray.images import read_image
+from apt_ray.torchvision_guard import import_open_clip
+from tuning.space import DEFAULT_SPACE, distributions
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+_CATEGORY = "washer"
+
+
+class Row(TypedDict):
+    """One comparison; `ratio` is baseline / ours, how many times better ours is."""
+
+    name: str
+    ours: float
+    baseline: float
+    ratio: float
+    unit: str
+
+
+class CpuMeter:
+    """Processor seconds of this process and all below it, while entered.
+
+    A process that lives for less than a tenth of a second may be missed.
+    """
+
+    def __enter__(self) -> "CpuMeter":
+        self._end = threading.Event()
+        self._before = self._read()
+        self._now = dict(self._before)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._now.values()) - sum(self._before.values())
+
+    def _run(self) -> None:
+        while not self._end.wait(0.2):
+            self._now |= self._read()
+        self._now |= self._read()
+
+    def _read(self) -> dict[int, float]:
+        seconds = {}
+        this = psutil.Process()
+        for process in (this, *this.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                times = process.cpu_times()
+                seconds[process.pid] = times.user + times.system
+        return seconds
+
+
+def write_rows(rows: Sequence[Row], file: Path | None) -> None:
+    """Print rows as a Markdown table and, if asked, write them as JSON."""
+    print("| what | ours | baseline | ratio | unit |\n|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['name']} | {row['ours']:.4g} | {row['baseline']:.4g} | {row['ratio']:.2f}"
+            f" | {row['unit']} |"
+        )
+    if file:
+        file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def random_weights(name: str, folder: Path) -> BackboneSpec:
+    """An architecture of open_clip with random weights, which cost what real ones do."""
+    if name == BUILTIN:
+        return BackboneSpec()
+    file = folder / f"{name}.pt"
+    if not file.exists():
+        torch.manual_seed(0)
+        model = import_open_clip().create_model(name, pretrained=None)
+        torch.save(model.state_dict(), file)
+    return BackboneSpec(name=name, pretrained=str(file), quick_gelu=False)
+
+
+def load(name: str, *, device: str) -> FrozenCLIP:
+    """The backbone of that name, for one process."""
+    with TemporaryDirectory() as folder:
+        return load_backbone(random_weights(name, Path(folder)), device=device)
+
+
+def sample_images(count: int) -> list[Image.Image]:
+    """Good pictures of a sample product."""
+    with TemporaryDirectory() as folder:
+        write_samples(Path(folder))
+        (category,) = find_categories(Path(folder), [_CATEGORY])
+        return [read_image(path) for path in category.good[:count]]
+
+
+def searched_settings(count: int, *, steps: int) -> list[FitSettings]:
+    """Settings as a random search draws them."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    known = distributions(DEFAULT_SPACE)
+    return [
+        FitSettings.parse({"steps": steps, **study.ask(fixed_distributions=known).params})
+        for _ in range(count)
+    ]

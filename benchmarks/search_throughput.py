@@ -1,0 +1,277 @@
+"""A search three ways, and its floors: `python -m benchmarks.search_throughput`.
+
+- ordinary: a Tune trial is a process that loads the backbone, encodes its support sets at its own
+  noise strength, and trains one prompt set after another (with truncated texts, as here);
+- lanes alone: banks encoded once, a trial trains its seeds and folds as lanes of one batch, in a
+  process with a backbone of its own (`--engine own`);
+- lanes and engine: what `tuning/search.py` does by default (`--engine shared`).
+
+Each is measured by the clock and by the processor seconds of all its processes; the latter say what
+it costs on a machine that has other work too, and are the floor of the former.
+
+The floors are Ray Tune with trials that do nothing, the trainer with every lane in one batch, and
+the encoding of the banks. All start from nothing cached, on a Ray of their own. The ordinary way is
+slow: `--ordinary-trials N` runs N of its trials, and its time is scaled to all.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from apt_ray.backbone import load_backbone
+from apt_ray.bank import encode_support
+from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.data.folders import Category, find_categories
+from apt_ray.data.samples import write_samples
+from apt_ray.images import read_image
+from apt_ray.selection import fold, judge_folds
+from apt_ray.training import PromptTrainer
+from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
+from tuning.cluster import start_encoding, start_engines, wait_until_ready
+from tuning.progress import say
+from tuning.records import SearchStore
+from tuning.results import choose_winner
+from tuning.runner import run_trials
+from tuning.searcher import CategoriesSearcher
+from tuning.settings import RUNGS, EngineSettings, SearchSettings
+from tuning.space import DEFAULT_SPACE
+from tuning.trial import TrialPlan
+
+_CATEGORY = "washer"
+_WAYS = ("Tune", "encoding", "trainer", "engine", "asha", "lanes", "ordinary")
+
+
+def main() -> None:
+    """Run every way once, one after another, and print their times and ratios."""
+    options = _parser().parse_args()
+    with TemporaryDirectory(prefix="apt-ray-bench-") as name:
+        folder = Path(name)
+        write_samples(folder / "data")
+        (category,) = find_categories(folder / "data", [_CATEGORY])
+        settings = SearchSettings.parse(
+            {
+                "shots": options.shots,
+                "support_seeds": tuple(range(options.seeds)),
+                "trials": options.trials,
+                "live_trials": options.live_trials,
+                "searcher": "random",
+                "scheduler": "none",
+                "objective": "mean",
+                "steps": options.steps,
+                "time_budget_s": None,
+                "seed": 0,
+                "promote": "never",
+                "space": DEFAULT_SPACE,
+                "backbone": random_weights(options.backbone, folder),
+            }
+        )
+        seconds, values = _measure(options, settings, category, folder)
+    rows = [
+        row
+        for suffix, unit in (("", "s"), (" CPU", "CPU s"))
+        for row in _rows({name: seconds[name + suffix] for name in _WAYS}, unit)
+    ]
+    rows.append(_row("best held-out value, engine against lanes alone", *values, "AUROC"))
+    write_rows(rows, options.json)
+
+
+def _measure(
+    options: argparse.Namespace, settings: SearchSettings, category: Category, folder: Path
+) -> tuple[dict[str, float], tuple[float, float]]:
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[[], Any]) -> Any:
+        ray.init(address="local", num_cpus=options.threads, include_dashboard=False)
+        started = time.perf_counter()
+        try:
+            with CpuMeter() as meter:
+                return function()
+        finally:
+            seconds[name] = time.perf_counter() - started
+            seconds[f"{name} CPU"] = meter.seconds
+            say(f"{name}: {seconds[name]:.1f} s, {meter.seconds:.1f} CPU s")
+            ray.shutdown()
+
+    def search(mode: str, scheduler: str = "none") -> float:
+        planned = settings.model_copy(update={"scheduler": scheduler})
+        return _search(options, planned, mode, category, folder / f"{mode}-{scheduler}")
+
+    timed("Tune", lambda: _idle(settings, folder / "idle"))
+    seconds |= _arithmetic(options, settings, category)
+    say(f"encoding: {seconds['encoding']:.1f} s, trainer: {seconds['trainer']:.1f} s")
+    best = timed("engine", lambda: search("shared"))
+    timed("asha", lambda: search("shared", "asha"))
+    best_of_lanes = timed("lanes", lambda: search("own"))
+    timed("ordinary", lambda: _ordinary(options, settings, category, folder / "ordinary"))
+    for name in ("ordinary", "ordinary CPU"):
+        seconds[name] *= settings.trials / options.ordinary_trials
+    return seconds, (best, best_of_lanes)
+
+
+def _search(
+    options: argparse.Namespace,
+    settings: SearchSettings,
+    mode: str,
+    category: Category,
+    folder: Path,
+) -> float:
+    """The trials of a search; the best held-out value."""
+    store = SearchStore(str(folder), "search")
+    store.create({})
+    threads = options.threads if mode == "shared" else 1
+    engine = EngineSettings.parse({"mode": mode, "threads": threads})
+    engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
+    wait_until_ready(engines)
+    banks, shots = start_encoding(
+        [category.support_set(settings.shots, seed) for seed in settings.support_seeds],
+        settings.support_seeds,
+        backbone=settings.backbone,
+        fingerprint=engines.fingerprint,
+        cache=None,
+    )
+    plan = TrialPlan(
+        store=store,
+        settings=settings,
+        banks={category.name: banks},
+        engines=engines.actors if mode == "shared" else (),
+        threads=threads,
+        began=time.time(),
+    )
+    ray.get(list(shots))
+    searcher = CategoriesSearcher(settings, {category.name: []}, lambda name: True)
+    run_trials(plan, searcher, trials=settings.trials)
+    return choose_winner(store.trials(category.name)).held_out[-1]
+
+
+def _idle(settings: SearchSettings, folder: Path) -> None:
+    """Ray Tune's own cost: as many trials and reports, and nothing in them."""
+    _tune(_do_nothing, [{}] * settings.trials, settings.live_trials, 0.01, folder, is_reused=True)
+
+
+def _do_nothing(config: Mapping[str, Any]) -> None:
+    for rung in range(RUNGS):
+        tune.report({"rung": rung, "held_out": 0.0})
+
+
+def _arithmetic(
+    options: argparse.Namespace, settings: SearchSettings, category: Category
+) -> dict[str, float]:
+    """Seconds of encoding all banks, and of training all lanes in one batch."""
+    torch.set_num_threads(options.threads)
+    backbone = load_backbone(settings.backbone)
+    clocks = [(time.perf_counter(), time.process_time())]
+    banks = []
+    for seed in settings.support_seeds:
+        images = [read_image(path) for path in category.support_set(settings.shots, seed)]
+        banks.append(encode_support(backbone, images, seed=seed))
+    clocks.append((time.perf_counter(), time.process_time()))
+    lanes = [
+        fold(bank, image, drawn)
+        for drawn in searched_settings(settings.trials, steps=settings.steps)
+        for bank in banks
+        for image in range(bank.shots)
+    ]
+    PromptTrainer(backbone, lanes).advance(settings.steps)
+    clocks.append((time.perf_counter(), time.process_time()))
+    (start, start_cpu), (encoded, encoded_cpu), (trained, trained_cpu) = clocks
+    return {
+        "encoding": encoded - start,
+        "encoding CPU": encoded_cpu - start_cpu,
+        "trainer": trained - encoded,
+        "trainer CPU": trained_cpu - encoded_cpu,
+    }
+
+
+def _ordinary(
+    options: argparse.Namespace, settings: SearchSettings, category: Category, folder: Path
+) -> None:
+    supports = {seed: category.support_set(settings.shots, seed) for seed in settings.support_seeds}
+    drawn = searched_settings(options.ordinary_trials, steps=settings.steps)
+    configs = [
+        {"settings": one.model_dump(), "supports": supports, "backbone": settings.backbone}
+        for one in drawn
+    ]
+    # As many at a time as there are cores, one thread each: the fastest of those tried.
+    _tune(_ordinary_trial, configs, options.threads, 1.0, folder, is_reused=False)
+
+
+def _ordinary_trial(config: Mapping[str, Any]) -> None:
+    torch.set_num_threads(1)
+    given = config["trial"]
+    spec: BackboneSpec = given["backbone"]
+    backbone, settings = load_backbone(spec), FitSettings.parse(given["settings"])
+    lanes = []
+    for seed, support in given["supports"].items():
+        images = [read_image(path) for path in support]
+        bank = encode_support(backbone, images, seed=seed, strengths=[settings.noise_strength])
+        lanes += [fold(bank, image, settings) for image in range(bank.shots)]
+    trainers = [PromptTrainer(backbone, [lane]) for lane in lanes]
+    for rung in range(1, RUNGS + 1):
+        for trainer in trainers:
+            trainer.advance(settings.steps * rung // RUNGS - trainer.steps_done)
+        text_TPE = torch.cat([trainer.text_features() for trainer in trainers])
+        tune.report({"rung": rung, "held_out": judge_folds(backbone, lanes, text_TPE).value})
+
+
+def _tune(
+    trial: Callable[[Mapping[str, Any]], None],
+    configs: Sequence[Mapping[str, Any]],
+    live: int,
+    cpus: float,
+    folder: Path,
+    *,
+    is_reused: bool,
+) -> None:
+    tune.Tuner(
+        tune.with_resources(trial, {"CPU": cpus}),
+        param_space={"trial": tune.grid_search(list(configs))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=live, reuse_actors=is_reused),
+        run_config=tune.RunConfig(name="benchmark", storage_path=str(folder), verbose=0),
+    ).fit()
+
+
+def _rows(seconds: Mapping[str, float], unit: str) -> list[Row]:
+    engine, lanes, ordinary = seconds["engine"], seconds["lanes"], seconds["ordinary"]
+    floors = ("Tune", "trainer", "encoding")
+    return [
+        _row("lanes alone against the ordinary way", lanes, ordinary, unit),
+        _row("lanes and engine against the ordinary way", engine, ordinary, unit),
+        _row("lanes and engine against lanes alone", engine, lanes, unit),
+        _row(
+            "lanes and engine against the floors",
+            engine,
+            sum(seconds[name] for name in floors),
+            unit,
+        ),
+        *(_row(f"floor: {name}", seconds[name], engine, unit) for name in floors),
+        _row("lanes and engine with ASHA against without", seconds["asha"], engine, unit),
+    ]
+
+
+def _row(name: str, ours: float, baseline: float, unit: str = "s") -> Row:
+    return Row(name=name, ours=ours, baseline=baseline, ratio=baseline / ours, unit=unit)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="builtin", metavar="NAME")
+    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--ordinary-trials", type=int, default=8)
+    parser.add_argument("--live-trials", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--shots", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3, help="number of support seeds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+
+from apt_ray.errors import SettingsError
+from tuning.calls import RungResult
+from tuning.records import SearchStore, TrialRecord
+
+RECORD = TrialRecord(category="washer", number=3, settings={"smgs_weight": 0.5})
+
+
+def result(**changes: object) -> RungResult:
+    values: dict[str, object] = {"state": b"state", "steps": 2, "held_out": 0.7, "families": {}}
+    return RungResult(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_trial_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    store = SearchStore(str(tmp_path), "search")
+    assert store.trial("washer", 3) is None
+    assert store.trials("washer") == []
+    record = RECORD.reported(result(), 1.5, is_last=False)
+    store.save_trial(record, b"state")
+    assert store.trial("washer", 3) == record
+    assert store.trials("washer") == [record]
+    assert store.state(record) == b"state"
+
+
+def test_only_the_newest_state_of_a_running_trial_is_kept(tmp_path: Path) -> None:
+    store = SearchStore(str(tmp_path), "search")
+    first = RECORD.reported(result(), 1.0, is_last=False)
+    store.save_trial(first, b"first")
+    second = first.reported(result(steps=4), 2.0, is_last=False)
+    store.save_trial(second, b"second")
+    states = tmp_path / "search" / "washer" / "states"
+    assert [file.read_bytes() for file in states.iterdir()] == [b"second"]
+    store.save_trial(second.reported(result(steps=6), 3.0, is_last=True), b"third")
+    assert list(states.iterdir()) == []
+
+
+def test_a_failed_rung_ends_a_trial_with_its_reason() -> None:
+    failed = RECORD.reported(result(error="out of memory"), 1.0, is_last=False)
+    assert (failed.status, failed.error, failed.steps) == ("failed", "out of memory", ())
+
+
+def test_the_plan_of_a_search_is_found_by_its_name(tmp_path: Path) -> None:
+    SearchStore(str(tmp_path), "monday").create({"data": "x"})
+    assert SearchStore(str(tmp_path), "monday").plan() == {"data": "x"}
+    with pytest.raises(SettingsError, match=r"no search tuesday .* only monday"):
+        SearchStore(str(tmp_path), "tuesday").plan()
+
+
+def test_a_storage_that_takes_no_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="--storage"):
+        SearchStore(str(tmp_path / "file"), "search").create({})
+
+
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot name a search"):
+        SearchStore(str(tmp_path), "../other")
+
+
+def test_options_of_an_address_stay_behind_the_name() -> None:
+    store = SearchStore("s3://bucket/searches?scheme=http", "monday")
+    assert store.uri == "s3://bucket/searches/monday?scheme=http"

@@ -1,0 +1,92 @@
+from typing import Any
+
+import pytest
+from ray.tune.search import Searcher
+
+from apt_ray.config import BackboneSpec, FitSettings
+from tuning.records import TrialRecord
+from tuning.searcher import CategoriesSearcher
+from tuning.settings import SearchSettings
+from tuning.space import DEFAULT_SPACE, starting_point
+
+
+def settings(**changes: Any) -> SearchSettings:
+    values = {
+        "shots": 2,
+        "support_seeds": (0,),
+        "trials": 4,
+        "live_trials": 2,
+        "searcher": "random",
+        "scheduler": "none",
+        "objective": "mean",
+        "steps": 8,
+        "time_budget_s": None,
+        "seed": 0,
+        "promote": "auto",
+        "space": DEFAULT_SPACE,
+        "backbone": BackboneSpec(),
+    }
+    return SearchSettings.parse(values | changes)
+
+
+def draw(searcher: CategoriesSearcher, count: int) -> list[dict[str, Any]]:
+    return [searcher.suggest(f"trial{number}") for number in range(count)]
+
+
+def test_categories_take_turns_from_the_defaults_on() -> None:
+    searcher = CategoriesSearcher(settings(), {"a": [], "b": []}, lambda name: True)
+    drawn = draw(searcher, 8)
+    assert [(each["category"], each["number"]) for each in drawn] == [
+        (name, number) for number in range(4) for name in "ab"
+    ]
+    assert drawn[0]["settings"] == starting_point(DEFAULT_SPACE)
+    for each in drawn:
+        FitSettings.parse(each["settings"])
+    assert len({str(each["settings"]) for each in drawn}) == 4  # the same in both
+    assert searcher.suggest("further") == Searcher.FINISHED
+
+
+def test_a_category_that_is_not_ready_waits_and_a_broken_one_is_left_out() -> None:
+    ready: dict[str, bool | None] = {"a": False, "b": None}
+    searcher = CategoriesSearcher(settings(), {"a": [], "b": []}, ready.get)
+    assert searcher.suggest("early") is None
+    ready["a"] = True
+    assert {each["category"] for each in draw(searcher, 4)} == {"a"}
+    assert searcher.suggest("further") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("kind", ["random", "optuna"])
+def test_a_resumed_search_repeats_what_is_recorded(kind: str) -> None:
+    first = draw(CategoriesSearcher(settings(searcher=kind), {"a": []}, lambda name: True), 4)
+    known = [
+        TrialRecord(category="a", number=number, settings=first[number]["settings"])
+        for number in (0, 2)
+    ]
+    again = draw(CategoriesSearcher(settings(searcher=kind), {"a": known}, lambda name: True), 4)
+    if kind == "random":
+        assert again == first
+    else:
+        assert [again[n]["settings"] for n in (0, 2)] == [first[n]["settings"] for n in (0, 2)]
+
+
+def test_optuna_learns_from_both_objectives() -> None:
+    chosen = settings(searcher="optuna", objective="pareto", trials=30)
+    searcher = CategoriesSearcher(chosen, {"a": []}, lambda name: True)
+    weights = []
+    for number in range(30):
+        drawn = searcher.suggest(str(number))
+        weight = drawn["settings"]["smgs_weight"]
+        weights.append(weight)
+        result = {"rung": 4, "held_out": weight, "image": weight, "pixel": weight}
+        searcher.on_trial_complete(str(number), result)
+    assert sum(weights[20:]) / 10 > sum(weights[1:11]) / 10
+
+
+def test_a_trial_that_failed_or_was_stopped_is_taken_note_of() -> None:
+    searcher = CategoriesSearcher(settings(searcher="optuna"), {"a": []}, lambda name: True)
+    draw(searcher, 3)
+    searcher.on_trial_complete("trial0", None, error=True)
+    searcher.on_trial_result("trial1", {"rung": 1, "held_out": 0.4})
+    searcher.on_trial_complete("trial1", {"rung": 1, "held_out": 0.4})
+    searcher.on_trial_complete("trial2", {"rung": 4, "held_out": 0.7})
+    assert searcher.suggest("next")["number"] == 3

@@ -1,0 +1,224 @@
+"""What runs PyTorch on the cluster: engines, one a GPU or a node, and tasks that encode banks."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from PIL import Image
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from apt_ray.backbone import FrozenCLIP, load_backbone
+from apt_ray.bank import BankCache, SupportBank, bank_key, encode_support
+from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.data.folders import Category
+from apt_ray.errors import SettingsError
+from apt_ray.fitting import fit
+from apt_ray.images import read_image
+from tuning.calls import RungCall, RungResult
+from tuning.engine import Engine, EngineStatus
+from tuning.labelled import report_labelled
+from tuning.pictures import draw_held_out, draw_support
+from tuning.settings import EngineSettings
+from tuning.trial import Banks
+
+_READY_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitJob:
+    """The fit of a category's winner on all shots.
+
+    Attributes:
+        category: Its name.
+        support: Files of the support images.
+        calibration: Files of further good images.
+        settings: Of the winner.
+        metrics: Figures kept with the prompt set.
+        labelled: What is reported on labelled pictures, where it has any; they choose nothing.
+    """
+
+    category: str
+    support: Sequence[Path]
+    calibration: Sequence[Path]
+    settings: FitSettings
+    metrics: Mapping[str, float]
+    labelled: Category
+
+
+class EngineActor:
+    """An Engine as a Ray actor; it can be lost at any time, as it keeps nothing between calls."""
+
+    def __init__(self, backbone: BackboneSpec, *, device: str, threads: int) -> None:
+        self._threads = threads
+        self._refs: dict[str, list[ObjectRef[SupportBank]]] = {}
+        self._engine = Engine(
+            load_backbone(backbone, device=device),
+            lambda category: ray.get(self._refs[category]),
+            threads=threads,
+        )
+
+    def fingerprint(self) -> str:
+        """The backbone's; answers once the engine is ready."""
+        return self._engine.backbone.fingerprint
+
+    def submit(self, call: RungCall, banks: "list[ObjectRef[SupportBank]]") -> None:
+        self._refs.setdefault(call.category, banks)
+        self._engine.submit(call)
+
+    def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
+        return self._engine.collect(call_id, timeout_s)
+
+    def forget(self, call_id: str) -> None:
+        self._engine.forget(call_id)
+
+    def drain(self) -> None:
+        self._engine.drain()
+
+    def status(self) -> EngineStatus:
+        return self._engine.status()
+
+    def fit(
+        self, job: FitJob, banks: "list[ObjectRef[SupportBank]]"
+    ) -> tuple[bytes, dict[str, Image.Image]]:
+        """The prompt set of the best settings, as its file, and pictures of what it sees."""
+        torch.set_num_threads(self._threads)
+        self._refs.setdefault(job.category, banks)
+        backbone = self._engine.backbone
+        prompt_set = fit(
+            job.category,
+            job.support,
+            job.settings,
+            backbone=backbone,
+            calibration=job.calibration,
+            bank=self._engine.banks(job.category)[0],
+            metrics=dict(job.metrics),
+        )
+        images = [read_image(path) for path in job.support]
+        pictures = {
+            "support_images": draw_support(backbone, prompt_set, images),
+            "held_out_perturbations": draw_held_out(backbone, prompt_set, images[0]),
+        }
+        metrics, drawn = report_labelled(backbone, prompt_set, job.labelled, support=job.support)
+        return prompt_set.with_metrics(metrics).to_bytes(), pictures | drawn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engines:
+    """The engines of a search.
+
+    Attributes:
+        actors: One a GPU, or one a node.
+        threads: PyTorch's threads in each.
+        fingerprint: Of the backbone, once the first engine has loaded it.
+    """
+
+    actors: tuple["ActorHandle[Any]", ...]
+    threads: int
+    fingerprint: "ObjectRef[str]"
+
+
+def start_engines(backbone: BackboneSpec, settings: EngineSettings, *, callers: int) -> Engines:
+    """Start an engine on every GPU, or on every node where there is none.
+
+    Args:
+        backbone: What they load.
+        settings: How they compute.
+        callers: How many may wait for an answer at a time.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    gpu_nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= settings.gpus]
+    hosts = gpu_nodes or [node for node in nodes if node["Resources"].get("CPU", 0) > 0]
+    if not hosts:
+        raise SettingsError("no node of the cluster has a CPU: add one that has")
+    if settings.mode == "own":
+        hosts = hosts[:1]  # for the fits alone
+    threads = settings.threads or int(max(node["Resources"].get("CPU", 1) for node in hosts))
+    actor: Any = ray.remote(EngineActor)
+    actors = tuple(
+        actor.options(
+            num_cpus=0,
+            num_gpus=settings.gpus if gpu_nodes else 0,
+            max_restarts=-1,
+            max_concurrency=callers + 8,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
+        ).remote(backbone, device="cuda" if gpu_nodes else "cpu", threads=threads)
+        for node in hosts
+        for _ in range(int(node["Resources"]["GPU"] / settings.gpus) if gpu_nodes else 1)
+    )
+    return Engines(actors=actors, threads=threads, fingerprint=actors[0].fingerprint.remote())
+
+
+def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None) -> None:
+    """Return once the first engine has loaded its backbone; its own error if it cannot.
+
+    `check` is called twice a second, and may raise.
+
+    Raises:
+        SettingsError: It cannot be placed, or takes minutes.
+    """
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while not ray.wait([engines.fingerprint], timeout=0.5)[0]:
+        check()
+        if time.monotonic() > deadline:
+            raise SettingsError(
+                f"no engine was ready after {_READY_TIMEOUT_S:.0f} s: see `ray status` for what"
+                " the cluster lacks, and Ray's logs for what the engine does"
+            )
+    ray.get(engines.fingerprint)
+
+
+def start_encoding(
+    supports: Sequence[Sequence[Path]],
+    seeds: Sequence[int],
+    *,
+    backbone: BackboneSpec,
+    fingerprint: "ObjectRef[str]",
+    cache: Path | None,
+) -> "tuple[Banks, tuple[ObjectRef[int], ...]]":
+    """The banks of a category on their way, and small objects that tell when they are there."""
+    task: Any = _as_task(encode_bank)
+    started = [
+        task.remote(support, fingerprint, backbone=backbone, seed=seed, cache=cache)
+        for support, seed in zip(supports, seeds, strict=True)
+    ]
+    banks, shots = zip(*started, strict=True)
+    return banks, shots
+
+
+def _as_task(function: Callable[..., tuple[object, object]]) -> Any:
+    """A function that returns a pair, as a Ray task."""
+    return ray.remote(num_cpus=1, num_returns=2)(function)
+
+
+def encode_bank(
+    support: Sequence[Path],
+    fingerprint: str,
+    *,
+    backbone: BackboneSpec,
+    seed: int,
+    cache: Path | None,
+) -> tuple[SupportBank, int]:
+    """The bank of one support set and its shots; DataError if a picture cannot be read."""
+    key = bank_key(fingerprint, support, seed=seed)
+    kept = None if cache is None else BankCache(cache)
+    bank = None if kept is None else kept.load(key)
+    if bank is None:
+        images = [read_image(path) for path in support]
+        bank = encode_support(_resident_backbone(backbone), images, seed=seed)
+        if kept is not None:
+            kept.save(key, bank)
+    return bank, bank.shots
+
+
+@lru_cache(maxsize=1)
+def _resident_backbone(spec: BackboneSpec) -> FrozenCLIP:
+    """Loaded once in a worker process, which encodes many banks."""
+    torch.set_num_threads(1)
+    return load_backbone(spec)

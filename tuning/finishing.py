@@ -1,0 +1,185 @@
+"""The end of a category's search: its winner is fitted on all shots and registered, once."""
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event, Lock
+from typing import Literal
+
+from PIL import Image
+from ray.exceptions import RayTaskError
+
+from apt_ray.data.folders import Category
+from apt_ray.errors import AptError, RegistryError
+from apt_ray.prompt_set import PromptSet
+from apt_ray.registry import CANDIDATE, RegisteredVersion, Registry, default_pending
+from tuning.cluster import FitJob
+from tuning.plots import draw_plots, encode
+from tuning.progress import say
+from tuning.records import SearchStore, TrialRecord
+from tuning.results import TunedCategory, choose_winner, importances
+from tuning.settings import SearchSettings
+
+_REGISTRY_PATIENCE_S = 600.0
+_REGISTRY_RETRY_S = 5.0
+
+Fit = Callable[[FitJob], tuple[bytes, dict[str, Image.Image]]]
+"""Fits somewhere on the cluster: the file of the prompt set, and pictures."""
+
+
+class Finisher:
+    """Fits and registers categories in the background, and collects what came of them.
+
+    Args:
+        settings: Of the search.
+        store: Where the trials are, and where the winners are kept.
+        registry: Where the winners go; while it is away, they wait.
+        provenance: Tags of every version.
+        fit: Fits on the cluster.
+
+    Attributes:
+        tuned: What was registered.
+        failures: Category -> why it was not.
+    """
+
+    def __init__(
+        self,
+        settings: SearchSettings,
+        store: SearchStore,
+        registry: Registry,
+        provenance: Mapping[str, str],
+        fit: Fit,
+    ) -> None:
+        self.tuned: list[TunedCategory] = []
+        self.failures: dict[str, str] = {}
+        self._settings, self._store, self._registry = settings, store, registry
+        self._provenance = {**provenance, "search": store.name}
+        self._fit = fit
+        self._lock = Lock()
+        self._hurry = Event()
+        self._pool = ThreadPoolExecutor(thread_name_prefix="finish")
+        self._futures: dict[str, Future[None]] = {}
+
+    def start(self, category: Category, status: Literal["complete", "cut off"]) -> None:
+        """Finish a category with what its trials have reported; a second time does nothing.
+
+        One that was cut off is registered as a candidate, and may be resumed.
+        """
+        with self._lock:
+            if category.name not in self._futures and category.name not in self.failures:
+                self._futures[category.name] = self._pool.submit(self._finish, category, status)
+
+    def hurry(self) -> None:
+        """Wait no longer for a registry that is away."""
+        self._hurry.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether all that was started has ended, by the time that is given."""
+        return not wait(self._futures.values(), timeout_s).not_done
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Note why a category cannot be registered."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        is_expected = isinstance(cause, AptError)
+        if not is_expected:
+            traceback.print_exception(error)
+        self.failures[name] = str(cause) if is_expected else f"{type(cause).__name__}: {cause}"
+        say(f"{name} failed: {self.failures[name]}")
+
+    def _finish(self, category: Category, status: Literal["complete", "cut off"]) -> None:
+        try:
+            tuned = self._tuned(category, status)
+        except Exception as error:
+            self.fail(category.name, error)
+            return
+        with self._lock:
+            self.tuned.append(tuned)
+        version = tuned.version
+        say(f"{category.name}: version {version.version} is {' and '.join(version.aliases)}")
+
+    def _tuned(self, category: Category, status: Literal["complete", "cut off"]) -> TunedCategory:
+        name, settings, started = category.name, self._settings, time.monotonic()
+        trials = self._store.trials(name)
+        winner = choose_winner(trials)
+        shares = importances(trials, settings.space)
+        plots = draw_plots(trials, winner, settings.space, shares)
+        for plot, picture in plots.items():
+            self._store.write(f"{name}/plots/{plot}.png", encode(picture))
+        support = category.support_set(settings.shots, settings.support_seeds[0])
+        others = [path for path in category.good if path not in support]
+        content, pictures = self._fit(
+            FitJob(
+                category=name,
+                support=support,
+                calibration=others,
+                settings=settings.fit_settings(winner.settings),
+                metrics=winner.metrics(),
+                labelled=category,
+            )
+        )
+        self._store.write(f"{name}/prompt_set.safetensors", content)
+        prompt_set, fitted = PromptSet.from_bytes(content), time.monotonic()
+        version = self._version(
+            prompt_set, pictures | plots, trials, shares, status, support=support, others=others
+        )
+        return TunedCategory(
+            trials=trials,
+            winner=winner,
+            importances=shares,
+            prompt_set=prompt_set,
+            version=version,
+            seconds={
+                "search": max(trial.seconds[-1] for trial in trials if trial.seconds),
+                "fit": fitted - started,
+                "register": time.monotonic() - fitted,
+            },
+        )
+
+    def _version(
+        self,
+        prompt_set: PromptSet,
+        pictures: Mapping[str, Image.Image],
+        trials: Sequence[TrialRecord],
+        shares: Mapping[str, float],
+        status: Literal["complete", "cut off"],
+        *,
+        support: Sequence[Path],
+        others: Sequence[Path],
+    ) -> RegisteredVersion:
+        """Register, or find the version that this search has registered before it was killed."""
+        tags = {
+            **self._provenance,
+            "search_status": status,
+            "support_seeds": ",".join(map(str, self._settings.support_seeds)),
+            **{f"importance.{setting}": f"{share:.3f}" for setting, share in shares.items()},
+        }
+        deadline = time.monotonic() + _REGISTRY_PATIENCE_S
+        while True:
+            is_last = self._hurry.is_set() or time.monotonic() > deadline
+            try:
+                return self._registered(prompt_set.category) or self._registry.register(
+                    prompt_set,
+                    pictures=pictures,
+                    trials=[trial.row() for trial in trials],
+                    tags=tags,
+                    support=support,
+                    held_out=others,
+                    promote=self._settings.promote == "auto" and status == "complete",
+                    pending=default_pending() if is_last else None,
+                )
+            except RegistryError as error:
+                if is_last:
+                    raise
+                say(f"{prompt_set.category} waits for the registry: {error}")
+                self._hurry.wait(_REGISTRY_RETRY_S)
+
+    def _registered(self, category: str) -> RegisteredVersion | None:
+        """The version that this search has completed, if the newest one is that."""
+        try:
+            newest = self._registry.resolve(category, CANDIDATE)
+        except RegistryError:
+            return None  # none yet; if the server is away, registering says so
+        ours = {"search": self._store.name, "search_status": "complete"}
+        return newest if ours.items() <= newest.tags.items() else None

@@ -1,0 +1,267 @@
+"""The records of a search: everything that must outlive its processes, as files in its storage.
+
+    <storage>/<name>/search.json                    what is searched
+    <storage>/<name>/<category>/trials/<n>.json     what a trial has reported so far
+    <storage>/<name>/<category>/states/<n>-<r>.safetensors   its lanes after rung r, while it runs
+    <storage>/<name>/<category>/prompt_set.safetensors       the winner
+    <storage>/<name>/<category>/registered.json     its version in the registry
+    <storage>/<name>/<category>/plots/*.png
+
+A trial's file is the truth about it: Ray Tune may lose or repeat a report, and it may be killed at
+any moment. Every file is written whole or not at all. No PyTorch here, trials import it.
+"""
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from apt_ray.config import Settings
+from apt_ray.errors import SettingsError
+from tuning.calls import RungResult
+
+Status = Literal["running", "finished", "stopped early", "failed"]
+
+_SEARCH = "search.json"
+_PROBE = "writable"
+_ROOM_MIB = 256
+
+
+class TrialRecord(Settings):
+    """One trial: its searched settings and what it reported, rung by rung.
+
+    Attributes:
+        category: Whose trial it is.
+        number: Place in the order of drawing, from 0.
+        settings: Searched setting -> value.
+        steps: Optimisation steps done at each rung.
+        held_out: Held-out value (AUROC, 0..1) at each rung.
+        held_out_sd: Its standard deviation over support seeds and folds.
+        pixel: The part of the value that ranks patches.
+        image: The part of the value that ranks images.
+        seconds: Seconds since the search began, of each report.
+        families: Held-out value of each perturbation family at the last rung.
+        status: What has become of it.
+        error: Why it failed, if it did.
+    """
+
+    category: str
+    number: int
+    settings: dict[str, Any]
+    steps: tuple[int, ...] = ()
+    held_out: tuple[float, ...] = ()
+    held_out_sd: tuple[float, ...] = ()
+    pixel: tuple[float, ...] = ()
+    image: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+    families: dict[str, float] = {}  # noqa: RUF012 - pydantic copies it
+    status: Status = "running"
+    error: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status != "running"
+
+    def reported(self, result: RungResult, seconds: float, *, is_last: bool) -> "TrialRecord":
+        """The record with one rung more, or with the error that ended it."""
+        if result.error is not None:
+            return self.model_copy(update={"status": "failed", "error": result.error})
+        return self.model_copy(
+            update={
+                "steps": (*self.steps, result.steps),
+                "held_out": (*self.held_out, result.held_out),
+                "held_out_sd": (*self.held_out_sd, result.held_out_sd),
+                "pixel": (*self.pixel, result.pixel),
+                "image": (*self.image, result.image),
+                "seconds": (*self.seconds, round(seconds, 2)),
+                "families": dict(result.families),
+                "status": "finished" if is_last else "running",
+            }
+        )
+
+    def report(self, rung: int) -> dict[str, Any]:
+        """What Ray Tune is told of a rung, from 1."""
+        return {
+            "rung": rung,
+            "steps": self.steps[rung - 1],
+            "held_out": self.held_out[rung - 1],
+            "held_out_sd": self.held_out_sd[rung - 1],
+            "pixel": self.pixel[rung - 1],
+            "image": self.image[rung - 1],
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Its last held-out value, by the names under which a prompt set keeps it."""
+        return {
+            "held_out": self.held_out[-1],
+            "held_out_sd": self.held_out_sd[-1],
+            **{f"held_out.{family}": value for family, value in self.families.items()},
+        }
+
+    def row(self) -> dict[str, object]:
+        """A row of the trial table."""
+        return {
+            "trial": self.number,
+            **self.settings,
+            "held_out": self.held_out[-1] if self.held_out else None,
+            "held_out_sd": self.held_out_sd[-1] if self.held_out_sd else None,
+            "steps": self.steps[-1] if self.steps else 0,
+            "status": self.status,
+        }
+
+
+class SearchStore:
+    """The files of one search, in a local folder (on a cluster one that all nodes share) or S3.
+
+    Args:
+        storage: Folder or URI, the latter with options of pyarrow in its query.
+        name: The search.
+    """
+
+    def __init__(self, storage: str, name: str) -> None:
+        if "://" not in storage:
+            storage = str(Path(storage).expanduser().absolute())
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise SettingsError(
+                f"{name!r} cannot name a search: use letters, digits, '.', '-', '_'"
+            )
+        self.storage, self.name = storage, name
+
+    @property
+    def uri(self) -> str:
+        """The address of the search's folder."""
+        base, separator, query = self.storage.partition("?")
+        return f"{base.rstrip('/')}/{self.name}{separator}{query}"
+
+    def create(self, plan: Mapping[str, Any]) -> None:
+        """Write what is searched; SettingsError if nothing can be written there."""
+        self.check_writable()
+        self.write(_SEARCH, json.dumps(plan, indent=2).encode())
+
+    def check_writable(self) -> None:
+        """SettingsError if the storage takes no files or is nearly full."""
+        try:
+            files, root = self._files
+            if isinstance(files, LocalFileSystem):
+                Path(root).mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(root).free / 2**20
+                if free < _ROOM_MIB:
+                    raise OSError(f"{free:.0f} MiB are free, a search needs {_ROOM_MIB}")
+            self.write(_PROBE, b"")
+            self.remove(_PROBE)
+        except OSError as error:
+            raise SettingsError(
+                f"cannot write to the storage {self.storage} ({error}): make room, mend its"
+                " permissions, or choose another with --storage"
+            ) from error
+
+    def plan(self) -> dict[str, Any]:
+        """What is searched; SettingsError if there is no such search."""
+        content = self.read(_SEARCH)
+        if content is None:
+            raise SettingsError(
+                f"there is no search {self.name} in {self.storage}"
+                f"{self._others()}: on a cluster the storage must be a folder that all nodes share,"
+                " or s3://"
+            )
+        plan: dict[str, Any] = json.loads(content)
+        return plan
+
+    def trial(self, category: str, number: int) -> TrialRecord | None:
+        """The record of a trial that has reported or ended."""
+        content = self.read(f"{category}/trials/{number:04d}.json")
+        return None if content is None else TrialRecord.model_validate_json(content)
+
+    def trials(self, category: str) -> list[TrialRecord]:
+        """The records of a category, in the order of drawing."""
+        contents = [self.read(path) for path in self._list(f"{category}/trials")]
+        return [TrialRecord.model_validate_json(content) for content in contents if content]
+
+    def save_trial(self, record: TrialRecord, state: bytes | None = None) -> None:
+        """Write a trial's record, and the state of its lanes while it runs."""
+        rung = len(record.steps)
+        if state is not None and not record.has_ended:
+            self.write(_state(record, rung), state)
+        self.write(
+            f"{record.category}/trials/{record.number:04d}.json", record.model_dump_json().encode()
+        )
+        self.remove(_state(record, rung - 1))
+        if record.has_ended:
+            self.remove(_state(record, rung))
+
+    def state(self, record: TrialRecord) -> bytes | None:
+        """The state of a running trial's lanes after its last rung."""
+        return self.read(_state(record, len(record.steps)))
+
+    def read(self, path: str) -> bytes | None:
+        """The content of a file, None if there is none."""
+        files, root = self._files
+        try:
+            with files.open_input_stream(f"{root}/{path}") as stream:
+                content: bytes = stream.read()
+                return content
+        except FileNotFoundError:
+            return None
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file whole or not at all."""
+        files, root = self._files
+        target = f"{root}/{path}"
+        if not isinstance(files, LocalFileSystem):
+            with files.open_output_stream(target) as stream:
+                stream.write(content)
+            return
+        files.create_dir(target.rpartition("/")[0], recursive=True)
+        unfinished = f"{target}.{uuid.uuid4().hex[:8]}"
+        try:
+            with files.open_output_stream(unfinished) as stream:
+                stream.write(content)
+            files.move(unfinished, target)
+        except OSError:
+            Path(unfinished).unlink(missing_ok=True)
+            raise
+
+    def remove(self, path: str) -> None:
+        """Remove a file if it is there."""
+        files, root = self._files
+        try:
+            files.delete_file(f"{root}/{path}")
+        except FileNotFoundError:
+            return
+
+    def _list(self, folder: str) -> list[str]:
+        files, root = self._files
+        found = files.get_file_info(FileSelector(f"{root}/{folder}", allow_not_found=True))
+        return sorted(
+            f"{folder}/{info.base_name}"
+            for info in found
+            if info.type == FileType.File and info.base_name.endswith(".json")
+        )
+
+    def _others(self) -> str:
+        files, root = self._files
+        selector = FileSelector(root.rpartition("/")[0], allow_not_found=True)
+        names = sorted(
+            info.base_name
+            for info in files.get_file_info(selector)
+            if files.get_file_info(f"{info.path}/{_SEARCH}").type == FileType.File
+        )
+        return f", only {', '.join(names)}" if names else ""
+
+    @cached_property
+    def _files(self) -> tuple[FileSystem, str]:
+        files, root = FileSystem.from_uri(self.uri)
+        return files, root
+
+    def __reduce__(self) -> tuple[type["SearchStore"], tuple[str, str]]:
+        return SearchStore, (self.storage, self.name)
+
+
+def _state(record: TrialRecord, rung: int) -> str:
+    return f"{record.category}/states/{record.number:04d}-{rung}.safetensors"

@@ -1,0 +1,182 @@
+"""What to try next, in many categories at once: one Optuna study for each."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from tuning.records import TrialRecord
+from tuning.settings import RUNGS, SearchSettings
+from tuning.space import distributions, starting_point
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+class CategoriesSearcher(Searcher):
+    """Draws trials of the categories in turn.
+
+    A trial's settings depend on its number and, with Optuna, on the values known by then. Numbers
+    that have a record get the settings of the record.
+
+    Args:
+        settings: Of the search.
+        records: Category -> what an earlier run of the same search has recorded.
+        is_ready: Whether trials of a category can start; False is asked again later, None drops it.
+    """
+
+    def __init__(
+        self,
+        settings: SearchSettings,
+        records: Mapping[str, Sequence[TrialRecord]],
+        is_ready: Callable[[str], bool | None],
+    ) -> None:
+        super().__init__(metric="held_out", mode="max")
+        self._settings = settings
+        self._is_ready = is_ready
+        self._distributions = distributions(settings.space)
+        self._studies = {category: self._study() for category in records}
+        self._recorded = {
+            category: {record.number: dict(record.settings) for record in known}
+            for category, known in records.items()
+        }
+        self._next = dict.fromkeys(records, 0)
+        self._asked: dict[str, tuple[str, optuna.trial.Trial]] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial: its category, number and settings; None where none is ready."""
+        open_categories = sorted(
+            (
+                category
+                for category, number in self._next.items()
+                if number < self._settings.trials and self._is_ready(category) is not None
+            ),
+            key=lambda category: self._next[category],
+        )
+        if not open_categories:
+            return Searcher.FINISHED
+        for category in open_categories:
+            if self._is_ready(category):
+                return self._draw(trial_id, category)
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Let Optuna know the value of a rung."""
+        if self._settings.objective == "mean" and trial_id in self._asked:
+            self._asked[trial_id][1].report(result["held_out"], result["rung"])
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Let Optuna know the value of a trial; a trial that was stopped counts as pruned."""
+        category, trial = self._asked.pop(trial_id, (None, None))
+        if category is None or trial is None:
+            return
+        study = self._studies[category]
+        if not result or "held_out" not in result:
+            study.tell(trial, state=TrialState.FAIL)
+        elif self._settings.objective == "pareto":
+            study.tell(trial, [result["image"], result["pixel"]])
+        elif result["rung"] < RUNGS:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, result["held_out"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as `save`: Ray Tune writes a pickle that nobody reads."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the records of the search say it all."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the records of the search say it all."""
+
+    def _study(self) -> optuna.Study:
+        objectives = 2 if self._settings.objective == "pareto" else 1
+        return optuna.create_study(directions=[StudyDirection.MAXIMIZE] * objectives)
+
+    def _draw(self, trial_id: str, category: str) -> dict[str, Any]:
+        number = self._next[category]
+        self._next[category] += 1
+        study = self._studies[category]
+        point = self._recorded[category].get(number)
+        if point is None and number == 0:
+            point = starting_point(self._settings.space)
+        if point is not None:
+            within = {
+                name: point[name]
+                for name, distribution in self._distributions.items()
+                if name in point
+                and distribution._contains(distribution.to_internal_repr(point[name]))
+            }
+            study.enqueue_trial(within)
+        study.sampler = self._sampler(number)
+        trial = study.ask(fixed_distributions=self._distributions)
+        self._asked[trial_id] = (category, trial)
+        return {"category": category, "number": number, "settings": dict(trial.params)}
+
+    def _sampler(self, number: int) -> BaseSampler:
+        # Seeded by number, so that a resumed search draws what the first one would have drawn.
+        seed = 1_000_003 * self._settings.seed + number
+        if self._settings.searcher == "random":
+            return RandomSampler(seed=seed)
+        # The constant liar keeps the trials that run at a time from being the same.
+        return TPESampler(seed=seed, constant_liar=True)
+
+
+class CategoriesScheduler(FIFOScheduler):
+    """A scheduler for each category, since values of different categories do not compare."""
+
+    def __init__(self, settings: SearchSettings) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kind = settings.scheduler
+        self._of: dict[str, TrialScheduler] = {}
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Both are given at once to every category's scheduler."""
+        return True
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        self._scheduler(trial).on_trial_add(controller, trial)
+
+    def on_trial_error(self, controller: Any, trial: Trial) -> None:
+        self._scheduler(trial).on_trial_error(controller, trial)
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = self._scheduler(trial).on_trial_result(controller, trial, result)
+        return decision
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        # ASHA wants a value, which a trial that failed at once does not have.
+        if "held_out" in result:
+            self._scheduler(trial).on_trial_complete(controller, trial, result)
+
+    def on_trial_remove(self, controller: Any, trial: Trial) -> None:
+        self._scheduler(trial).on_trial_remove(controller, trial)
+
+    def _scheduler(self, trial: Trial) -> TrialScheduler:
+        category = trial.config["category"]
+        if category not in self._of:
+            self._of[category] = (
+                FIFOScheduler()  # type: ignore[no-untyped-call]
+                if self._kind == "none"
+                else ASHAScheduler(
+                    time_attr="rung",
+                    metric="held_out",
+                    mode="max",
+                    max_t=RUNGS,
+                    grace_period=1,
+                    reduction_factor=2,
+                )
+            )
+        return self._of[category]
