@@ -20,12 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_foreign_servers() -> Iterator[None]:
-    """Keep the tests away from the servers of whoever runs them."""
+def _no_foreign_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests away from the servers and the files of whoever runs them."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith(("RAY_ADDRESS", "RAY_API_SERVER", "RAY_AUTH", "MLFLOW_")):
                 patch.delenv(name)
+        patch.setenv("APT_RAY_PENDING", str(tmp_path_factory.mktemp("pending")))
+        patch.setenv("APT_RAY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

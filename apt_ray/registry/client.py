@@ -28,6 +28,7 @@ from apt_ray.registry.moves import (
     Move,
     move_champion,
     read_history,
+    set_alias,
 )
 from apt_ray.registry.names import (
     CANDIDATE,
@@ -352,7 +353,7 @@ class Registry:
         with self._connection.requests() as client:
             newest = self._newest(name)
             while True:
-                client.set_registered_model_alias(name, CANDIDATE, newest)
+                set_alias(client, category, CANDIDATE, int(newest))
                 set_to, newest = newest, self._newest(name)
                 if newest == set_to:
                     break

@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from apt_ray.errors import RegistryError
+from apt_ray.errors import DataError, RegistryError
 from apt_ray.images import encode_png, read_image
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry.names import DATA, DIRECTORY, HELD_OUT, PICTURES, PROMPT_SET, TRIALS
@@ -147,6 +147,14 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """The hash of a picture's file; DataError if it cannot be read."""
+    try:
+        return sha256(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
 def _params(prompt_set: PromptSet) -> dict[str, object]:
     backbone = prompt_set.backbone.model_dump()
     return {
@@ -168,7 +176,7 @@ def _write_data(home: Path, support: Sequence[Path], held_out: Sequence[Path]) -
     """Fingerprints of all pictures, small copies of some held-out ones; a hash of the whole."""
     if not support:
         return None
-    digests = {path: sha256(path.read_bytes()) for path in (*support, *held_out)}
+    digests = {path: file_sha256(path) for path in (*support, *held_out)}
     fingerprints = {
         "support": {path.name: digests[path] for path in support},
         "held_out": {path.name: digests[path] for path in held_out},

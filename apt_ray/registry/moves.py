@@ -142,7 +142,7 @@ def move_champion(
         now = read_history(client, category)
         if (now.recorded, now.champion) != (history.recorded, history.champion):
             raise RegistryConflictError(_overtaken(now))
-        client.set_registered_model_alias(model_name(category), CHAMPION, str(target))
+        set_alias(client, category, CHAMPION, target)
         missed = [move for move in now.moves if not move.number]
         made = Move(
             number=0,
@@ -163,6 +163,20 @@ def move_champion(
     finally:
         for ticket in tickets:
             _forget(client, ticket)
+
+
+def set_alias(client: MlflowClient, category: str, alias: str, version: int) -> None:
+    """Point an alias to a version.
+
+    MLflow looks whether the alias exists before it writes it: of two that create it at once, a
+    PostgreSQL server refuses one as a duplicate, which then has only to move it.
+    """
+    try:
+        client.set_registered_model_alias(model_name(category), alias, str(version))
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
+        client.set_registered_model_alias(model_name(category), alias, str(version))
 
 
 def _take_ticket(client: MlflowClient, category: str, number: int) -> list[str]:

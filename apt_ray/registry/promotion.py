@@ -22,7 +22,7 @@ from apt_ray.held_out import (
 from apt_ray.images import read_image
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry.client import Registry
-from apt_ray.registry.contents import sha256
+from apt_ray.registry.contents import file_sha256
 from apt_ray.registry.moves import Move
 from apt_ray.registry.names import CANDIDATE, DATA, HELD_OUT, RegisteredVersion
 
@@ -179,7 +179,7 @@ def _judge(
     if reason is None:
         fitted = {digest for side in sides for digest in side.support}
         found = {digest: image for side in sides for digest, image in side.held_out.items()}
-        found |= {sha256(path.read_bytes()): read_image(path) for path in normal}
+        found |= {file_sha256(path): read_image(path) for path in normal}
         images = [image for digest, image in sorted(found.items()) if digest not in fitted]
         if not images:
             reason = (
