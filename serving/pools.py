@@ -92,7 +92,9 @@ class Pools:
 
         Raises FleetError if there are neither within `patience_s`.
         """
-        cached = self._cache and await asyncio.to_thread(self._cache.recall, "routes", Routes)
+        cached: Routes | None = None
+        if self._cache:
+            cached = await asyncio.to_thread(self._cache.recall, "routes", Routes)
         deadline = time.monotonic() + (_WITH_CACHE_S if cached else patience_s)
         while (left := deadline - time.monotonic()) > 0:
             try:
