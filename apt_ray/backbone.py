@@ -212,6 +212,13 @@ class FrozenCLIP:
         end_TC = run_text_tower(model, x_TSC, lengths_T1[:, 0] + 1)
         return F.normalize(self._project_text(end_TC), dim=-1)
 
+    def embed_words(self, text: str) -> torch.Tensor:
+        """Written words -> their token embeddings `(L, C)`, as a prompt context has them."""
+        ids_S = self.tokenize([text])[0].to(self.device)
+        # [EOS] has the highest id of all.
+        words_LC: torch.Tensor = self.model.token_embedding.weight[ids_S[1 : int(ids_S.argmax())]]
+        return words_LC
+
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Written texts -> text features `(T, E)`, float32, L2-normalised."""

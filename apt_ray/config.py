@@ -76,13 +76,17 @@ class BackboneSpec(Settings):
 
 
 class FitSettings(Settings):
-    """How one prompt set is fitted. The defaults need no tuning; a search varies the first four.
+    """How one prompt set is fitted. The defaults need no tuning; a search varies four of them.
 
     Why each default is what it is stands in docs/method.md.
     """
 
     context_length: int = Field(
         default=8, ge=1, le=32, description="Learnable vectors in each prompt context."
+    )
+    start: Literal["states", "random"] = Field(
+        default="states",
+        description="Where the contexts start: at the words of the meta-prompt, or at random.",
     )
     noise_strength: float = Field(
         default=0.3, description=f"Standard deviation of the pixel noise, one of {NOISE_LADDER}."

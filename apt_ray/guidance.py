@@ -38,6 +38,9 @@ ROUND = 20
 
 _NO_GUIDANCE = 1e-12
 
+# "a surface without defect", "a surface with a defect": of two tokens, they still differ.
+_FIRST_STATE = 3
+
 
 def meta_features(backbone: FrozenCLIP) -> torch.Tensor:
     """The meta-prompt at the start, `(2, E)`: averaged features of states that fit any product."""
@@ -47,6 +50,23 @@ def meta_features(backbone: FrozenCLIP) -> torch.Tensor:
             for states in (NORMAL_STATES, ANOMALOUS_STATES)
         ]
     )
+
+
+def state_contexts(backbone: FrozenCLIP, prompts: int, length: int) -> torch.Tensor:
+    """Contexts that say what the meta-prompt says, `(P, L, C)`: a place to start from.
+
+    Each is the token embeddings of states in a row, cut at its front; the state at its end is
+    another for every anomalous prompt.
+    """
+    contexts = []
+    for prompt in range(prompts):
+        states = NORMAL_STATES if prompt == 0 else ANOMALOUS_STATES
+        last = (_FIRST_STATE + max(prompt - 1, 0)) % len(states)
+        words = [backbone.embed_words(state) for state in states[last + 1 :] + states[: last + 1]]
+        words_XC = torch.cat(words)
+        repeats = -(-length // len(words_XC))
+        contexts.append(words_XC.repeat(repeats, 1)[-length:])
+    return torch.stack(contexts)
 
 
 def remove_conflict(

@@ -14,7 +14,7 @@ from apt_ray.backbone import FrozenCLIP
 from apt_ray.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import SettingsError
-from apt_ray.guidance import ROUND, meta_features, move_meta, remove_conflict
+from apt_ray.guidance import ROUND, meta_features, move_meta, remove_conflict, state_contexts
 from apt_ray.scoring import anomalous_probability, auroc, prompt_log_probabilities, top_mean
 
 _NOISY, _CLEAN = 4, 4
@@ -425,6 +425,8 @@ def _initial_state(lane: Lane, backbone: FrozenCLIP, meta_2E: torch.Tensor) -> L
     generator = torch.Generator().manual_seed(lane.seed)
     shape = (*_shape(lane), backbone.token_width)
     contexts_PLC = backbone.token_std * torch.randn(shape, generator=generator)
+    if lane.settings.start == "states":
+        contexts_PLC = state_contexts(backbone, *_shape(lane)).cpu()
     return LaneState(
         contexts_PLC=contexts_PLC,
         velocity_PLC=torch.zeros_like(contexts_PLC),

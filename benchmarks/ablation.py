@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "locality_radius 5": ({"locality_radius": 5}, {}),
     "input_size 192": ({"input_size": 192}, {}),
     "tiles 2": ({"tiles": 2}, {}),
+    "start random": ({}, {"start": "random"}),
+    "start random, smgs off": ({}, {"start": "random", "smgs_weight": 0.0}),
     "smgs off": ({}, {"smgs_weight": 0.0}),
     "smgs 0.5": ({}, {"smgs_weight": 0.5}),
     "smgs penalty": ({}, {"smgs": "penalty"}),

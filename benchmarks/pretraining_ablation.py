@@ -26,6 +26,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without contrast": {"contrast_weight": 0.0},
     "without the spread term": {"spread_weight": 0.0},
     "without token jitter": {"token_jitter": 0.0},
+    "pooled_weight 1": {"pooled_weight": 1.0},
+    "focus 1": {"focus": 1.0},
+    "focus 1, pooled_weight 1": {"focus": 1.0, "pooled_weight": 1.0},
     "small pictures only": {"sizes": {0.0: 64}},
 }
 _FIT_SEED, _MEASURE_SEED = 2**40, 2**41

@@ -148,7 +148,7 @@ def test_promptad_learns_four_vectors_and_writes_states_behind_them(
     assert (len(normal_1E), len(written_TE), len(learned_TE)) == (1, 8, 4)
     # A context that repeats written words gives the text that they make.
     with torch.no_grad():
-        learner.contexts[0].copy_(promptad.embed(backbone, "a b c d"))
+        learner.contexts[0].copy_(backbone.embed_words("a b c d"))
     assert torch.allclose(
         learner.encode()[1][0], backbone.encode_texts(["a b c d damaged washer."])[0], atol=1e-5
     )

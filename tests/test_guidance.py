@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from apt_ray.backbone import FrozenCLIP
-from apt_ray.guidance import META_STEP, meta_features, move_meta, remove_conflict
+from apt_ray.guidance import (
+    ANOMALOUS_STATES,
+    META_STEP,
+    meta_features,
+    move_meta,
+    remove_conflict,
+    state_contexts,
+)
 
 
 def _lane(*values: float) -> torch.Tensor:
@@ -54,3 +61,22 @@ def test_the_meta_prompt_moves_a_tenth_of_the_way() -> None:
     moved = move_meta(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]))
     expected = torch.tensor([1 - META_STEP, META_STEP])
     assert torch.allclose(moved[0, 0], expected / expected.norm())
+
+
+def test_contexts_that_start_at_states_say_what_is_written(backbone: FrozenCLIP) -> None:
+    words = backbone.embed_words(ANOMALOUS_STATES[3])
+    contexts = state_contexts(backbone, 2, len(words))
+    torch.testing.assert_close(contexts[1], words)
+    said = backbone.encode_contexts(contexts, torch.full((2,), len(words)))
+    torch.testing.assert_close(
+        said[1:], backbone.encode_texts([ANOMALOUS_STATES[3]]), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 30])
+def test_every_prompt_starts_at_words_of_its_own(backbone: FrozenCLIP, length: int) -> None:
+    contexts = state_contexts(backbone, 4, length)
+    assert contexts.shape == (4, length, backbone.token_width)
+    if length > 1:
+        assert not torch.equal(contexts[0], contexts[1])
+        assert not torch.equal(contexts[1], contexts[2])

@@ -22,7 +22,10 @@ def _lane(
     bank: SupportBank, seed: int = 0, images: tuple[int, ...] = (0, 1, 2), **settings: float | str
 ) -> Lane:
     return Lane(
-        settings=FitSettings.parse({"steps": 30, **settings}), bank=bank, images=images, seed=seed
+        settings=FitSettings.parse({"steps": 30, "start": "random", **settings}),
+        bank=bank,
+        images=images,
+        seed=seed,
     )
 
 

@@ -47,8 +47,8 @@ class Prompts:
 
     def __init__(self, backbone: FrozenCLIP, name: str, seed: int) -> None:
         self._backbone = backbone
-        self._name_LC = embed(backbone, f"{name}.")
-        self._states = [embed(backbone, f"{state.format(name)}.") for state in STATES]
+        self._name_LC = backbone.embed_words(f"{name}.")
+        self._states = [backbone.embed_words(f"{state.format(name)}.") for state in STATES]
         g = torch.Generator().manual_seed(seed)
         self.contexts = [
             (_INITIAL_STD * torch.randn(*shape, backbone.token_width, generator=g))
@@ -126,10 +126,3 @@ def parallel(text_BN: Tensor, memory_BN: Tensor) -> Tensor:
     """`1 / (1 / text + 1 / memory)`."""
     tiny = torch.finfo(torch.float32).tiny
     return 1 / (1 / text_BN.clamp_min(tiny) + 1 / memory_BN.clamp_min(tiny))
-
-
-def embed(backbone: FrozenCLIP, text: str) -> Tensor:
-    """Token embeddings `(L, C)` of a written text, without start and end."""
-    tokens = backbone.tokenize([text])[0]
-    end = int(tokens.argmax())
-    return backbone.model.token_embedding(tokens[1:end].to(backbone.device))
