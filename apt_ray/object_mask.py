@@ -19,7 +19,7 @@ _NEIGHBOURS = 3
 
 # What makes a mask a part, read off generated parts and surfaces: the two groups of patches differ
 # clearly, the part is in one piece, and it hardly touches the border.
-_MIN_SEPARATION = 0.78
+_MIN_SEPARATION = 0.75
 _MIN_LARGEST = 0.9
 _MAX_ON_BORDER = 0.15
 _MIN_AREA = 0.03
@@ -46,7 +46,8 @@ def _object_mask(tokens_ND: torch.Tensor, grid: tuple[int, int]) -> npt.NDArray[
     unlike_N = 1 - similarity_NB.topk(min(_NEIGHBOURS, len(on_border)), dim=1).values.mean(1)
     threshold, separation = otsu(unlike_N.double().numpy())
     mask_HW = unlike_N.numpy().reshape(grid) > threshold
-    mask_HW = ndimage.binary_closing(np.pad(mask_HW, 1))[1:-1, 1:-1]
+    # A plain part is told from a plain ground by its outline alone.
+    mask_HW = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(mask_HW, 1))[1:-1, 1:-1])
     labels_HW, count = ndimage.label(mask_HW)
     largest = np.bincount(labels_HW.ravel())[1:].max() if count else 0
     is_part = (

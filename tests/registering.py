@@ -45,12 +45,11 @@ def named(prompt_set: PromptSet, category: str) -> PromptSet:
 
 
 def spoilt(prompt_set: PromptSet) -> PromptSet:
-    """One that sees nothing: its prompts and its memory are noise."""
+    """One that takes bad for good: its prompts are swapped, and its memory is noise."""
     g = torch.Generator().manual_seed(0)
-    text_PE = prompt_set.text_features
     return replace(
         prompt_set,
-        text_features=F.normalize(torch.randn(text_PE.shape, generator=g), dim=-1),
+        text_features=prompt_set.text_features.flip(0),
         memory=ReferenceMemory(
             {
                 layer: F.normalize(torch.randn(tokens.shape, generator=g), dim=-1)

@@ -15,7 +15,7 @@ def test_the_defaults_are_valid_and_survive_json() -> None:
         ({"context_length": 0}, "context_length.*greater than or equal to 1.*got 0"),
         ({"noise_strength": 0.25}, "noise_strength.*one of.*0.2, 0.3"),
         ({"smgs_weight": 1.5, "steps": 0}, "smgs_weight.*steps"),
-        ({"smgs": 1}, "smgs.*not permitted"),
+        ({"smgs_wait": 1}, "smgs_wait.*not permitted"),
     ],
 )
 def test_what_is_out_of_range_is_named_with_the_range(

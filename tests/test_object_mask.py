@@ -14,7 +14,7 @@ def _share(backbone: FrozenCLIP, surface: str) -> torch.Tensor:
     return object_masks(features, backbone.grid).float().mean(1)
 
 
-@pytest.mark.parametrize("part", ["nut", "rod"])
+@pytest.mark.parametrize("part", ["nut", "rod", "flange", "capsule"])
 def test_parts_are_told_from_their_ground(backbone: FrozenCLIP, part: str) -> None:
     share_S = _share(backbone, part)
     assert (share_S < 0.6).sum() >= 4
