@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from apt_ray.errors import (
@@ -171,6 +171,10 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
             f"{source} has far more pixels than can be accepted: send a smaller image"
+        ) from error
+    except UnidentifiedImageError as error:  # its own words name an object in memory
+        raise ImageError(
+            f"{source} is damaged (it begins like {file_format}): save it again and retry"
         ) from error
     except Exception as error:
         raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
