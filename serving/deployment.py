@@ -162,7 +162,10 @@ def _controller(config: Config) -> Config:
 def _deployed(details: ServeInstanceDetails) -> dict[str, Config]:
     """Application -> its configuration, in plain values."""
     return {
-        name: application.deployed_app_config.model_dump(mode="json", exclude_unset=True)
+        # Serve copies the logging of the whole into each application.
+        name: application.deployed_app_config.model_dump(
+            mode="json", exclude_unset=True, exclude={"logging_config"}
+        )
         for name, application in details.applications.items()
         if application.deployed_app_config is not None
     }

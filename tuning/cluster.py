@@ -41,7 +41,7 @@ class FitJob:
         calibration: Files of further good images.
         settings: Of the winner.
         metrics: Figures kept with the prompt set.
-        labelled: What is reported on labelled pictures, where it has any; they choose nothing.
+        labelled: Whose labelled pictures are reported on, where there are any; they choose nothing.
     """
 
     category: str
@@ -49,7 +49,7 @@ class FitJob:
     calibration: Sequence[Path]
     settings: FitSettings
     metrics: Mapping[str, float]
-    labelled: Category
+    labelled: Category | None = None
 
 
 class EngineActor:
@@ -105,6 +105,8 @@ class EngineActor:
             "support_images": draw_support(backbone, prompt_set, images),
             "held_out_perturbations": draw_held_out(backbone, prompt_set, images[0]),
         }
+        if job.labelled is None:
+            return prompt_set.to_bytes(), pictures
         metrics, drawn = report_labelled(backbone, prompt_set, job.labelled, support=job.support)
         return prompt_set.with_metrics(metrics).to_bytes(), pictures | drawn
 

@@ -109,14 +109,18 @@ class Finisher:
             self._store.write(f"{name}/plots/{plot}.png", encode(picture))
         support = category.support_set(settings.shots, settings.support_seeds[0])
         others = [path for path in category.good if path not in support]
+        fit_settings = settings.fit_settings(winner.settings)
+        if status == "cut off":
+            # Whoever stops a search waits: no further than the winner has come.
+            fit_settings = fit_settings.model_copy(update={"steps": winner.steps[-1]})
         content, pictures = self._fit(
             FitJob(
                 category=name,
                 support=support,
                 calibration=others,
-                settings=settings.fit_settings(winner.settings),
+                settings=fit_settings,
                 metrics=winner.metrics(),
-                labelled=category,
+                labelled=category if status == "complete" else None,
             )
         )
         self._store.write(f"{name}/prompt_set.safetensors", content)
