@@ -238,6 +238,7 @@ def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(
         mlflow.wait_until_ended()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed_where_it_was(
     running: RunningSearch, sample_data: Path, stack: LocalStack
 ) -> None:
@@ -268,6 +269,7 @@ def test_a_killed_driver_is_resumed_where_it_was(
     assert Registry(uri).resolve("textile", CANDIDATE).version == version
 
 
+@pytest.mark.slow
 def test_a_stopped_search_registers_the_best_so_far_within_ten_seconds(
     running: RunningSearch, sample_data: Path, stack: LocalStack
 ) -> None:
