@@ -113,6 +113,11 @@ class Server:
         return f"the end of {self.log}:\n" + "\n".join(f"    {line}" for line in text)
 
 
+# Threads that wait for one another sleep: on a machine that several servers share, spinning takes
+# the core from the very thread that is waited for.
+_SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 class LocalStack:
     """The servers of one folder, which holds their state, logs, token, database and artifacts.
 
@@ -222,7 +227,7 @@ class LocalStack:
             command,
             url=f"http://{HOST}:{dashboard_port}",
             log=self.folder / "logs" / "ray.log",
-            env=_server_environment() | env | dict(self._ray_env),
+            env=_server_environment() | _SHARED_CORES | env | dict(self._ray_env),
         )
 
     @property
