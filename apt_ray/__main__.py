@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from apt_ray.config import NOISE_LADDER, BackboneSpec, FitSettings, Settings, SomeSettings
+from apt_ray.config import FitSettings
 from apt_ray.errors import AptError
+from apt_ray.flags import add_backbone_flags, add_flags, given, given_backbone
 from apt_ray.storage import location
 
 if TYPE_CHECKING:
@@ -137,55 +138,13 @@ def _command(
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("settings of the fit", "the defaults need no tuning")
-    skipped = {"seed"} if command.prog.endswith("evaluate") else set()
-    _add_fields(group, FitSettings, "fit_", skipped)
+    is_evaluation = command.prog.endswith("evaluate")  # which has seeds of its own
+    add_flags(group, FitSettings, prefix="fit_", without={"seed"} if is_evaluation else ())
 
 
 def _add_backbone(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("backbone", "the frozen vision-language model")
-    group.add_argument(
-        "--backbone",
-        dest="backbone_name",
-        help="'builtin', or a CLIP ViT of open_clip, e.g. ViT-B-16 (builtin)",
-    )
-    _add_fields(group, BackboneSpec, "backbone_", {"name"})
-    group.add_argument("--device", default="cpu", help="torch device (cpu)")
-
-
-def _add_fields(
-    group: argparse._ArgumentGroup, settings: type[Settings], prefix: str, skipped: set[str]
-) -> None:
-    """One flag for each field of `settings`, with its description and default."""
-    for name, field in settings.model_fields.items():
-        if name in skipped:
-            continue
-        flag, kind = f"--{name.replace('_', '-')}", field.annotation
-        kinds = [kind, *get_args(kind)]
-        text = f"{field.description} ({field.default})".replace("%", "%%")
-        if bool in kinds:
-            group.add_argument(
-                flag, dest=prefix + name, action=argparse.BooleanOptionalAction, help=text
-            )
-            continue
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        if name == "noise_strength":
-            choices = NOISE_LADDER
-        is_several = any(get_origin(part) is tuple for part in kinds)
-        number = next((part for part in (int, float) if part in kinds), str)
-        group.add_argument(
-            flag,
-            dest=prefix + name,
-            type=type(choices[0]) if choices else int if is_several else number,
-            choices=choices,
-            nargs="+" if is_several else None,
-            metavar=None if choices else name.split("_")[-1].upper(),
-            help=text,
-        )
-
-
-def _given(options: argparse.Namespace, settings: type[SomeSettings], prefix: str) -> SomeSettings:
-    given = {name: getattr(options, prefix + name, None) for name in settings.model_fields}
-    return settings.parse({name: value for name, value in given.items() if value is not None})
+    add_backbone_flags(command)
+    command.add_argument("--device", default="cpu", help="torch device (cpu)")
 
 
 def _count(text: str) -> int:
@@ -200,13 +159,13 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _settings(options: argparse.Namespace) -> FitSettings:
-    return _given(options, FitSettings, "fit_")
+    return given(options, FitSettings, prefix="fit_")
 
 
 def _backbone(options: argparse.Namespace) -> FrozenCLIP:
     from apt_ray.backbone import load_backbone
 
-    backbone = load_backbone(_given(options, BackboneSpec, "backbone_"), device=options.device)
+    backbone = load_backbone(given_backbone(options), device=options.device)
     if backbone.tiles > 1:
         _print_cost_of_tiles(backbone)
     return backbone

@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from apt_ray.backbone import FrozenCLIP, ImageFeatures, load_backbone
 from apt_ray.comparison import resample
-from apt_ray.config import BUILTIN, BackboneSpec, FitSettings
+from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError
 from apt_ray.evaluation import TestSet
+from apt_ray.flags import add_backbone_flags, given_backbone
 from apt_ray.images import read_image
 from apt_ray.storage import location
 from benchmarks.baselines import METHODS
@@ -183,15 +184,7 @@ def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     categories = find_categories(options.data, options.categories)
     backbone = load_backbone(
-        BackboneSpec.parse(
-            {
-                "name": options.backbone,
-                "pretrained": options.pretrained,
-                "quick_gelu": options.quick_gelu,
-                "input_size": options.input_size,
-                "attention": options.attention,
-            }
-        ),
+        given_backbone(options),
         device=options.device,
     )
     setup = {
@@ -240,20 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(PUBLISHED),
         help="set the published figures of this data set beside ours",
     )
-    parser.add_argument("--backbone", default=BUILTIN, help="'builtin', or a CLIP ViT of open_clip")
-    parser.add_argument("--pretrained", help="pretrained tag of open_clip, or a checkpoint file")
-    parser.add_argument(
-        "--quick-gelu",
-        action=argparse.BooleanOptionalAction,
-        help="whether a checkpoint file was trained with QuickGELU (OpenAI's were)",
-    )
-    parser.add_argument("--input-size", type=int, help="pixels a side (the model's native size)")
-    parser.add_argument(
-        "--attention",
-        choices=("locality", "ordinary", "value_value"),
-        default="locality",
-        help="how patches attend to one another, for all methods (locality)",
-    )
+    add_backbone_flags(parser)
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="CPU threads of torch (all)"

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError, SettingsError
+from apt_ray.flags import add_backbone_flags, given_backbone
 from apt_ray.storage import location
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
 from tuning.space import DEFAULT_SPACE, read_space
@@ -59,7 +61,9 @@ def _search(
 
     from tuning.records import SearchStore
 
-    name = options.resume or f"apt-ray-{datetime.now():%Y%m%d-%H%M%S}"
+    # Two people who start at the same second share a registry, and maybe a storage.
+    fresh = f"apt-ray-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    name = options.resume or fresh
     store = SearchStore(options.storage, name)
     if settings is None:
         settings, data, categories = _planned(store, options.time_budget)
@@ -225,11 +229,7 @@ def _settings(options: argparse.Namespace) -> SearchSettings:
             "seed": options.seed,
             "promote": options.promote,
             "space": read_space(options.space) if options.space else DEFAULT_SPACE,
-            "backbone": {
-                "name": options.backbone,
-                "pretrained": options.pretrained,
-                "quick_gelu": options.quick_gelu,
-            },
+            "backbone": given_backbone(options),
         }
     )
 
@@ -364,24 +364,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with a search of that name in the storage; it keeps its own settings and data, "
         "and trials that have ended are not run again",
     )
-    model = parser.add_argument_group("backbone")
-    model.add_argument(
-        "--backbone",
-        default=BackboneSpec().name,
-        metavar="NAME",
-        help="'builtin', or an architecture of open_clip such as ViT-B-16 (default: %(default)s)",
-    )
-    model.add_argument(
-        "--pretrained",
-        metavar="TAG|FILE",
-        help="pretrained tag of open_clip, or a checkpoint file that lies on every node",
-    )
-    model.add_argument(
-        "--quick-gelu",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="whether a checkpoint file was trained with QuickGELU, as OpenAI's were",
-    )
+    add_backbone_flags(parser)
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument(
         "--ray-address",
