@@ -28,7 +28,7 @@ from apt_ray.pretraining.generator import (
     Attribute,
     generate,
 )
-from apt_ray.pretraining.losses import participation_ratio, patch_labels
+from apt_ray.pretraining.losses import known_labels, participation_ratio
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.surfaces import SURFACES
 from apt_ray.pretraining.train import Pretraining
@@ -165,7 +165,7 @@ def test_patches_that_a_mask_barely_touches_have_no_label() -> None:
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     mask[0, :4, :4] = True
     mask[0, 0, 8] = True
-    labels = patch_labels(mask, 8)
+    labels = known_labels(mask, 8)
     assert labels[0, 0] == 1
     assert labels[0, 1].isnan()
     assert labels[0, 2:].tolist() == [0, 0]

@@ -30,7 +30,7 @@ from apt_ray.pretraining.features import (
     position_embedding,
 )
 from apt_ray.pretraining.generator import generate
-from apt_ray.pretraining.losses import participation_ratio, patch_labels, reference_distance
+from apt_ray.pretraining.losses import known_labels, participation_ratio, reference_distance
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def encode_held_out(
         parts.append(
             HeldOut(
                 mask_PHW=batch.mask_PHW,
-                labels_PN=patch_labels(batch.mask_PHW, visual.patch_size[0]),
+                labels_PN=known_labels(batch.mask_PHW, visual.patch_size[0]),
                 tokens_PNE=query.tokens_BNE,
                 distances_PN=distances,
             )

@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ANOMALOUS_COVERAGE = 0.25
-"""Share of a patch that a defect covers at least for the patch to be anomalous."""
+from apt_ray.synthesis import IGNORED, patch_labels
 
 
-def patch_labels(mask_PHW: Tensor, patch_size: int) -> Tensor:
-    """(P, N) labels: 1 from `ANOMALOUS_COVERAGE` on, 0 without any contact, NaN between."""
-    coverage_PN = F.avg_pool2d(mask_PHW.float()[:, None], patch_size).flatten(1)
-    labels_PN = (coverage_PN >= ANOMALOUS_COVERAGE).float()
-    return labels_PN.masked_fill((coverage_PN > 0) & (labels_PN == 0), torch.nan)
+def known_labels(mask_PHW: Tensor, patch_size: int) -> Tensor:
+    """(P, N) float labels of the patches as a fit sees them, NaN for those that it ignores."""
+    height, width = mask_PHW.shape[1:]
+    labels_PN = patch_labels(mask_PHW, (height // patch_size, width // patch_size))
+    return labels_PN.float().masked_fill(labels_PN == IGNORED, torch.nan)
 
 
 def balanced_bce(logits_PN: Tensor, labels_PN: Tensor, *, focus: float = 0.0) -> Tensor:

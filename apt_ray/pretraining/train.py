@@ -241,7 +241,7 @@ class Pretraining:
         count = len(pairs.mask_PHW)
         with self._autocast():
             vision = self._encode_pairs(pairs, rng)
-        query_labels_PN = losses.patch_labels(pairs.mask_PHW, self.model.visual.patch_size[0])
+        query_labels_PN = losses.known_labels(pairs.mask_PHW, self.model.visual.patch_size[0])
         labels_BN = torch.cat((torch.zeros_like(query_labels_PN), query_labels_PN))
         is_anomalous_B = torch.cat((torch.zeros(count), query_labels_PN.nan_to_num(1).amax(1)))
         is_anomalous_B = is_anomalous_B.to(self.device)
