@@ -22,10 +22,12 @@ def prompt_log_probabilities(
     tokens_NE: torch.Tensor, text_PE: torch.Tensor, constants: BackboneConstants
 ) -> torch.Tensor:
     """Log-softmax over the prompts for each token, `(..., N, P)`; leading dimensions broadcast."""
-    logits_NP = constants.dense_scale * tokens_NE @ text_PE.transpose(-1, -2)
-    bias_P = torch.full((text_PE.shape[-2],), constants.dense_bias, device=text_PE.device)
-    bias_P[0] = 0
-    return F.log_softmax(logits_NP + bias_P, dim=-1)
+    # The prompts come first within: a gradient to them is then a product that reads the tokens in
+    # their order, which is ten times as fast on a CPU.
+    logits_PN = constants.dense_scale * text_PE @ tokens_NE.mT
+    bias_P1 = torch.full((text_PE.shape[-2], 1), constants.dense_bias, device=text_PE.device)
+    bias_P1[0] = 0
+    return F.log_softmax(logits_PN + bias_P1, dim=-2).mT
 
 
 def anomalous_probability(

@@ -344,17 +344,24 @@ def draw_batch(lane: Lane, g: torch.Generator) -> tuple[torch.Tensor, torch.Tens
     noisy_B, clean_B = image_B[:_NOISY], image_B[_NOISY:]
     draw_B = torch.randint(noisy_SDNE.shape[1], (_NOISY,), generator=g)
     view_B = torch.randint(bank.clean_SVNE.shape[1], (_CLEAN,), generator=g)
-    clean_BNE = bank.clean_SVNE[clean_B, view_B]
-    label_BN = bank.noisy_labels_SDN[noisy_B, draw_B]
-    noisy_BNE = noisy_SDNE[noisy_B, draw_B]
+    clean_BNE = _pick(bank.clean_SVNE, clean_B, view_B)
+    label_BN = _pick(bank.noisy_labels_SDN, noisy_B, draw_B)
+    noisy_BNE = _pick(noisy_SDNE, noisy_B, draw_B)
     if settings.noise != "pixel":
-        undisturbed_BNE = bank.clean_SVNE[noisy_B, bank.noisy_views_SD[noisy_B, draw_B]]
+        view_B = _pick(bank.noisy_views_SD, noisy_B, draw_B).cpu()
+        undisturbed_BNE = _pick(bank.clean_SVNE, noisy_B, view_B)
         on_tokens_BNE = add_token_noise(undisturbed_BNE, label_BN == 1, settings.noise_strength, g)
         by_turns_B = torch.arange(_NOISY, device=noisy_BNE.device) % 2 == 0
         is_token_B = by_turns_B if settings.noise == "mixed" else torch.ones_like(by_turns_B)
         noisy_BNE = torch.where(is_token_B[:, None, None], on_tokens_BNE, noisy_BNE)
     tokens_BNE = torch.cat([noisy_BNE, clean_BNE])
     return tokens_BNE, torch.cat([label_BN, label_BN.new_zeros(clean_BNE.shape[:2])])
+
+
+def _pick(values: torch.Tensor, first_B: torch.Tensor, second_B: torch.Tensor) -> torch.Tensor:
+    """`values[first_B, second_B]`; whole rows are copied, not one number after another."""
+    row_B = first_B * values.shape[1] + second_B
+    return values.flatten(0, 1).index_select(0, row_B.to(values.device))
 
 
 def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:
