@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from apt_ray.backbone import ImageFeatures
+from apt_ray.backbone import FrozenCLIP, ImageFeatures, load_backbone
 from apt_ray.detector import Detector
 from apt_ray.metrics import AnyArray, image_auroc, pixel_auroc
+from apt_ray.prompt_set import PromptSet
 from apt_ray.synthesis import SELECTION
 
 SEEDS = 4
@@ -72,6 +73,34 @@ class HeldOutComparison:
         """Promoted if better by more than 2 standard errors and by no family 2 points worse."""
         better = self.difference > MIN_STANDARD_ERRORS * self.standard_error
         return "promoted" if better and self.worst_family[1] >= -MAX_FAMILY_LOSS else "kept"
+
+
+def compare_prompt_sets(
+    candidate: PromptSet,
+    champion: PromptSet,
+    images: Sequence[Image.Image],
+    *,
+    backbone: FrozenCLIP | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> HeldOutComparison:
+    """`compare_held_out` of two prompt sets of one category, on the backbones that they name.
+
+    Args:
+        images: normal RGB images that neither was fitted to; at least one.
+        backbone: one that is loaded already; used where it is the one that is needed.
+        device: where others are loaded.
+        progress: called with (families judged, families in all).
+
+    Raises:
+        BackboneError: a backbone that a prompt set names cannot be loaded.
+    """
+    loaded = {} if backbone is None else {backbone.fingerprint: backbone}
+    for prompt_set in (candidate, champion):
+        if prompt_set.fingerprint not in loaded:
+            loaded[prompt_set.fingerprint] = load_backbone(prompt_set.backbone, device=device)
+    ours, theirs = (Detector(loaded[one.fingerprint], one) for one in (candidate, champion))
+    return compare_held_out(ours, theirs, images, progress=progress)
 
 
 def compare_held_out(

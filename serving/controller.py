@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from pydantic import Field
 
 from apt_ray.config import Settings
-from apt_ray.errors import AptError, RegistryError
+from apt_ray.errors import AptError
 from serving.cache import Cache
 from serving.logs import audit
 from serving.orders import (
@@ -330,11 +330,6 @@ class RegistrySource:
 
     def fetch(self, category: str, version: int) -> StoredVersion:
         prompt_set, registered = self._registry().load(category, str(version))
-        if prompt_set.category != category:
-            raise RegistryError(
-                f"version {version} of {category} holds the prompt set of {prompt_set.category}:"
-                " register the right one"
-            )
         return StoredVersion(
             category=category,
             version=registered.version,

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,7 @@ def _token_command(arguments: argparse.Namespace) -> None:
 
 def _promote_command(arguments: argparse.Namespace) -> int:
     from apt_ray.data.folders import find_categories
+    from apt_ray.held_out import compare_prompt_sets
     from apt_ray.registry import promote
 
     normal: Sequence[Path] = ()
@@ -100,7 +102,7 @@ def _promote_command(arguments: argparse.Namespace) -> int:
         arguments.version,
         normal=normal,
         force=arguments.reason if arguments.force else None,
-        progress=_show_progress,
+        compare=partial(compare_prompt_sets, progress=_show_progress),
     )
     print(promotion.report())
     return 0 if promotion.move else 3

@@ -27,7 +27,6 @@ def _no_foreign_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
             if name.startswith(("RAY_ADDRESS", "RAY_API_SERVER", "RAY_AUTH", "MLFLOW_")):
                 patch.delenv(name)
         patch.setenv("APT_RAY_PENDING", str(tmp_path_factory.mktemp("pending")))
-        patch.setenv("APT_RAY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

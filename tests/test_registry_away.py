@@ -73,44 +73,23 @@ def test_what_could_not_be_registered_waits_and_is_registered_once(
     loaded, _ = registry.load("waiting", "2")
     assert loaded.settings.seed == 1
 
+    switch.off()
+    again = make_prompt_set("waiting", seed=2)
+    for _ in range(2):
+        with pytest.raises(RegistryUnavailableError):
+            registry.register(
+                again, pictures={}, trials=[], submission="search/waiting", pending=pending
+            )
+    assert len(list(pending.iterdir())) == 1
+    switch.on()
+    resumed = registry.register(again, pictures={}, trials=[], submission="search/waiting")
+    assert resumed.version == 3
+    assert [one.version for one in registry.register_pending(pending)] == [3]
+    assert registry.versions("waiting") == [3, 2, 1]
+
     (pending / "rubbish").mkdir()
     with pytest.raises(RegistryError, match="rubbish is not a version that waits"):
         list(registry.register_pending(pending))
-
-
-def test_a_cache_serves_the_last_known_version_while_the_registry_is_away(
-    switch: Switch, tmp_path: Path
-) -> None:
-    if switch.server is None:
-        switch.on()
-    registry = Registry(switch.url, cache=tmp_path)
-    stored = make_prompt_set("cached")
-    register(registry, stored)
-    _, fresh = registry.load("cached")
-    assert not fresh.last_known
-    switch.off()
-    loaded, known = registry.load("cached")
-    assert loaded.to_bytes() == stored.to_bytes()
-    assert (known.version, known.last_known) == (1, True)
-    with pytest.raises(RegistryUnavailableError):
-        Registry(switch.url).load("cached")
-    with pytest.raises(RegistryUnavailableError):
-        registry.load("cached", "candidate")  # never asked for before
-    (file,) = tmp_path.rglob("1.safetensors")
-    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(RegistryUnavailableError):
-        registry.load("cached")  # a damaged file is as good as none
-
-    switch.on()
-    loaded, fresh = registry.load("cached")
-    assert loaded.to_bytes() == stored.to_bytes()
-    assert not fresh.last_known
-    assert file.read_bytes() == stored.to_bytes()
-    for seed in range(1, 6):
-        register(registry, make_prompt_set("cached", seed=seed))
-        registry.load("cached", "candidate")
-    kept = {path.stem for path in tmp_path.rglob("*.safetensors")}
-    assert kept == {"1", "4", "5", "6"}  # the champion and the newest three
 
 
 @pytest.fixture

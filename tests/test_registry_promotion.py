@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from mlflow import MlflowClient
 from apt_ray import held_out
 from apt_ray.data.folders import Category
 from apt_ray.errors import RegistryConflictError, RegistryError
+from apt_ray.held_out import compare_prompt_sets
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry, moves, promote, roll_back
 from serving import fleet
@@ -44,7 +46,11 @@ def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
     register(registry, spoilt(good), support=support, held_out=others)
     register(registry, good, support=support, held_out=others)
     parts: list[tuple[int, int]] = []
-    promotion = promote(registry, "contest", progress=lambda *part: parts.append(part))
+    promotion = promote(
+        registry,
+        "contest",
+        compare=partial(compare_prompt_sets, progress=lambda *part: parts.append(part)),
+    )
     assert promotion.verdict == "promoted"
     assert promotion.comparison is not None
     assert promotion.comparison.difference > 0.1

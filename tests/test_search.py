@@ -18,7 +18,9 @@ from mlflow import MlflowClient
 
 from apt_ray.config import FitSettings
 from apt_ray.local_stack import HOST, LocalStack, command_environment, free_ports, launch_mlflow
+from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import CANDIDATE, CHAMPION, TRIALS_EXPERIMENT, Registry
+from tests.registering import named, register, spoilt
 from tuning.records import SearchStore, TrialRecord
 from tuning.search import main
 from tuning.space import DEFAULT_SPACE
@@ -150,7 +152,7 @@ def assert_every_trial_once(search: RunningSearch, uri: str, category: str, tria
 
 
 def test_job_keeps_what_succeeded_beside_a_broken_category(
-    stack: LocalStack, sample_data: Path, tmp_path: Path
+    stack: LocalStack, sample_data: Path, prompt_set: PromptSet, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(sample_data / "blister", data / "blister")
@@ -159,6 +161,10 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
         picture.write_bytes(picture.read_bytes()[:200])
     tracking_uri = stack.environment["MLFLOW_TRACKING_URI"]
     summary_file = tmp_path / "summary.json"
+    pictures = sorted((sample_data / "washer" / "train" / "good").iterdir())
+    registry = Registry(tracking_uri)
+    before = spoilt(named(prompt_set, "washer"))
+    register(registry, before, support=tuple(pictures[-2:]))
     submitted = subprocess.run(
         [
             *("ray", "job", "submit", "--working-dir", ".", "--", "python", "tuning/search.py"),
@@ -179,15 +185,16 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     assert "Traceback" not in log
     assert re.search(r"washer +4/4 +0 +\d\.\d+ ± \d\.\d+", log)
     assert re.search(r"not registered: blister: .*blister/train/good/\S+ is damaged", log)
-    assert re.search(r"^category +context .*\nwasher .* 1 +", log, re.MULTILINE)
+    assert re.search(r"^category +context .*\nwasher .* 2 +", log, re.MULTILINE)
 
-    registry = Registry(tracking_uri)
-    assert registry.champions() == {"washer": 1}
-    prompt_set, version = registry.load("washer")
+    assert registry.champions() == {"washer": 2}
+    assert "version 2 was promoted: held-out value +" in log
+    found, version = registry.load("washer")
     assert version.tags["ray.submission_id"] in log
+    assert version.tags["verdict"] == "promoted"
 
-    pictures = MlflowClient(tracking_uri).list_artifacts(version.run_id, "version/pictures")
-    assert {Path(picture.path).stem for picture in pictures} >= {
+    shown = MlflowClient(tracking_uri).list_artifacts(version.run_id, "version/pictures")
+    assert {Path(picture.path).stem for picture in shown} >= {
         "held_out_perturbations",
         "parallel_coordinates",
         "slices",
@@ -198,15 +205,15 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     washer, blister = json.loads(summary_file.read_text())["categories"]
     assert (blister["category"], blister["status"]) == ("blister", "failed")
     assert "is damaged" in blister["reason"]
-    assert (washer["status"], washer["version"]) == ("registered", 1)
-    assert FitSettings(**washer["settings"]) == prompt_set.settings
-    assert washer["metrics"] == prompt_set.metrics
+    assert (washer["status"], washer["version"]) == ("registered", 2)
+    assert FitSettings(**washer["settings"]) == found.settings
+    assert washer["metrics"] == found.metrics
     assert 0 <= washer["metrics"]["held_out"] <= 1
     assert len(washer["trials"]) == 4
     winner = next(
         trial for trial in washer["trials"] if trial["held_out"] == washer["metrics"]["held_out"]
     )
-    assert winner["steps"] == prompt_set.settings.steps == 8
+    assert winner["steps"] == found.settings.steps == 8
     assert all(winner[name] == washer["settings"][name] for name in DEFAULT_SPACE)
     assert len(list((tmp_path / "banks").glob("*.safetensors"))) == 2
 

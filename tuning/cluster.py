@@ -20,7 +20,9 @@ from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.errors import SettingsError
 from apt_ray.fitting import fit
+from apt_ray.held_out import HeldOutComparison, compare_prompt_sets
 from apt_ray.images import read_image
+from apt_ray.prompt_set import PromptSet
 from tuning.calls import RungCall, RungResult
 from tuning.engine import Engine, EngineStatus
 from tuning.labelled import report_labelled
@@ -109,6 +111,20 @@ class EngineActor:
             return prompt_set.to_bytes(), pictures
         metrics, drawn = report_labelled(backbone, prompt_set, job.labelled, support=job.support)
         return prompt_set.with_metrics(metrics).to_bytes(), pictures | drawn
+
+    def compare(
+        self, candidate: bytes, champion: bytes, images: Sequence[Image.Image]
+    ) -> HeldOutComparison:
+        """Two versions of a prompt set, as their files, on normal images that neither has seen."""
+        torch.set_num_threads(self._threads)
+        backbone = self._engine.backbone
+        return compare_prompt_sets(
+            PromptSet.from_bytes(candidate),
+            PromptSet.from_bytes(champion),
+            images,
+            backbone=backbone,
+            device=backbone.device.type,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

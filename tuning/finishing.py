@@ -14,7 +14,8 @@ from ray.exceptions import RayTaskError
 from apt_ray.data.folders import Category
 from apt_ray.errors import AptError, RegistryError
 from apt_ray.prompt_set import PromptSet
-from apt_ray.registry import CANDIDATE, RegisteredVersion, Registry, default_pending
+from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
+from apt_ray.registry.promotion import Compare
 from tuning.cluster import FitJob
 from tuning.plots import draw_plots, encode
 from tuning.progress import say
@@ -38,6 +39,7 @@ class Finisher:
         registry: Where the winners go; while it is away, they wait.
         provenance: Tags of every version.
         fit: Fits on the cluster.
+        compare: Judges a winner against the champion, on the cluster.
 
     Attributes:
         tuned: What was registered.
@@ -50,13 +52,15 @@ class Finisher:
         store: SearchStore,
         registry: Registry,
         provenance: Mapping[str, str],
+        *,
         fit: Fit,
+        compare: Compare,
     ) -> None:
         self.tuned: list[TunedCategory] = []
         self.failures: dict[str, str] = {}
         self._settings, self._store, self._registry = settings, store, registry
         self._provenance = {**provenance, "search": store.name}
-        self._fit = fit
+        self._fit, self._compare = fit, compare
         self._lock = Lock()
         self._hurry = Event()
         self._pool = ThreadPoolExecutor(thread_name_prefix="finish")
@@ -128,6 +132,8 @@ class Finisher:
         version = self._version(
             prompt_set, pictures | plots, trials, shares, status, support=support, others=others
         )
+        if self._settings.promote == "auto" and status == "complete":
+            version = self._promoted(version, others)
         return TunedCategory(
             trials=trials,
             winner=winner,
@@ -152,18 +158,20 @@ class Finisher:
         support: Sequence[Path],
         others: Sequence[Path],
     ) -> RegisteredVersion:
-        """Register, or find the version that this search has registered before it was killed."""
+        """Register; a version that this search has registered before it was killed stays the only
+        one."""
         tags = {
             **self._provenance,
             "search_status": status,
             "support_seeds": ",".join(map(str, self._settings.support_seeds)),
             **{f"importance.{setting}": f"{share:.3f}" for setting, share in shares.items()},
         }
+        reports = sum(len(trial.steps) for trial in trials)
         deadline = time.monotonic() + _REGISTRY_PATIENCE_S
         while True:
             is_last = self._hurry.is_set() or time.monotonic() > deadline
             try:
-                return self._registered(prompt_set.category) or self._registry.register(
+                return self._registry.register(
                     prompt_set,
                     pictures=pictures,
                     trials=[trial.row() for trial in trials],
@@ -171,6 +179,7 @@ class Finisher:
                     support=support,
                     held_out=others,
                     promote=self._settings.promote == "auto" and status == "complete",
+                    submission=f"{self._store.name}/{prompt_set.category}/{status}/{reports}",
                     pending=default_pending() if is_last else None,
                 )
             except RegistryError as error:
@@ -179,11 +188,20 @@ class Finisher:
                 say(f"{prompt_set.category} waits for the registry: {error}")
                 self._hurry.wait(_REGISTRY_RETRY_S)
 
-    def _registered(self, category: str) -> RegisteredVersion | None:
-        """The version that this search has completed, if the newest one is that."""
+    def _promoted(self, version: RegisteredVersion, normal: Sequence[Path]) -> RegisteredVersion:
+        """The version, after it was held against the champion; it stays a candidate if not better.
+
+        A verdict that was given before the search was killed stands.
+        """
+        if CHAMPION in version.aliases or "verdict" in version.tags:
+            return version
+        category, number = version.category, str(version.version)
         try:
-            newest = self._registry.resolve(category, CANDIDATE)
-        except RegistryError:
-            return None  # none yet; if the server is away, registering says so
-        ours = {"search": self._store.name, "search_status": "complete"}
-        return newest if ours.items() <= newest.tags.items() else None
+            promotion = promote(
+                self._registry, category, number, normal=normal, compare=self._compare
+            )
+            say(f"{category}: version {number} was {promotion.verdict}: {promotion.why}")
+            return self._registry.resolve(category, number)
+        except RegistryError as error:
+            say(f"{category}: version {number} stays a candidate: {error}")
+            return version

@@ -4,7 +4,6 @@
     <storage>/<name>/<category>/trials/<n>.json     what a trial has reported so far
     <storage>/<name>/<category>/states/<n>-<r>.safetensors   its lanes after rung r, while it runs
     <storage>/<name>/<category>/prompt_set.safetensors       the winner
-    <storage>/<name>/<category>/registered.json     its version in the registry
     <storage>/<name>/<category>/plots/*.png
 
 A trial's file is the truth about it: Ray Tune may lose or repeat a report, and it may be killed at

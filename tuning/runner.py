@@ -14,11 +14,14 @@ from typing import Any
 import ray
 from PIL import Image
 from ray import ObjectRef, tune
+from ray.actor import ActorHandle
 from ray.tune.experiment import Trial
 
 from apt_ray.bank import default_cache_folder
 from apt_ray.data.folders import Category
 from apt_ray.errors import AptError
+from apt_ray.held_out import HeldOutComparison
+from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry
 from tuning.cluster import Engines, FitJob, start_encoding, start_engines, wait_until_ready
 from tuning.finishing import Finisher
@@ -93,7 +96,9 @@ class Search:
         self._settings, self._engine, self._store = settings, engine, store
         self._registry = registry
         self._began = time.time()
-        self._finisher = Finisher(settings, store, registry, provenance, self._fit)
+        self._finisher = Finisher(
+            settings, store, registry, provenance, fit=self._fit, compare=self._compare
+        )
         self._stop_request = _StopRequest()
         self._engines: Engines | None = None
         self._banks: dict[str, Banks] = {}
@@ -223,13 +228,26 @@ class Search:
 
     def _fit(self, job: FitJob) -> tuple[bytes, dict[str, Image.Image]]:
         """Fit in an engine, which has the backbone and the bank."""
-        assert self._engines is not None
-        actor = self._engines.actors[hash(job.category) % len(self._engines.actors)]
-        fitted: Any = actor.fit.options(max_task_retries=-1).remote(
-            job, list(self._banks[job.category])
-        )
+        fit: Any = self._engine_for(job.category).fit.options(max_task_retries=-1)
+        fitted: Any = fit.remote(job, list(self._banks[job.category]))
         result: tuple[bytes, dict[str, Image.Image]] = ray.get(fitted)
         return result
+
+    def _compare(
+        self, candidate: PromptSet, champion: PromptSet, images: Sequence[Image.Image]
+    ) -> HeldOutComparison:
+        """Compare in an engine, which has the backbone."""
+        files = [prompt_set.to_bytes() for prompt_set in (candidate, champion)]
+        engine = self._engine_for(candidate.category)
+        compared: Any = engine.compare.options(max_task_retries=-1).remote(*files, list(images))
+        comparison: HeldOutComparison = ray.get(compared)
+        return comparison
+
+    def _engine_for(self, category: str) -> "ActorHandle[Any]":
+        """An engine for what is done once a category."""
+        assert self._engines is not None
+        place = list(self._categories).index(category) % len(self._engines.actors)
+        return self._engines.actors[place]
 
     def _stop(self) -> None:
         """Register the best so far of every category that is not done, within seconds."""

@@ -7,7 +7,6 @@ version holds, `moves` how a champion changes.
 This is the only package that imports MLflow, an import of seconds; keep it out of trials.
 """
 
-from apt_ray.registry.cache import default_cache
 from apt_ray.registry.client import Registry
 from apt_ray.registry.moves import History, Move
 from apt_ray.registry.names import (
@@ -34,7 +33,6 @@ __all__ = [
     "Pruned",
     "RegisteredVersion",
     "Registry",
-    "default_cache",
     "default_pending",
     "promote",
     "prune",

@@ -19,7 +19,6 @@ from apt_ray.errors import (
 )
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import pending as waiting_room
-from apt_ray.registry.cache import VersionCache
 from apt_ray.registry.connection import Connection
 from apt_ray.registry.contents import Record, sha256, write_version
 from apt_ray.registry.moves import (
@@ -54,19 +53,16 @@ class Registry:
 
     Args:
         tracking_uri: Address of the MLflow server; None reads MLFLOW_TRACKING_URI.
-        cache: Folder that keeps downloaded versions; with one, `load` still knows what it last
-            saw while the server is away. None keeps nothing.
 
     Raises:
         RegistryUnavailableError: From every method, if the server does not answer.
         RegistryError: From every method, if it refuses.
     """
 
-    def __init__(self, tracking_uri: str | None = None, *, cache: Path | None = None) -> None:
+    def __init__(self, tracking_uri: str | None = None) -> None:
         self._connection = Connection(tracking_uri)
         self.address = self._connection.address
         self._client = self._connection.client
-        self._cache = None if cache is None else VersionCache(cache, self.address)
 
     def check(self) -> None:
         """Raise RegistryError within seconds if the server cannot be reached."""
@@ -112,6 +108,7 @@ class Registry:
         support: Sequence[Path] = (),
         held_out: Sequence[Path] = (),
         promote: bool = True,
+        submission: str | None = None,
         pending: Path | None = None,
     ) -> RegisteredVersion:
         """Store a prompt set as the category's newest version and make it the candidate.
@@ -127,6 +124,8 @@ class Registry:
             held_out: Files of further normal images; small copies of some are kept with the
                 version, so that it can be compared with later ones.
             promote: Whether it may become the champion.
+            submission: The caller's own name of this version, unlike that of any other: whatever is
+                registered again under it, now or from `pending`, is the version that was first.
             pending: Where the version is kept if the registry cannot take it; see
                 `register_pending`.
         """
@@ -141,14 +140,16 @@ class Registry:
                 tags=tags,
                 support=support,
                 held_out=held_out,
+                submission=submission,
                 may_serve=promote,
             )
             try:
-                return self._submit(folder, record)
+                return self._submit_once(folder, record)
             except RegistryError as error:
                 if pending is None:
                     raise
-                kept = waiting_room.keep(folder, f"{record.category}-{record.submission}", pending)
+                place = f"{record.category}-{sha256(record.submission.encode())[:16]}"
+                kept = waiting_room.keep(folder, place, pending)
                 raise type(error)(
                     f"{error}. The version is kept in {kept}: once the registry is back, run"
                     " `python tuning/search.py --register-pending`"
@@ -162,7 +163,7 @@ class Registry:
         """
         for folder in waiting_room.waiting(pending):
             record = Record.read(folder)
-            registered = self._already_submitted(record) or self._submit(folder, record)
+            registered = self._submit_once(folder, record)
             waiting_room.remove(folder)
             yield registered
 
@@ -191,8 +192,6 @@ class Registry:
     ) -> tuple[PromptSet, RegisteredVersion]:
         """The prompt set behind an alias or a version number, and which version that is.
 
-        While the registry is away, what the cache last knew of it; `last_known` says so.
-
         Args:
             fingerprint: of the backbone that is to use it; None takes any.
 
@@ -201,23 +200,8 @@ class Registry:
             PromptSetError: The stored file is damaged, was changed after it was registered, or
                 belongs to another category or backbone.
         """
-        try:
-            registered = self.resolve(category, reference)
-        except RegistryUnavailableError:
-            known = self._cache.last_known(category, reference) if self._cache else None
-            if known is None:
-                raise
-            registered = known
-        cached = self._cache.get(registered) if self._cache else None
-        expected = registered.tags.get("sha256")
-        if cached is not None and sha256(cached) == expected:
-            data = cached
-        else:
-            data = self._download(registered)
-        prompt_set = _checked(data, registered, fingerprint)
-        if self._cache is not None and not registered.last_known:
-            self._cache.put(registered, reference, data)
-        return prompt_set, registered
+        registered = self.resolve(category, reference)
+        return _checked(self._download(registered), registered, fingerprint), registered
 
     def history(self, category: str) -> History:
         """How the champion of a category came to be that, oldest move first."""
@@ -308,8 +292,11 @@ class Registry:
 
     # ---- registration
 
+    def _submit_once(self, folder: Path, record: Record) -> RegisteredVersion:
+        """Send a written version to the registry, unless an earlier attempt has done so."""
+        return self._already_submitted(record) or self._submit(folder, record)
+
     def _submit(self, folder: Path, record: Record) -> RegisteredVersion:
-        """Send a written version to the registry."""
         name = model_name(record.category)
         with self._connection.requests() as client:
             self._create_registered_model(record.category)

@@ -44,7 +44,7 @@ class Connection:
                 else "no registry is named: pass the address of the MLflow server, or set"
                 " MLFLOW_TRACKING_URI, for example to http://127.0.0.1:5000"
             )
-        _quiet_mlflow()
+        _set_up_mlflow()
         self.uri = uri
         self.address = _without_credentials(uri)
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -106,8 +106,13 @@ class Connection:
         )
 
 
-def _quiet_mlflow() -> None:
-    """MLflow prints a bar per file and an address per run, which drowns a job's log."""
+def _set_up_mlflow() -> None:
+    """Settings of MLflow's that nobody has made otherwise.
+
+    It prints a bar per file and an address per run, which drowns a job's log; and it asks a server
+    that refuses eight times over four minutes.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)

@@ -90,6 +90,7 @@ def write_version(
     tags: Mapping[str, str],
     support: Sequence[Path],
     held_out: Sequence[Path],
+    submission: str | None = None,
     may_serve: bool = True,
 ) -> Record:
     """Write all of a version to an empty folder; DataError if a picture cannot be read."""
@@ -110,7 +111,7 @@ def write_version(
     rate = threshold.certified_false_alarm_rate
     version_tags = {"fingerprint": prompt_set.fingerprint, "sha256": sha256(data)}
     record = Record(
-        submission=uuid.uuid4().hex,
+        submission=submission or uuid.uuid4().hex,
         may_serve=may_serve,
         category=prompt_set.category,
         pictures=tuple(pictures),

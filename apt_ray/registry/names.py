@@ -28,7 +28,6 @@ class RegisteredVersion:
         aliases: those that point to it.
         run_id: the MLflow run that holds its files.
         tags: its provenance.
-        last_known: the registry was away, and this is what the local cache last saw of it.
     """
 
     category: str
@@ -36,7 +35,6 @@ class RegisteredVersion:
     aliases: tuple[str, ...]
     run_id: str
     tags: Mapping[str, str]
-    last_known: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,11 +13,13 @@ def default_pending() -> Path:
 
 
 def keep(version_folder: Path, name: str, pending: Path) -> Path:
-    """Move a written version to where it waits; it is there whole or not at all."""
-    pending.mkdir(parents=True, exist_ok=True)
-    unfinished = pending / f".{name}"
-    shutil.copytree(version_folder, unfinished)
-    return unfinished.rename(pending / name)
+    """Copy a written version to where it waits, whole or not at all; once it waits, it stays."""
+    kept, unfinished = pending / name, pending / f".{name}.{os.getpid()}"
+    if not kept.exists():
+        pending.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(version_folder, unfinished, dirs_exist_ok=True)
+        unfinished.rename(kept)
+    return kept
 
 
 def waiting(pending: Path) -> Iterator[Path]:

@@ -2,22 +2,19 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from apt_ray.backbone import load_backbone
-from apt_ray.detector import Detector
 from apt_ray.errors import RegistryError
 from apt_ray.held_out import (
     MAX_FAMILY_LOSS,
     MIN_STANDARD_ERRORS,
     HeldOutComparison,
-    Progress,
-    compare_held_out,
+    compare_prompt_sets,
 )
 from apt_ray.images import read_image
 from apt_ray.prompt_set import PromptSet
@@ -29,6 +26,9 @@ from apt_ray.registry.names import CANDIDATE, DATA, HELD_OUT, RegisteredVersion
 _MOST_IMAGES = 16
 
 Verdict = Literal["promoted", "kept", "uncomparable"]
+
+Compare = Callable[[PromptSet, PromptSet, Sequence[Image.Image]], HeldOutComparison]
+"""Judges a candidate and a champion on normal images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,8 +94,7 @@ def promote(
     *,
     normal: Sequence[Path] = (),
     force: str | None = None,
-    device: str = "cpu",
-    progress: Progress | None = None,
+    compare: Compare = compare_prompt_sets,
 ) -> Promotion:
     """Make a version the champion if it beats the one that is; the decision is kept with it.
 
@@ -106,8 +105,7 @@ def promote(
     Args:
         normal: Files of further normal images.
         force: The reason for promoting it whatever the verdict is.
-        device: Where the two are compared.
-        progress: Called with (parts judged, parts in all).
+        compare: Judges the two on normal images; a caller may do that elsewhere, or watch it.
 
     Raises:
         RegistryConflictError: Somebody else moved the champion meanwhile; nothing was changed.
@@ -130,7 +128,7 @@ def promote(
     )
     if history.champion is not None:
         champion = registry.resolve(category, str(history.champion))
-        promotion = _judge(registry, promotion, candidate, champion, normal, device, progress)
+        promotion = _judge(registry, promotion, candidate, champion, normal, compare)
     if promotion.verdict == "promoted" or force is not None:
         why = promotion.why if force is None else f"forced: {force} ({promotion.why})"
         move = registry.move(history, candidate.version, action="promote", why=why)
@@ -170,8 +168,7 @@ def _judge(
     candidate: RegisteredVersion,
     champion: RegisteredVersion,
     normal: Sequence[Path],
-    device: str,
-    progress: Progress | None,
+    compare: Compare,
 ) -> Promotion:
     sides = [_Side.of(registry, registered) for registered in (candidate, champion)]
     reason = next((side.reason for side in sides if side.reason), None)
@@ -188,8 +185,7 @@ def _judge(
             )
     if reason is not None:
         return replace(promotion, verdict="uncomparable", why=reason)
-    ours, theirs = _load_detectors([side.prompt_set for side in sides], device)
-    comparison = compare_held_out(ours, theirs, images[:_MOST_IMAGES], progress=progress)
+    comparison = compare(sides[0].prompt_set, sides[1].prompt_set, images[:_MOST_IMAGES])
     return replace(
         promotion,
         verdict=comparison.verdict,
@@ -231,15 +227,6 @@ class _Side:
                 files = sorted(folder.glob("*.png")) if folder else []
                 held_out = {path.stem: read_image(path) for path in files}
         return cls(prompt_set=prompt_set, support=support, held_out=held_out, reason=reason)
-
-
-def _load_detectors(prompt_sets: Sequence[PromptSet], device: str) -> list[Detector]:
-    """A detector for each; equal backbones are loaded once."""
-    backbones = {}
-    for prompt_set in prompt_sets:
-        if prompt_set.fingerprint not in backbones:
-            backbones[prompt_set.fingerprint] = load_backbone(prompt_set.backbone, device=device)
-    return [Detector(backbones[one.fingerprint], one) for one in prompt_sets]
 
 
 def explain(comparison: HeldOutComparison) -> str:
