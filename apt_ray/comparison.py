@@ -83,7 +83,7 @@ class Difference:
 def histogram(map_HW: NDArray[np.float32], where_HW: NDArray[np.bool_]) -> Counts:
     """(H,) counts of the map's values (0..1) at the chosen pixels, over equal bins of the logit."""
     with np.errstate(divide="ignore"):
-        place = (logit(map_HW[where_HW].astype(np.float64)) + _LIMIT) * (_BINS / (2 * _LIMIT))
+        place = (logit(map_HW[where_HW]) + _LIMIT) * (_BINS / (2 * _LIMIT))
     index = np.clip(place, 0, _BINS - 1).astype(np.int64)
     return np.bincount(index, minlength=_BINS).astype(np.uint32)
 

@@ -24,7 +24,7 @@ from apt_ray.errors import DataError
 from apt_ray.examples import Example, choose
 from apt_ray.fitting import fit
 from apt_ray.images import read_image, read_mask
-from apt_ray.metrics import aupro, image_auroc, pixel_auroc
+from apt_ray.metrics import image_auroc, pixel_auroc_and_aupro
 from apt_ray.scoring import resize_map
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
@@ -183,14 +183,15 @@ class TestSet:
         is_anomalous = np.array([image.is_anomalous for image in images])
         masks = [self.masks[i] for i in kept] if self.masks is not None else []
         pixels = list(zip(maps, masks, strict=True))
+        pixel_figures = pixel_auroc_and_aupro(maps, masks) if pixels else (None, None)
         return Result(
             variant=variant,
             category=self.category.name,
             shots=len(support),
             seed=seed,
             image_auroc=image_auroc(scores, is_anomalous),
-            pixel_auroc=pixel_auroc(maps, masks) if pixels else None,
-            aupro=aupro(maps, masks) if pixels else None,
+            pixel_auroc=pixel_figures[0],
+            aupro=pixel_figures[1],
             scores=ImageScores(
                 variant=variant,
                 category=self.category.name,

@@ -29,7 +29,7 @@ def image_auroc(scores: ArrayLike, is_anomalous: ArrayLike) -> float:
         raise ValueError(
             f"expected one score and one label per image, got {values.shape} and {labels.shape}"
         )
-    return _auroc(values[~labels], values[labels], "images")
+    return _auroc(_sorted_scores(values[~labels], "normal images"), values[labels], "images")
 
 
 def pixel_auroc(maps: Sequence[AnyArray], masks: Sequence[AnyArray]) -> float:
@@ -39,7 +39,19 @@ def pixel_auroc(maps: Sequence[AnyArray], masks: Sequence[AnyArray]) -> float:
     Raises DataError if only one class is present.
     """
     _check_pairs(maps, masks)
-    return _auroc(_normal_pixels(maps, masks), _anomalous_pixels(maps, masks), "pixels")
+    return _auroc(_sorted_normal_pixels(maps, masks), _anomalous_pixels(maps, masks), "pixels")
+
+
+def pixel_auroc_and_aupro(
+    maps: Sequence[AnyArray], masks: Sequence[AnyArray], *, max_fpr: float = 0.3
+) -> tuple[float, float]:
+    """`pixel_auroc` and `aupro` for little more than one of them: sorting is what costs."""
+    _check_pairs(maps, masks)
+    normal, scores = _sorted_normal_pixels(maps, masks), _anomalous_pixels(maps, masks)
+    return (
+        _auroc(normal, scores.copy(), "pixels"),
+        _aupro(normal, scores, _region_weights(masks), max_fpr),
+    )
 
 
 def aupro(maps: Sequence[AnyArray], masks: Sequence[AnyArray], *, max_fpr: float = 0.3) -> float:
@@ -50,11 +62,15 @@ def aupro(maps: Sequence[AnyArray], masks: Sequence[AnyArray], *, max_fpr: float
     (Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 6.2). Raises
     DataError if there is no defect region or no normal pixel.
     """
+    _check_pairs(maps, masks)
+    normal = _sorted_normal_pixels(maps, masks)
+    return _aupro(normal, _anomalous_pixels(maps, masks), _region_weights(masks), max_fpr)
+
+
+def _aupro(normal: AnyArray, scores: AnyArray, weights: Floats, max_fpr: float) -> float:
+    """From the sorted scores of normal pixels, and anomalous ones with their weights."""
     if not 0 < max_fpr <= 1:
         raise SettingsError(f"max_fpr must be in (0, 1], got {max_fpr}")
-    _check_pairs(maps, masks)
-    scores, weights = _anomalous_pixels(maps, masks), _region_weights(masks)
-    normal = _sorted_scores(_normal_pixels(maps, masks), "normal pixels")
     _require_present(scores, "anomalous pixels")
 
     order = np.argsort(scores)[::-1]
@@ -77,8 +93,8 @@ def aupro(maps: Sequence[AnyArray], masks: Sequence[AnyArray], *, max_fpr: float
 
 
 def _auroc(normal: AnyArray, anomalous: AnyArray, unit: str) -> float:
-    """Mann-Whitney: the share of (normal, anomalous) pairs in the right order."""
-    normal = _sorted_scores(normal, f"normal {unit}")
+    """Mann-Whitney: the share of (normal, anomalous) pairs in the right order; `normal` is sorted
+    already."""
     anomalous = _sorted_scores(anomalous, f"anomalous {unit}")
     below = np.searchsorted(normal, anomalous, side="left").sum(dtype=np.int64)
     not_above = np.searchsorted(normal, anomalous, side="right").sum(dtype=np.int64)
@@ -129,8 +145,9 @@ def _check_pairs(maps: Sequence[AnyArray], masks: Sequence[AnyArray]) -> None:
             )
 
 
-def _normal_pixels(maps: Sequence[AnyArray], masks: Sequence[AnyArray]) -> AnyArray:
-    return _joined([map_HW[~mask_HW] for map_HW, mask_HW in zip(maps, masks, strict=True)])
+def _sorted_normal_pixels(maps: Sequence[AnyArray], masks: Sequence[AnyArray]) -> AnyArray:
+    parts = [map_HW[~mask_HW] for map_HW, mask_HW in zip(maps, masks, strict=True)]
+    return _sorted_scores(_joined(parts), "normal pixels")
 
 
 def _anomalous_pixels(maps: Sequence[AnyArray], masks: Sequence[AnyArray]) -> AnyArray:

@@ -6,7 +6,7 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 from apt_ray.errors import DataError, SettingsError
-from apt_ray.metrics import aupro, image_auroc, pixel_auroc
+from apt_ray.metrics import aupro, image_auroc, pixel_auroc, pixel_auroc_and_aupro
 
 
 def brute_force_aupro(maps: list[np.ndarray], masks: list[np.ndarray], max_fpr: float) -> float:
@@ -45,6 +45,10 @@ def test_aupro_equals_brute_force(levels: int, max_fpr: float, seed: int) -> Non
     ]
     assert aupro(maps, masks, max_fpr=max_fpr) == pytest.approx(
         brute_force_aupro(maps, masks, max_fpr), abs=1e-12
+    )
+    assert pixel_auroc_and_aupro(maps, masks, max_fpr=max_fpr) == (
+        pixel_auroc(maps, masks),
+        aupro(maps, masks, max_fpr=max_fpr),
     )
 
 
