@@ -23,8 +23,9 @@ up: $(READY) ## The same, and leave the servers up; prints their addresses
 down: $(READY) ## Stop the servers of `make up`
 	@$(BIN)/python -m apt_ray.demo down
 
+# Two workers share the cores with the servers that they start: threads that wait must sleep.
 test: $(READY) ## Run the tests (PYTEST_ARGS="-k name" and the like)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -1,5 +1,6 @@
 """What the benchmarks of serving share: a fleet on this machine, a client, the bare detector."""
 
+import base64
 import http.client
 import json
 import os
@@ -7,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
+import psutil
 import torch
 
 from apt_ray.backbone import load_backbone
@@ -22,7 +26,7 @@ from apt_ray.data.samples import write_samples
 from apt_ray.detector import Detector
 from apt_ray.fitting import fit
 from apt_ray.images import decode_image
-from apt_ray.local_stack import LocalStack, command_environment, free_ports
+from apt_ray.local_stack import HOST, LocalStack, Server, command_environment, free_ports
 from apt_ray.prompt_set import PromptSet
 
 CATEGORY = "washer"
@@ -59,12 +63,39 @@ class BareModel:
         self._detector.inspect([decode_image(data) for data in files])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningFleet:
+    """Where a fleet answers, its registry, and the process below which its Ray runs."""
+
+    url: str
+    tracking_uri: str
+    ray_pid: int
+
+    def replica(self) -> psutil.Process:
+        """The process of a replica that serves the category; LookupError while there is none."""
+        title = f"ServeReplica:pool-{CATEGORY}"
+        for process in psutil.Process(self.ray_pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    return process
+        raise LookupError(title)
+
+
 @contextmanager
 def fleet(
-    folder: Path, prompt_set: PromptSet, *, haproxy: bool, threads: int, max_queue: int = 64
-) -> Iterator[str]:
-    """The address of a fleet with one category and one replica."""
+    folder: Path,
+    prompt_set: PromptSet,
+    *,
+    haproxy: bool,
+    threads: int,
+    max_queue: int = 64,
+    categories: Sequence[str] = (CATEGORY,),
+    autoscaling: Mapping[str, object] = MappingProxyType({"max_replicas": 1}),
+) -> Iterator["RunningFleet"]:
+    """A fleet in which each category has a pool of its own."""
     from apt_ray.registry import Registry
+
+    folder.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="apt-bench-") as private:
         # Ray makes its workers nice by default; the bare side is not, and both share the machine.
@@ -73,15 +104,18 @@ def fleet(
         stack.start()
         try:
             registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])
-            registry.register(prompt_set, pictures={}, trials=[])
+            for name in categories:
+                provenance = prompt_set.provenance.model_copy(update={"category": name})
+                named = replace(prompt_set, provenance=provenance)
+                registry.register(named, pictures={}, trials=[])
             (port,) = free_ports(1)
             file = folder / "fleet.yaml"
             settings = {
-                "categories": {CATEGORY: {"threshold": 1.0}},
+                "categories": {name: {"threshold": 1.0} for name in categories},
                 "defaults": {
                     "threads": threads,
                     "max_queue": max_queue,
-                    "autoscaling": {"max_replicas": 1},
+                    "autoscaling": dict(autoscaling),
                 },
                 "registry": {"cache": str(folder / "cache")},
             }
@@ -94,32 +128,80 @@ def fleet(
                 stderr=subprocess.DEVNULL,
                 check=True,
             )
-            yield f"http://127.0.0.1:{port}"
+            yield RunningFleet(
+                url=f"http://{HOST}:{port}",
+                tracking_uri=stack.environment["MLFLOW_TRACKING_URI"],
+                ray_pid=next(server.pid for server in stack.servers if server.name == "Ray"),
+            )
         finally:
             stack.stop()
 
 
-class Client:
+@contextmanager
+def mlflow_models_serve(
+    folder: Path, tracking_uri: str, *, threads: int, workers: int = 1
+) -> Iterator[str]:
+    """The address of MLflow's own server of the version that the fleet serves."""
+    (port,) = free_ports(1)
+    server = Server.launch(
+        "model",
+        [
+            *("mlflow", "models", "serve", "--model-uri", f"models:/apt-{CATEGORY}@champion"),
+            *("--env-manager", "local", "--host", HOST, "--port", str(port)),
+            *("--workers", str(workers)),
+        ],
+        url=f"http://{HOST}:{port}",
+        log=folder / "mlflow-models-serve.log",
+        env=command_environment()
+        | {"MLFLOW_TRACKING_URI": tracking_uri, "OMP_NUM_THREADS": str(threads)},
+    )
+    try:
+        server.wait_until_ready("/ping")
+        yield server.url
+    finally:
+        server.terminate()
+        server.wait_until_ended()
+
+
+class _Connection:
     """One kept-alive connection."""
 
     def __init__(self, url: str) -> None:
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
 
-    def inspect(self, data: bytes) -> int:
+    def _post(self, path: str, body: bytes, content_type: str) -> int:
         """The status of the answer, whose body is read."""
-        headers = {"Content-Type": "image/png"}
-        self._connection.request("POST", f"/v1/{CATEGORY}/inspect", data, headers)
+        self._connection.request("POST", path, body, {"Content-Type": content_type})
         response = self._connection.getresponse()
         response.read()
         return response.status
 
 
-def images_per_second(url: str, data: bytes, *, concurrency: int, seconds: float) -> float:
+class Client(_Connection):
+    """A caller of the fleet."""
+
+    def inspect(self, data: bytes, category: str = CATEGORY) -> int:
+        """Have a picture inspected; the status of the answer."""
+        return self._post(f"/v1/{category}/inspect", data, "image/png")
+
+
+class ModelClient(_Connection):
+    """A caller of `mlflow models serve`."""
+
+    def inspect(self, data: bytes) -> int:
+        """Have a picture inspected; the status of the answer."""
+        body = json.dumps({"inputs": [base64.b64encode(data).decode()]}).encode()
+        return self._post("/invocations", body, "application/json")
+
+
+def images_per_second(
+    connect: Callable[[], Client | ModelClient], data: bytes, *, concurrency: int, seconds: float
+) -> float:
     """Answers of 200 a second, from this many connections that each ask again at once."""
     until = time.perf_counter() + seconds
 
     def ask() -> int:
-        client, good = Client(url), 0
+        client, good = connect(), 0
         while time.perf_counter() < until:
             good += client.inspect(data) == 200
         return good

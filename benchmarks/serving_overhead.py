@@ -36,8 +36,8 @@ def main() -> None:
         for proxy in options.proxies:
             with fleet(
                 folder, prompt_set, haproxy=proxy == "haproxy", threads=options.threads
-            ) as url:
-                client = Client(url)
+            ) as running:
+                client = Client(running.url)
                 for _ in range(5):
                     client.inspect(data)
                     model.inspect([data])

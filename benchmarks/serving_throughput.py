@@ -1,16 +1,27 @@
 """Images a second through the fleet: `python -m benchmarks.serving_throughput [--json FILE]`.
 
 Beside it the bare detector, bytes in, at its best batch size and with the same number of threads,
-measured before and after in the same run.
+measured before and after in the same run; and the peer, `mlflow models serve` on the same version.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from benchmarks.fleet import BareModel, bare, fleet, images_per_second, prepare, write
+from benchmarks.fleet import (
+    BareModel,
+    Client,
+    ModelClient,
+    bare,
+    fleet,
+    images_per_second,
+    mlflow_models_serve,
+    prepare,
+    write,
+)
 
 
 def main() -> None:
@@ -31,15 +42,30 @@ def main() -> None:
         model = bare(prompt_set, options.threads)
         with fleet(
             folder, prompt_set, haproxy=options.proxy == "haproxy", threads=options.threads
-        ) as url:
+        ) as running:
             before = _bare(model, data, options.batch, options.seconds / len(options.batch))
             served = {
                 concurrency: images_per_second(
-                    url, data, concurrency=concurrency, seconds=options.seconds
+                    partial(Client, running.url),
+                    data,
+                    concurrency=concurrency,
+                    seconds=options.seconds,
                 )
                 for concurrency in options.concurrency
             }
             after = _bare(model, data, options.batch, options.seconds / len(options.batch))
+            with mlflow_models_serve(
+                folder, running.tracking_uri, threads=options.threads
+            ) as peer_url:
+                peer = {
+                    concurrency: images_per_second(
+                        partial(ModelClient, peer_url),
+                        data,
+                        concurrency=concurrency,
+                        seconds=options.seconds,
+                    )
+                    for concurrency in options.concurrency
+                }
     best = max(before, key=lambda batch: before[batch] + after[batch])
     alone = statistics.mean([before[best], after[best]])
     write(
@@ -54,6 +80,7 @@ def main() -> None:
                     "concurrency": concurrency,
                     "images_per_second": round(rate, 1),
                     "share_of_bare": round(rate / alone, 3),
+                    "mlflow_models_serve_images_per_second": round(peer[concurrency], 1),
                 }
                 for concurrency, rate in served.items()
             ],

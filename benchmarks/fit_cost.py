@@ -1,0 +1,173 @@
+"""Where the time of a fit goes: `python -m benchmarks.fit_cost [--json FILE]`.
+
+Each part of a fit is timed alone on what the fit really does, and set beside its floor: its
+floating-point operations at the speed of a large matrix product measured in the same run. A part
+whose cost is memory or dispatch has a floor far below its time.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from apt_ray.backbone import FrozenCLIP
+from apt_ray.bank import SupportBank, encode_support
+from apt_ray.config import FitSettings
+from apt_ray.fitting import fit
+from apt_ray.guidance import meta_features
+from apt_ray.scoring import prompt_log_probabilities
+from apt_ray.selection import fold
+from apt_ray.training import Lane, PromptTrainer, divergence, draw_batch, synthetic_loss
+from benchmarks.common import Row, load, sample_images, write_rows
+
+_SIDE = 1024
+
+
+def main() -> None:
+    """Time a fit and its parts and print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="builtin", help="or an architecture, e.g. ViT-B-16")
+    parser.add_argument("--shots", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3, help="of each; the median counts")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    backbone = load(options.backbone, device=options.device)
+    ceiling = _ceiling(backbone.device, options.repeats)
+    settings = FitSettings(steps=options.steps)
+    images = sample_images(options.shots)
+    bank = encode_support(backbone, images, seed=0, strengths=[0.3], judged=False)
+    lanes = [
+        Lane(settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=0),
+        *(fold(bank, image, settings) for image in range(bank.shots)),
+    ]
+    parts: dict[str, tuple[Callable[[], object], int]] = {
+        "encoding": (
+            lambda: encode_support(backbone, images, seed=0, strengths=[0.3], judged=False),
+            1,
+        ),
+        **{
+            name: (part, options.steps)
+            for name, part in _parts_of_a_step(backbone, bank, lanes).items()
+        },
+        "all steps": (lambda: PromptTrainer(backbone, lanes).advance(options.steps), 1),
+    }
+    rows = []
+    for name, (part, times) in parts.items():
+        seconds = times * _seconds(part, backbone.device, options.repeats)
+        floor = times * _operations(part) / ceiling
+        rows.append(_row(name, seconds, floor))
+    with TemporaryDirectory() as folder:
+        paths = []
+        for number, image in enumerate(images):
+            paths.append(Path(folder) / f"{number}.png")
+            image.save(paths[-1])
+        whole = _seconds(
+            lambda: fit("washer", paths, settings, backbone=backbone),
+            backbone.device,
+            options.repeats,
+        )
+    floors = sum(row["baseline"] for row in rows if row["name"] in ("encoding", "all steps"))
+    rows.append(_row("the whole fit", whole, floors))
+    print(
+        f"{options.backbone}, {backbone.input_size} px, {options.shots} shots, {options.steps}"
+        f" steps, {len(lanes)} lanes, {options.threads} threads on {backbone.device};"
+        f" ceiling {ceiling / 1e9:.0f} GFLOP/s; baseline is the floor\n"
+    )
+    write_rows(rows, options.json)
+
+
+def _parts_of_a_step(
+    backbone: FrozenCLIP, bank: SupportBank, lanes: list[Lane]
+) -> dict[str, Callable[[], object]]:
+    """A step of all lanes in its parts, on tensors of the step's own sizes."""
+    settings, constants = lanes[0].settings, backbone.constants
+    generators = [torch.Generator().manual_seed(lane.seed) for lane in lanes]
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = [draw_batch(lane, g) for lane, g in zip(lanes, generators, strict=True)]
+        tokens, labels = zip(*drawn, strict=True)
+        device = backbone.device
+        return torch.stack(tokens).to(device).float(), torch.stack(labels).to(device)
+
+    tokens_TBNE, labels_TBN = draw()
+    shape = (2 * len(lanes), settings.context_length, backbone.token_width)
+    contexts_XLC = backbone.token_std * torch.randn(shape, device=backbone.device)
+    contexts_XLC.requires_grad_(True)
+    lengths_X = torch.full((len(contexts_XLC),), settings.context_length)
+    meta_T2E = meta_features(backbone).expand(len(lanes), -1, -1)
+
+    def encode_text() -> torch.Tensor:
+        return backbone.encode_contexts(contexts_XLC, lengths_X)
+
+    text_XE = encode_text()
+    upstream_XE = torch.randn_like(text_XE)
+
+    def walk_back() -> object:
+        return torch.autograd.grad(text_XE, contexts_XLC, upstream_XE, retain_graph=True)
+
+    def log_probabilities(text_TPE: torch.Tensor) -> torch.Tensor:
+        log_p_TXP = prompt_log_probabilities(tokens_TBNE.flatten(1, 2), text_TPE, constants)
+        return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
+
+    def losses() -> object:
+        leaf_TPE = text_XE.detach().reshape(len(lanes), 2, -1).requires_grad_(True)
+        learned_TBNP = log_probabilities(leaf_TPE)
+        synthetic = synthetic_loss(learned_TBNP, labels_TBN).sum()
+        first = torch.autograd.grad(synthetic, leaf_TPE, retain_graph=True)
+        with torch.no_grad():
+            meta_TBN2 = log_probabilities(meta_T2E)
+        guided = divergence(meta_TBN2, learned_TBNP).sum()
+        return first, torch.autograd.grad(guided, leaf_TPE)
+
+    return {
+        "drawing batches": draw,
+        "text forward": encode_text,
+        "text backward, for the loss": walk_back,
+        "text backward, for SMGS": walk_back,
+        "losses and their gradients to the text": losses,
+    }
+
+
+def _ceiling(device: torch.device, repeats: int) -> float:
+    """Operations a second of a large product of float32 matrices."""
+    a, b = (torch.randn(_SIDE, _SIDE, device=device) for _ in range(2))
+    return 2 * _SIDE**3 / min(_timed(lambda: a @ b, device) for _ in range(5 + repeats))
+
+
+def _operations(part: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        part()
+    return counter.get_total_flops()
+
+
+def _seconds(part: Callable[[], object], device: torch.device, repeats: int) -> float:
+    part()
+    return statistics.median(_timed(part, device) for _ in range(repeats))
+
+
+def _timed(part: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    part()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _row(name: str, seconds: float, floor: float) -> Row:
+    return Row(
+        name=name, ours=1000 * seconds, baseline=1000 * floor, ratio=floor / seconds, unit="ms"
+    )
+
+
+if __name__ == "__main__":
+    main()

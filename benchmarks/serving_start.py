@@ -1,0 +1,67 @@
+"""From a replica's end to the next one's first answer: `python -m benchmarks.serving_start`.
+
+The replica is killed; Serve notices, starts another process, which loads the backbone and its
+prompt set and tests it. Beside it, the same loading in a bare process.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.fleet import Client, fleet, prepare, write
+
+_BARE = """
+import sys
+from apt_ray.detector import Detector
+from apt_ray.backbone import load_backbone
+from apt_ray.images import decode_image
+from apt_ray.prompt_set import PromptSet
+prompt_set = PromptSet.from_bytes(open(sys.argv[1], "rb").read())
+detector = Detector(load_backbone(prompt_set.backbone), prompt_set)
+detector.inspect([decode_image(open(sys.argv[2], "rb").read())])
+"""
+
+
+def main() -> None:
+    """Measure and print seconds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory(prefix="apt-bench-") as name:
+        folder = Path(name)
+        prompt_set, data = prepare(folder, "builtin")
+        (folder / "set").write_bytes(prompt_set.to_bytes())
+        (folder / "picture").write_bytes(data)
+        bare, killed = [], []
+        with fleet(folder, prompt_set, haproxy=False, threads=1) as running:
+            for _ in range(options.times):
+                started = time.perf_counter()
+                subprocess.run(
+                    [sys.executable, "-c", _BARE, folder / "set", folder / "picture"], check=True
+                )
+                bare.append(time.perf_counter() - started)
+                client = Client(running.url)
+                assert client.inspect(data) == 200
+                running.replica().kill()
+                started = time.perf_counter()
+                while client.inspect(data) != 200:
+                    time.sleep(0.02)
+                killed.append(time.perf_counter() - started)
+    write(
+        options.json,
+        {
+            "bare_process_p50_s": round(statistics.median(bare), 2),
+            "killed_to_first_answer_p50_s": round(statistics.median(killed), 2),
+            "killed_to_first_answer_s": [round(seconds, 2) for seconds in killed],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
