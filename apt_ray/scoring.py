@@ -22,12 +22,15 @@ def prompt_log_probabilities(
     tokens_NE: torch.Tensor, text_PE: torch.Tensor, constants: BackboneConstants
 ) -> torch.Tensor:
     """Log-softmax over the prompts for each token, `(..., N, P)`; leading dimensions broadcast."""
-    # The prompts come first within: a gradient to them is then a product that reads the tokens in
-    # their order, which is ten times as fast on a CPU.
-    logits_PN = constants.dense_scale * text_PE @ tokens_NE.mT
-    bias_P1 = torch.full((text_PE.shape[-2], 1), constants.dense_bias, device=text_PE.device)
+    # The tokens' product in this order reads them as they lie.
+    return cosine_log_probabilities(text_PE @ tokens_NE.mT, constants)
+
+
+def cosine_log_probabilities(cosine_PN: torch.Tensor, constants: BackboneConstants) -> torch.Tensor:
+    """Cosines of prompts and tokens `(..., P, N)` -> `prompt_log_probabilities` `(..., N, P)`."""
+    bias_P1 = torch.full((cosine_PN.shape[-2], 1), constants.dense_bias, device=cosine_PN.device)
     bias_P1[0] = 0
-    return F.log_softmax(logits_PN + bias_P1, dim=-2).mT
+    return F.log_softmax(constants.dense_scale * cosine_PN + bias_P1, dim=-2).mT
 
 
 def anomalous_probability(

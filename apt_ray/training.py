@@ -15,7 +15,7 @@ from apt_ray.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import SettingsError
 from apt_ray.guidance import ROUND, meta_features, move_meta, remove_conflict, state_contexts
-from apt_ray.scoring import anomalous_probability, auroc, prompt_log_probabilities, top_mean
+from apt_ray.scoring import anomalous_probability, auroc, cosine_log_probabilities, top_mean
 
 _NOISY, _CLEAN = 4, 4
 _MOMENTUM = 0.9
@@ -214,25 +214,15 @@ class PromptTrainer:
         tokens_TBNE, labels_TBN = self._draw_batch(rows)
         contexts_TPLC = self._contexts_of(rows).requires_grad_(True)
         text_TPE = self._encode(contexts_TPLC, self._lengths_T[rows])
-        leaf_TPE = text_TPE.detach().requires_grad_(True)
-        learned_TBNP = self._log_probabilities(tokens_TBNE, leaf_TPE)
-        synthetic_T = synthetic_loss(learned_TBNP, labels_TBN) + self._penalties(
-            rows, tokens_TBNE, labels_TBN, leaf_TPE
-        )
-        # Each lane's loss depends on its own text features alone, so the gradient of the sum over
-        # lanes holds every lane's own gradient; the text encoder is walked back once for each loss.
-        (at_text_TPE,) = torch.autograd.grad(synthetic_T.sum(), leaf_TPE, retain_graph=True)
         is_guided = any(self.lanes[row].settings.smgs_weight > 0 for row in rows)
+        at_text_TPE, at_text_of_guide_TPE = self._gradients_at_text(
+            rows, tokens_TBNE, labels_TBN, text_TPE.detach()
+        )
         (gradient_TPLC,) = torch.autograd.grad(
             text_TPE, contexts_TPLC, at_text_TPE, retain_graph=is_guided
         )
         if is_guided:
-            with torch.no_grad():
-                meta_TBN2 = self._log_probabilities(tokens_TBNE, self.meta_T2E[rows])
-            (at_text_TPE,) = torch.autograd.grad(
-                divergence(meta_TBN2, learned_TBNP).sum(), leaf_TPE
-            )
-            (guide_TPLC,) = torch.autograd.grad(text_TPE, contexts_TPLC, at_text_TPE)
+            (guide_TPLC,) = torch.autograd.grad(text_TPE, contexts_TPLC, at_text_of_guide_TPE)
             weight_T = self._smgs_weight_T[rows]
             gradient_TPLC = torch.where(
                 self._is_penalty_T[rows, None, None, None],
@@ -240,6 +230,44 @@ class PromptTrainer:
                 remove_conflict(gradient_TPLC, guide_TPLC, weight_T),
             )
         self._descend(rows, gradient_TPLC)
+
+    def _gradients_at_text(
+        self,
+        rows: list[int],
+        tokens_TBNE: torch.Tensor,
+        labels_TBN: torch.Tensor,
+        text_TPE: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients `(T, P, E)` to the text features: of the loss, and of the distance to the
+        meta-prompt.
+
+        Each lane's loss depends on its own text features alone, so the gradient of the sum over
+        lanes holds every lane's own gradient. The tokens, by far the largest tensor, are read once
+        for all cosines and once for both gradients.
+        """
+        prompts, constants = text_TPE.shape[1], self._backbone.constants
+        tokens_TXE = tokens_TBNE.flatten(1, 2)
+        cosine_TQX = torch.cat([text_TPE, self.meta_T2E[rows]], dim=1) @ tokens_TXE.mT
+        learned_TPX = cosine_TQX[:, :prompts].requires_grad_(True)
+
+        def by_image(cosine_TPX: torch.Tensor) -> torch.Tensor:
+            log_p_TXP = cosine_log_probabilities(cosine_TPX, constants)
+            return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
+
+        log_p_TBNP = by_image(learned_TPX)
+        loss = synthetic_loss(log_p_TBNP, labels_TBN).sum()
+        apart = divergence(by_image(cosine_TQX[:, prompts:]), log_p_TBNP).sum()
+        at_cosine: list[torch.Tensor] = [
+            *torch.autograd.grad(loss, learned_TPX, retain_graph=True),
+            *torch.autograd.grad(apart, learned_TPX),
+        ]
+        of_loss_TPE, of_guide_TPE = (torch.cat(at_cosine, dim=1) @ tokens_TXE).chunk(2, dim=1)
+        leaf_TPE = text_TPE.clone().requires_grad_(True)
+        penalties = self._penalties(rows, tokens_TBNE, labels_TBN, leaf_TPE)
+        if penalties is not None:
+            (of_penalties_TPE,) = torch.autograd.grad(penalties, leaf_TPE)
+            of_loss_TPE = of_loss_TPE + of_penalties_TPE
+        return of_loss_TPE, of_guide_TPE
 
     @torch.no_grad()
     def _descend(self, rows: list[int], gradient_TPLC: torch.Tensor) -> None:
@@ -310,21 +338,15 @@ class PromptTrainer:
         tokens_TBNE: torch.Tensor,
         labels_TBN: torch.Tensor,
         text_TPE: torch.Tensor,
-    ) -> torch.Tensor:
-        """The weighted terms beside the synthetic loss, one value a lane."""
-        penalty_T = torch.zeros(len(rows), device=text_TPE.device)
+    ) -> torch.Tensor | None:
+        """The weighted terms beside the synthetic loss, summed over the lanes; None if no lane has
+        any."""
+        terms = []
         if text_TPE.shape[1] > 2:
-            penalty_T = penalty_T + self._diversity_T[rows] * likeness(text_TPE[:, 1:])
+            terms.append(self._diversity_T[rows] * likeness(text_TPE[:, 1:]))
         if any(self.lanes[row].settings.margin_weight > 0 for row in rows):
-            excess_T = margin(tokens_TBNE, labels_TBN, text_TPE)
-            penalty_T = penalty_T + self._margin_T[rows] * excess_T
-        return penalty_T
-
-    def _log_probabilities(self, tokens_TBNE: torch.Tensor, text_TPE: torch.Tensor) -> torch.Tensor:
-        log_p_TXP = prompt_log_probabilities(
-            tokens_TBNE.flatten(1, 2), text_TPE, self._backbone.constants
-        )
-        return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
+            terms.append(self._margin_T[rows] * margin(tokens_TBNE, labels_TBN, text_TPE))
+        return torch.stack(terms).sum() if terms else None
 
     def _draw_batch(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = [draw_batch(self.lanes[row], self._generators[row]) for row in rows]

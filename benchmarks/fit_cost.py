@@ -20,7 +20,7 @@ from apt_ray.bank import SupportBank, encode_support
 from apt_ray.config import FitSettings
 from apt_ray.fitting import fit
 from apt_ray.guidance import meta_features
-from apt_ray.scoring import prompt_log_probabilities
+from apt_ray.scoring import cosine_log_probabilities
 from apt_ray.selection import fold
 from apt_ray.training import Lane, PromptTrainer, divergence, draw_batch, synthetic_loss
 from benchmarks.common import Row, load, sample_images, write_rows
@@ -115,19 +115,19 @@ def _parts_of_a_step(
     def walk_back() -> object:
         return torch.autograd.grad(text_XE, contexts_XLC, upstream_XE, retain_graph=True)
 
-    def log_probabilities(text_TPE: torch.Tensor) -> torch.Tensor:
-        log_p_TXP = prompt_log_probabilities(tokens_TBNE.flatten(1, 2), text_TPE, constants)
-        return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
-
     def losses() -> object:
-        leaf_TPE = text_XE.detach().reshape(len(lanes), 2, -1).requires_grad_(True)
-        learned_TBNP = log_probabilities(leaf_TPE)
-        synthetic = synthetic_loss(learned_TBNP, labels_TBN).sum()
-        first = torch.autograd.grad(synthetic, leaf_TPE, retain_graph=True)
-        with torch.no_grad():
-            meta_TBN2 = log_probabilities(meta_T2E)
-        guided = divergence(meta_TBN2, learned_TBNP).sum()
-        return first, torch.autograd.grad(guided, leaf_TPE)
+        tokens_TXE = tokens_TBNE.flatten(1, 2)
+        text_TPE = text_XE.detach().reshape(len(lanes), 2, -1)
+        cosine_TQX = torch.cat([text_TPE, meta_T2E], dim=1) @ tokens_TXE.mT
+        learned_TPX = cosine_TQX[:, :2].requires_grad_(True)
+        learned_TBNP, meta_TBN2 = (
+            cosine_log_probabilities(cosine, constants).unflatten(1, tokens_TBNE.shape[1:3])
+            for cosine in (learned_TPX, cosine_TQX[:, 2:])
+        )
+        loss = synthetic_loss(learned_TBNP, labels_TBN).sum()
+        (first,) = torch.autograd.grad(loss, learned_TPX, retain_graph=True)
+        (second,) = torch.autograd.grad(divergence(meta_TBN2, learned_TBNP).sum(), learned_TPX)
+        return torch.cat([first, second], dim=1) @ tokens_TXE
 
     return {
         "drawing batches": draw,
