@@ -76,8 +76,8 @@ def main() -> None:
             backbone.device,
             options.repeats,
         )
-    floors = sum(row["baseline"] for row in rows if row["name"] in ("encoding", "all steps"))
-    rows.append(_row("the whole fit", whole, floors))
+    floor_ms = sum(row["baseline"] for row in rows if row["name"] in ("encoding", "all steps"))
+    rows.append(_row("the whole fit", whole, floor_ms / 1000))
     print(
         f"{options.backbone}, {backbone.input_size} px, {options.shots} shots, {options.steps}"
         f" steps, {len(lanes)} lanes, {options.threads} threads on {backbone.device};"
