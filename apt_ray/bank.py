@@ -9,7 +9,6 @@ S support images, D draws, F families, V clean views of an image, N patch tokens
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from apt_ray import synthesis
 from apt_ray.backbone import FrozenCLIP, ImageFeatures
 from apt_ray.config import NOISE_LADDER
 from apt_ray.errors import DataError
@@ -48,6 +46,9 @@ DRAWS = 4
 
 GUIDANCE_DRAWS, SELECTION_DRAWS = 1, 2
 """Perturbed draws of each support image in each family."""
+
+_SOURCES = ("bank.py", "object_mask.py", "synthesis.py")
+"""The code that perturbs and encodes: a change of it makes other banks."""
 
 Progress = Callable[[int, int], None]
 Region = Literal["random", "object"]
@@ -310,8 +311,8 @@ def bank_key(
     digest = hashlib.sha256(
         json.dumps([fingerprint, seed, list(strengths), region, object_mask]).encode()
     )
-    for source in (synthesis.__file__, inspect.getfile(object_masks), __file__):
-        digest.update(Path(source).read_bytes())
+    for source in _SOURCES:
+        digest.update(Path(__file__).with_name(source).read_bytes())
     for path in support:
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
