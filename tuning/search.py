@@ -186,7 +186,8 @@ def _provenance() -> dict[str, str]:
     submission = job.get("metadata", {}).get("job_submission_id")
     if submission:
         tags["ray.submission_id"] = submission
-    commit = _git_commit(Path(__file__).resolve().parent.parent)
+    # A job runs from a package of the checkout, without its history.
+    commit = os.environ.get("GIT_COMMIT") or _git_commit(Path(__file__).resolve().parent.parent)
     if commit:
         tags["git_commit"] = commit
     return tags
