@@ -183,15 +183,15 @@ class TestSet:
         is_anomalous = np.array([image.is_anomalous for image in images])
         masks = [self.masks[i] for i in kept] if self.masks is not None else []
         pixels = list(zip(maps, masks, strict=True))
-        pixel_figures = pixel_auroc_and_aupro(maps, masks) if pixels else (None, None)
+        pixel, overlap = pixel_auroc_and_aupro(maps, masks) if pixels else (None, None)
         return Result(
             variant=variant,
             category=self.category.name,
             shots=len(support),
             seed=seed,
             image_auroc=image_auroc(scores, is_anomalous),
-            pixel_auroc=pixel_figures[0],
-            aupro=pixel_figures[1],
+            pixel_auroc=pixel,
+            aupro=overlap,
             scores=ImageScores(
                 variant=variant,
                 category=self.category.name,

@@ -15,6 +15,7 @@ from apt_ray.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import SettingsError
 from apt_ray.guidance import ROUND, meta_features, move_meta, remove_conflict, state_contexts
+from apt_ray.models.builtin import BackboneConstants
 from apt_ray.scoring import anomalous_probability, auroc, cosine_log_probabilities, top_mean
 
 _NOISY, _CLEAN = 4, 4
@@ -215,14 +216,22 @@ class PromptTrainer:
         contexts_TPLC = self._contexts_of(rows).requires_grad_(True)
         text_TPE = self._encode(contexts_TPLC, self._lengths_T[rows])
         is_guided = any(self.lanes[row].settings.smgs_weight > 0 for row in rows)
-        at_text_TPE, at_text_of_guide_TPE = self._gradients_at_text(
-            rows, tokens_TBNE, labels_TBN, text_TPE.detach()
+        at_text_TPE, *at_text_of_guide = gradients_at_text(
+            tokens_TBNE,
+            labels_TBN,
+            text_TPE.detach(),
+            self.meta_T2E[rows] if is_guided else None,
+            self._backbone.constants,
         )
+        penalized_TPE = text_TPE.detach().requires_grad_(True)
+        penalties = self._penalties(rows, tokens_TBNE, labels_TBN, penalized_TPE)
+        if penalties is not None:
+            at_text_TPE = at_text_TPE + torch.autograd.grad(penalties, penalized_TPE)[0]
         (gradient_TPLC,) = torch.autograd.grad(
             text_TPE, contexts_TPLC, at_text_TPE, retain_graph=is_guided
         )
         if is_guided:
-            (guide_TPLC,) = torch.autograd.grad(text_TPE, contexts_TPLC, at_text_of_guide_TPE)
+            (guide_TPLC,) = torch.autograd.grad(text_TPE, contexts_TPLC, at_text_of_guide)
             weight_T = self._smgs_weight_T[rows]
             gradient_TPLC = torch.where(
                 self._is_penalty_T[rows, None, None, None],
@@ -230,44 +239,6 @@ class PromptTrainer:
                 remove_conflict(gradient_TPLC, guide_TPLC, weight_T),
             )
         self._descend(rows, gradient_TPLC)
-
-    def _gradients_at_text(
-        self,
-        rows: list[int],
-        tokens_TBNE: torch.Tensor,
-        labels_TBN: torch.Tensor,
-        text_TPE: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients `(T, P, E)` to the text features: of the loss, and of the distance to the
-        meta-prompt.
-
-        Each lane's loss depends on its own text features alone, so the gradient of the sum over
-        lanes holds every lane's own gradient. The tokens, by far the largest tensor, are read once
-        for all cosines and once for both gradients.
-        """
-        prompts, constants = text_TPE.shape[1], self._backbone.constants
-        tokens_TXE = tokens_TBNE.flatten(1, 2)
-        cosine_TQX = torch.cat([text_TPE, self.meta_T2E[rows]], dim=1) @ tokens_TXE.mT
-        learned_TPX = cosine_TQX[:, :prompts].requires_grad_(True)
-
-        def by_image(cosine_TPX: torch.Tensor) -> torch.Tensor:
-            log_p_TXP = cosine_log_probabilities(cosine_TPX, constants)
-            return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
-
-        log_p_TBNP = by_image(learned_TPX)
-        loss = synthetic_loss(log_p_TBNP, labels_TBN).sum()
-        apart = divergence(by_image(cosine_TQX[:, prompts:]), log_p_TBNP).sum()
-        at_cosine: list[torch.Tensor] = [
-            *torch.autograd.grad(loss, learned_TPX, retain_graph=True),
-            *torch.autograd.grad(apart, learned_TPX),
-        ]
-        of_loss_TPE, of_guide_TPE = (torch.cat(at_cosine, dim=1) @ tokens_TXE).chunk(2, dim=1)
-        leaf_TPE = text_TPE.clone().requires_grad_(True)
-        penalties = self._penalties(rows, tokens_TBNE, labels_TBN, leaf_TPE)
-        if penalties is not None:
-            (of_penalties_TPE,) = torch.autograd.grad(penalties, leaf_TPE)
-            of_loss_TPE = of_loss_TPE + of_penalties_TPE
-        return of_loss_TPE, of_guide_TPE
 
     @torch.no_grad()
     def _descend(self, rows: list[int], gradient_TPLC: torch.Tensor) -> None:
@@ -349,10 +320,20 @@ class PromptTrainer:
         return torch.stack(terms).sum() if terms else None
 
     def _draw_batch(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn = [draw_batch(self.lanes[row], self._generators[row]) for row in rows]
-        tokens, labels = zip(*drawn, strict=True)
-        device = self._backbone.device
-        return torch.stack(tokens).to(device).float(), torch.stack(labels).to(device)
+        return draw_batches(
+            [self.lanes[row] for row in rows],
+            [self._generators[row] for row in rows],
+            self._backbone.device,
+        )
+
+
+def draw_batches(
+    lanes: Sequence[Lane], generators: Sequence[torch.Generator], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw_batch` of several lanes: tokens `(T, B, N, E)`, float32, and labels `(T, B, N)`."""
+    drawn = [draw_batch(lane, g) for lane, g in zip(lanes, generators, strict=True)]
+    tokens, labels = zip(*drawn, strict=True)
+    return torch.stack(tokens).to(device).float(), torch.stack(labels).to(device)
 
 
 def draw_batch(lane: Lane, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -384,6 +365,39 @@ def _pick(values: torch.Tensor, first_B: torch.Tensor, second_B: torch.Tensor) -
     """`values[first_B, second_B]`; whole rows are copied, not one number after another."""
     row_B = first_B * values.shape[1] + second_B
     return values.flatten(0, 1).index_select(0, row_B.to(values.device))
+
+
+def gradients_at_text(
+    tokens_TBNE: torch.Tensor,
+    labels_TBN: torch.Tensor,
+    text_TPE: torch.Tensor,
+    meta_T2E: torch.Tensor | None,
+    constants: BackboneConstants,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients `(T, P, E)` to the text features: of `synthetic_loss`, and with a meta-prompt of
+    the `divergence` from it.
+
+    Each lane's loss depends on its own text features alone, so the gradient of the sum over lanes
+    holds every lane's own gradient. The tokens, by far the largest tensor, are read once for all
+    cosines and once for all gradients.
+    """
+    prompts, tokens_TXE = text_TPE.shape[1], tokens_TBNE.flatten(1, 2)
+    known_TQE = text_TPE if meta_T2E is None else torch.cat([text_TPE, meta_T2E], dim=1)
+    cosine_TQX = known_TQE @ tokens_TXE.mT
+    learned_TPX = cosine_TQX[:, :prompts].requires_grad_(True)
+
+    def by_image(cosine_TPX: torch.Tensor) -> torch.Tensor:
+        log_p_TXP = cosine_log_probabilities(cosine_TPX, constants)
+        return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
+
+    log_p_TBNP = by_image(learned_TPX)
+    losses = [synthetic_loss(log_p_TBNP, labels_TBN)]
+    if meta_T2E is not None:
+        losses.append(divergence(by_image(cosine_TQX[:, prompts:]), log_p_TBNP))
+    at_cosine = [
+        torch.autograd.grad(loss_T.sum(), learned_TPX, retain_graph=True)[0] for loss_T in losses
+    ]
+    return (torch.cat(at_cosine, dim=1) @ tokens_TXE).chunk(len(losses), dim=1)
 
 
 def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:

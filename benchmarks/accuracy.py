@@ -183,10 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     categories = find_categories(options.data, options.categories)
-    backbone = load_backbone(
-        given_backbone(options),
-        device=options.device,
-    )
+    backbone = load_backbone(given_backbone(options), device=options.device)
     setup = {
         "data": str(categories[0].root.parent),
         "backbone": backbone.fingerprint,

@@ -16,13 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt_ray.backbone import FrozenCLIP
-from apt_ray.bank import SupportBank, encode_support
+from apt_ray.bank import encode_support
 from apt_ray.config import FitSettings
 from apt_ray.fitting import fit
 from apt_ray.guidance import meta_features
-from apt_ray.scoring import cosine_log_probabilities
 from apt_ray.selection import fold
-from apt_ray.training import Lane, PromptTrainer, divergence, draw_batch, synthetic_loss
+from apt_ray.training import Lane, PromptTrainer, draw_batches, gradients_at_text
 from benchmarks.common import Row, load, sample_images, write_rows
 
 _SIDE = 1024
@@ -55,10 +54,7 @@ def main() -> None:
             lambda: encode_support(backbone, images, seed=0, strengths=[0.3], judged=False),
             1,
         ),
-        **{
-            name: (part, options.steps)
-            for name, part in _parts_of_a_step(backbone, bank, lanes).items()
-        },
+        **{name: (part, options.steps) for name, part in _parts_of_a_step(backbone, lanes).items()},
         "all steps": (lambda: PromptTrainer(backbone, lanes).advance(options.steps), 1),
     }
     rows = []
@@ -86,18 +82,13 @@ def main() -> None:
     write_rows(rows, options.json)
 
 
-def _parts_of_a_step(
-    backbone: FrozenCLIP, bank: SupportBank, lanes: list[Lane]
-) -> dict[str, Callable[[], object]]:
+def _parts_of_a_step(backbone: FrozenCLIP, lanes: list[Lane]) -> dict[str, Callable[[], object]]:
     """A step of all lanes in its parts, on tensors of the step's own sizes."""
-    settings, constants = lanes[0].settings, backbone.constants
+    settings = lanes[0].settings
     generators = [torch.Generator().manual_seed(lane.seed) for lane in lanes]
 
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
-        drawn = [draw_batch(lane, g) for lane, g in zip(lanes, generators, strict=True)]
-        tokens, labels = zip(*drawn, strict=True)
-        device = backbone.device
-        return torch.stack(tokens).to(device).float(), torch.stack(labels).to(device)
+        return draw_batches(lanes, generators, backbone.device)
 
     tokens_TBNE, labels_TBN = draw()
     shape = (2 * len(lanes), settings.context_length, backbone.token_width)
@@ -116,18 +107,8 @@ def _parts_of_a_step(
         return torch.autograd.grad(text_XE, contexts_XLC, upstream_XE, retain_graph=True)
 
     def losses() -> object:
-        tokens_TXE = tokens_TBNE.flatten(1, 2)
         text_TPE = text_XE.detach().reshape(len(lanes), 2, -1)
-        cosine_TQX = torch.cat([text_TPE, meta_T2E], dim=1) @ tokens_TXE.mT
-        learned_TPX = cosine_TQX[:, :2].requires_grad_(True)
-        learned_TBNP, meta_TBN2 = (
-            cosine_log_probabilities(cosine, constants).unflatten(1, tokens_TBNE.shape[1:3])
-            for cosine in (learned_TPX, cosine_TQX[:, 2:])
-        )
-        loss = synthetic_loss(learned_TBNP, labels_TBN).sum()
-        (first,) = torch.autograd.grad(loss, learned_TPX, retain_graph=True)
-        (second,) = torch.autograd.grad(divergence(meta_TBN2, learned_TBNP).sum(), learned_TPX)
-        return torch.cat([first, second], dim=1) @ tokens_TXE
+        return gradients_at_text(tokens_TBNE, labels_TBN, text_TPE, meta_T2E, backbone.constants)
 
     return {
         "drawing batches": draw,
