@@ -41,7 +41,7 @@ _JOB_ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Server:
-    """A running server process and its log."""
+    """A running server process and its log; a `with` block ends the process."""
 
     name: str
     url: str
@@ -67,6 +67,13 @@ class Server:
             )
         started = _start_time(process.pid) or ""
         return cls(name=name, url=url, pid=process.pid, started=started, log=log, process=process)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.terminate()
+        self.wait_until_ended()
 
     @property
     def is_running(self) -> bool:

@@ -104,6 +104,11 @@ class PromptSet:
         provenance = self.provenance.model_copy(update={"metrics": {**self.metrics, **metrics}})
         return replace(self, provenance=provenance)
 
+    def with_category(self, category: str) -> PromptSet:
+        """The same prompt set under another category's name."""
+        provenance = self.provenance.model_copy(update={"category": category})
+        return replace(self, provenance=provenance)
+
     def to_bytes(self) -> bytes:
         """The content of its safetensors file."""
         tensors = {

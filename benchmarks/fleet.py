@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
@@ -91,12 +91,11 @@ def fleet(
     max_queue: int = 64,
     categories: Sequence[str] = (CATEGORY,),
     autoscaling: Mapping[str, object] = MappingProxyType({"max_replicas": 1}),
-) -> Iterator["RunningFleet"]:
+) -> Iterator[RunningFleet]:
     """A fleet in which each category has a pool of its own."""
     from apt_ray.registry import Registry
 
     folder.mkdir(parents=True, exist_ok=True)
-
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="apt-bench-") as private:
         # Ray makes its workers nice by default; the bare side is not, and both share the machine.
         ray_env = {"RAY_worker_niceness": "0"} | (_haproxy(Path(private)) if haproxy else {})
@@ -105,9 +104,7 @@ def fleet(
         try:
             registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])
             for name in categories:
-                provenance = prompt_set.provenance.model_copy(update={"category": name})
-                named = replace(prompt_set, provenance=provenance)
-                registry.register(named, pictures={}, trials=[])
+                registry.register(prompt_set.with_category(name), pictures={}, trials=[])
             (port,) = free_ports(1)
             file = folder / "fleet.yaml"
             settings = {
@@ -143,7 +140,7 @@ def mlflow_models_serve(
 ) -> Iterator[str]:
     """The address of MLflow's own server of the version that the fleet serves."""
     (port,) = free_ports(1)
-    server = Server.launch(
+    with Server.launch(
         "model",
         [
             *("mlflow", "models", "serve", "--model-uri", f"models:/apt-{CATEGORY}@champion"),
@@ -154,13 +151,9 @@ def mlflow_models_serve(
         log=folder / "mlflow-models-serve.log",
         env=command_environment()
         | {"MLFLOW_TRACKING_URI": tracking_uri, "OMP_NUM_THREADS": str(threads)},
-    )
-    try:
+    ) as server:
         server.wait_until_ready("/ping")
         yield server.url
-    finally:
-        server.terminate()
-        server.wait_until_ended()
 
 
 class _Connection:

@@ -45,8 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="apt-ray-") as name:
         folder = Path(name) / "mlflow"
-        server = launch_mlflow(folder, port=free_ports(1)[0])
-        try:
+        with launch_mlflow(folder, port=free_ports(1)[0]) as server:
             server.wait_until_ready("/health")
             registry = Registry(server.url)
             for seed in (0, 1):
@@ -60,9 +59,6 @@ def main() -> None:
                 server,
                 lambda: client.search_registered_models("name LIKE 'apt-%'", max_results=1000),
             )
-        finally:
-            server.terminate()
-            server.wait_until_ended()
     rows = []
     print(f"{options.categories} categories, median of {_REPEATS}")
     for what in ours:

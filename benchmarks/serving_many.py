@@ -10,7 +10,6 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from apt_ray.images import ImageLimits
@@ -65,8 +64,7 @@ def main() -> None:
 
 def _add(pool: Inspector, prompt_set: PromptSet, number: int) -> None:
     name = f"part-{number}"
-    provenance = prompt_set.provenance.model_copy(update={"category": name})
-    data = replace(prompt_set, provenance=provenance).to_bytes()
+    data = prompt_set.with_category(name).to_bytes()
     stored = StoredVersion(category=name, version=1, run_id="", data=data)
     pool.load(name, Order(version=1), stored)
 

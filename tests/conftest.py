@@ -33,13 +33,10 @@ def _no_foreign_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real MLflow server with an empty registry."""
-    server = launch_mlflow(tmp_path_factory.mktemp("mlflow") / "mlflow", port=free_ports(1)[0])
-    try:
+    folder = tmp_path_factory.mktemp("mlflow") / "mlflow"
+    with launch_mlflow(folder, port=free_ports(1)[0]) as server:
         server.wait_until_ready("/health")
         yield server.url
-    finally:
-        server.terminate()
-        server.wait_until_ended()
 
 
 @pytest.fixture(scope="session")

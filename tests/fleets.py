@@ -84,8 +84,7 @@ class Deployed:
     def register(self, prompt_set: PromptSet, *categories: str, champion: bool = False) -> None:
         """A new version of each category, made the champion if it is not the first and asked to."""
         for name in categories:
-            provenance = prompt_set.provenance.model_copy(update={"category": name})
-            named = dataclasses.replace(prompt_set, provenance=provenance)
+            named = prompt_set.with_category(name)
             registered = self.registry.register(named, pictures={}, trials=[])
             if champion:
                 self.promote(name, registered.version)

@@ -38,12 +38,6 @@ def make_prompt_set(category: str, *, seed: int = 0) -> PromptSet:
     )
 
 
-def named(prompt_set: PromptSet, category: str) -> PromptSet:
-    """The same under another category's name, so that tests do not share one."""
-    provenance = prompt_set.provenance.model_copy(update={"category": category})
-    return replace(prompt_set, provenance=provenance)
-
-
 def spoilt(prompt_set: PromptSet) -> PromptSet:
     """One that takes bad for good: its prompts are swapped, and its memory is noise."""
     g = torch.Generator().manual_seed(0)

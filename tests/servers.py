@@ -57,13 +57,11 @@ def postgres() -> Iterator[str]:
         ]
         if user is not None:
             command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *command]
-        server = Server.launch("PostgreSQL", command, url="", log=folder / "log", env=os.environ)
-        try:
+        with Server.launch(
+            "PostgreSQL", command, url="", log=folder / "log", env=os.environ
+        ) as server:
             _wait_until_accepting(commands / "pg_isready", port, server)
             yield f"postgresql+psycopg2://apt@{HOST}:{port}/postgres"
-        finally:
-            server.terminate()
-            server.wait_until_ended()
 
 
 @contextmanager
@@ -73,21 +71,17 @@ def moto(folder: Path) -> Iterator[dict[str, str]]:
     if not command.exists():
         missing("moto_server", "install the package with its tools: pip install -e '.[dev]'")
     (port,) = free_ports(1)
-    server = Server.launch(
+    with Server.launch(
         "moto",
         [str(command), "-H", HOST, "-p", str(port)],
         url=f"http://{HOST}:{port}",
         log=folder / "moto.log",
         env=os.environ,
-    )
-    try:
+    ) as server:
         server.wait_until_ready("/moto-api/")
         environment = s3_environment(server.url, "key", "secret")
         make_bucket(environment)
         yield environment
-    finally:
-        server.terminate()
-        server.wait_until_ended()
 
 
 @contextmanager
@@ -99,7 +93,7 @@ def rclone(folder: Path) -> Iterator[dict[str, str]]:
     (port,) = free_ports(1)
     secret = secrets.token_hex(16)
     (folder / "s3" / BUCKET).mkdir(parents=True)
-    server = Server.launch(
+    with Server.launch(
         "rclone",
         [
             *(str(command), "serve", "s3", "--addr", f"{HOST}:{port}"),
@@ -108,14 +102,10 @@ def rclone(folder: Path) -> Iterator[dict[str, str]]:
         url=f"http://{HOST}:{port}",
         log=folder / "rclone.log",
         env=os.environ,
-    )
-    try:
+    ) as server:
         environment = s3_environment(server.url, "key", secret)
         _wait_until_listening(environment, server)
         yield environment
-    finally:
-        server.terminate()
-        server.wait_until_ended()
 
 
 def s3_environment(url: str, key: str, secret: str) -> dict[str, str]:

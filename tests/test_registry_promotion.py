@@ -15,7 +15,7 @@ from apt_ray.held_out import compare_prompt_sets
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry, moves, promote, roll_back
 from serving import fleet
-from tests.registering import make_prompt_set, named, register, spoilt
+from tests.registering import make_prompt_set, register, spoilt
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
     pictures: tuple[tuple[Path, ...], tuple[Path, ...]],
 ) -> None:
     support, others = pictures
-    good = named(prompt_set, "contest")
+    good = prompt_set.with_category("contest")
     register(registry, spoilt(good), support=support, held_out=others)
     register(registry, good, support=support, held_out=others)
     parts: list[tuple[int, int]] = []
@@ -90,7 +90,7 @@ def test_without_pictures_in_neither_support_set_a_person_decides(
 ) -> None:
     support, others = pictures
     for _ in range(2):
-        register(registry, named(prompt_set, "bare"), support=support)
+        register(registry, prompt_set.with_category("bare"), support=support)
     promotion = promote(registry, "bare")
     assert promotion.verdict == "uncomparable"
     assert "--data" in promotion.why
@@ -98,7 +98,7 @@ def test_without_pictures_in_neither_support_set_a_person_decides(
     # Pictures of the support set do not count, others do.
     assert promote(registry, "bare", normal=support).verdict == "uncomparable"
     assert promote(registry, "bare", normal=(*support, *others)).verdict == "kept"
-    register(registry, named(prompt_set, "bare"))
+    register(registry, prompt_set.with_category("bare"))
     promotion = promote(registry, "bare", normal=others)
     assert promotion.verdict == "uncomparable"
     assert "version 3 does not say" in promotion.why

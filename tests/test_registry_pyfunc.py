@@ -18,7 +18,7 @@ from apt_ray.images import read_image
 from apt_ray.local_stack import HOST, Server, command_environment, fetch, free_ports
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry
-from tests.registering import named, register
+from tests.registering import register
 
 MODEL = "models:/apt-pyfunc@champion"
 PREDICT = f"""
@@ -38,7 +38,7 @@ def environment(
     mlflow_server: str, prompt_set: PromptSet, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Where the registry has the shared prompt set, and `import ray` fails."""
-    register(Registry(mlflow_server), named(prompt_set, "pyfunc"))
+    register(Registry(mlflow_server), prompt_set.with_category("pyfunc"))
     blocked = tmp_path_factory.mktemp("without_ray")
     (blocked / "ray").mkdir()
     (blocked / "ray" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module 'ray'\")")
@@ -85,19 +85,15 @@ def test_predict_gives_the_scores_of_the_detector_without_ray(
 def model_server(environment: dict[str, str], tmp_path: Path) -> Iterator[Server]:
     (port,) = free_ports(1)
     command = ["mlflow", "models", "serve", "--model-uri", MODEL, "--env-manager", "local"]
-    server = Server.launch(
+    with Server.launch(
         "model",
         [*command, "--host", HOST, "--port", str(port), "--workers", "1"],
         url=f"http://{HOST}:{port}",
         log=tmp_path / "log",
         env=environment,
-    )
-    try:
+    ) as server:
         server.wait_until_ready("/ping")
         yield server
-    finally:
-        server.terminate()
-        server.wait_until_ended()
 
 
 def test_mlflow_models_serve_gives_the_scores_of_the_detector_without_ray(

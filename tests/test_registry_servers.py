@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from apt_ray.errors import RegistryError
-from apt_ray.local_stack import Server, free_ports, launch_mlflow
+from apt_ray.local_stack import free_ports, launch_mlflow
 from apt_ray.registry import Registry
 from tests.registering import make_prompt_set, register
 from tests.servers import BUCKET, moto, postgres, rclone, stored
@@ -32,23 +32,15 @@ def large_server(
     database: str, s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The address of an MLflow server as many machines share it."""
-    server = launch_mlflow(
+    with launch_mlflow(
         tmp_path_factory.mktemp("large") / "mlflow",
         port=free_ports(1)[0],
         database=database,
         artifacts=f"s3://{BUCKET}/registry",
         environment=s3,
-    )
-    yield from running(server)
-
-
-def running(server: Server) -> Iterator[str]:
-    try:
+    ) as server:
         server.wait_until_ready("/health")
         yield server.url
-    finally:
-        server.terminate()
-        server.wait_until_ended()
 
 
 @pytest.mark.parametrize("servers", ["mlflow_server", "large_server"])
@@ -78,14 +70,14 @@ def test_wrong_credentials_of_the_store_leave_no_half_version(tmp_path: Path) ->
     with rclone(tmp_path) as right:
         assert stored(right) == []  # the right ones open it
         wrong = {**right, "AWS_SECRET_ACCESS_KEY": "guessed"}
-        server = launch_mlflow(
+        with launch_mlflow(
             tmp_path / "mlflow",
             port=free_ports(1)[0],
             artifacts=f"s3://{BUCKET}/registry",
             environment=wrong,
-        )
-        for url in running(server):
-            registry = Registry(url)
+        ) as server:
+            server.wait_until_ready("/health")
+            registry = Registry(server.url)
             with pytest.raises(RegistryError, match="refused"):
                 register(registry, make_prompt_set("locked"))
             assert registry.versions("locked") == []

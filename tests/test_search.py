@@ -20,7 +20,7 @@ from apt_ray.config import FitSettings
 from apt_ray.local_stack import HOST, LocalStack, command_environment, free_ports, launch_mlflow
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import CANDIDATE, CHAMPION, TRIALS_EXPERIMENT, Registry
-from tests.registering import named, register, spoilt
+from tests.registering import register, spoilt
 from tuning.records import SearchStore, TrialRecord
 from tuning.search import main
 from tuning.space import DEFAULT_SPACE
@@ -163,7 +163,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     summary_file = tmp_path / "summary.json"
     pictures = sorted((sample_data / "washer" / "train" / "good").iterdir())
     registry = Registry(tracking_uri)
-    before = spoilt(named(prompt_set, "washer"))
+    before = spoilt(prompt_set.with_category("washer"))
     register(registry, before, support=tuple(pictures[-2:]))
     submitted = subprocess.run(
         [
@@ -236,13 +236,9 @@ def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(
     mlflow.terminate()
     running.wait_for(lambda: "waits for the registry" in running.log())
     mlflow.wait_until_ended()
-    mlflow = launch_mlflow(tmp_path / "mlflow", port=port)
-    try:
+    with launch_mlflow(tmp_path / "mlflow", port=port):
         running.wait()
         assert_every_trial_once(running, mlflow.url, "washer", 6)
-    finally:
-        mlflow.terminate()
-        mlflow.wait_until_ended()
 
 
 @pytest.mark.slow

@@ -53,11 +53,6 @@ def inspector(
     return inspecting
 
 
-def named(prompt_set: PromptSet, name: str) -> PromptSet:
-    provenance = prompt_set.provenance.model_copy(update={"category": name})
-    return dataclasses.replace(prompt_set, provenance=provenance)
-
-
 async def ask_for(
     inspecting: Inspector, data: bytes, name: str = "blister", picture: Picture | None = None
 ) -> Inspected:
@@ -382,7 +377,7 @@ def test_one_flooded_category_leaves_the_others_their_turn(
     shared = Inspector(limits=LIMITS.image, batching=Batching(max_batch_size=2), shared=True)
     for name in ("blister", "nut"):
         stored = StoredVersion(
-            category=name, version=1, run_id="", data=named(prompt_set, name).to_bytes()
+            category=name, version=1, run_id="", data=prompt_set.with_category(name).to_bytes()
         )
         shared.load(name, Order(version=1), stored)
     done: list[str] = []

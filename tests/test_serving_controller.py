@@ -42,8 +42,7 @@ class Shelf:
         if self.away:
             raise RegistryError("no MLflow server answers")
         assert self.prompt_set is not None
-        provenance = self.prompt_set.provenance.model_copy(update={"category": category})
-        data = dataclasses.replace(self.prompt_set, provenance=provenance).to_bytes()
+        data = self.prompt_set.with_category(category).to_bytes()
         return StoredVersion(category=category, version=version, run_id="run", data=data)
 
 
