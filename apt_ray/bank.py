@@ -47,6 +47,8 @@ DRAWS = 4
 GUIDANCE_DRAWS, SELECTION_DRAWS = 1, 2
 """Perturbed draws of each support image in each family."""
 
+_JUDGING_SEED = 2**32
+
 _SOURCES = ("bank.py", "object_mask.py", "synthesis.py")
 """The code that perturbs and encodes: a change of it makes other banks."""
 
@@ -178,7 +180,7 @@ def encode_support(
         return by_image(tokens_BNE)
 
     def encode_families(
-        families: Mapping[str, Family], source: torch.Tensor, draws: int
+        families: Mapping[str, Family], source: torch.Tensor, draws: int, g: torch.Generator
     ) -> FamilyBank:
         repeated = source.repeat_interleave(draws, 0)
         perturbed = [family(repeated, g) for family in families.values()]
@@ -207,6 +209,8 @@ def encode_support(
         mask = move_onto(random_regions(len(drawn), (height, width), g), mask, g)
     noise = torch.randn(drawn.shape, generator=g)
 
+    # Seeded apart: wherever noise falls, trials are judged on the same pixels.
+    judging = torch.Generator().manual_seed(_JUDGING_SEED + seed)
     clean_tokens = by_image(clean.tokens_BNE.half())
     return SupportBank(
         support=support,
@@ -219,8 +223,8 @@ def encode_support(
         },
         noisy_labels_SDN=by_image(patch_labels(mask, backbone.grid)),
         noisy_views_SD=view_SD,
-        guidance=encode_families(GUIDANCE, pixels, GUIDANCE_DRAWS),
-        selection=encode_families(SELECTION, source, SELECTION_DRAWS) if judged else None,
+        guidance=encode_families(GUIDANCE, pixels, GUIDANCE_DRAWS, g),
+        selection=encode_families(SELECTION, source, SELECTION_DRAWS, judging) if judged else None,
         judged_clean_SVNE=tokens(_views(source).flatten(0, 1)) if judged_views else clean_tokens,
     )
 

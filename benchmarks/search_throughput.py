@@ -129,7 +129,9 @@ def _search(
     engine = EngineSettings.parse({"mode": mode, "threads": threads})
     engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
     wait_until_ready(engines)
+    (name,) = settings.bank_names(category.name)
     banks, shots = start_encoding(
+        name,
         [category.support_set(settings.shots, seed) for seed in settings.support_seeds],
         settings.support_seeds,
         backbone=settings.backbone,
@@ -139,7 +141,7 @@ def _search(
     plan = TrialPlan(
         store=store,
         settings=settings,
-        banks={category.name: banks},
+        banks={name: banks},
         engines=engines.actors if mode == "shared" else (),
         threads=threads,
         began=time.time(),

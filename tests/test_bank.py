@@ -104,6 +104,15 @@ def test_noise_stays_on_the_part(backbone: FrozenCLIP) -> None:
     on_part = bank.objects_SN[0]
     assert (whole.noisy_labels_SDN[0][:, on_part] == 1).float().mean() > 0.8
 
+    judged = [
+        encode_support(backbone, [_disk()], seed=0, strengths=[0.3], region=region).selection
+        for region in ("random", "object")
+    ]
+    assert judged[0] is not None
+    assert judged[1] is not None
+    # Wherever noise falls, trials are judged on the same pixels.
+    assert torch.equal(judged[0].tokens_FSDNE, judged[1].tokens_FSDNE)
+
     everywhere = encode_support(
         backbone, [_disk()], seed=0, strengths=[0.3], object_mask=False, judged=False
     )

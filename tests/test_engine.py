@@ -13,7 +13,7 @@ from apt_ray.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import DataError
 from apt_ray.selection import HeldOutTrial
-from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
+from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
 from tuning.engine import Engine, EngineLimits
 
 STEPS = 8
@@ -29,10 +29,10 @@ def call(call_id: str = "a", **changes: Any) -> RungCall:
 def running(
     backbone: FrozenCLIP, banks: dict[str, Sequence[SupportBank]], **limits: Any
 ) -> Iterator[Engine]:
-    def load(category: str) -> Sequence[SupportBank]:
-        if category not in banks:
-            raise DataError(f"no banks of {category}")
-        return banks[category]
+    def load(name: BankName) -> Sequence[SupportBank]:
+        if name.category not in banks:
+            raise DataError(f"no banks of {name.category}")
+        return banks[name.category]
 
     engine = Engine(backbone, load, limits=EngineLimits(**limits))
     try:
@@ -161,18 +161,19 @@ def test_a_bad_call_is_answered_and_harms_no_other(
 
 
 def test_banks_make_room_for_one_another(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    loads: list[str] = []
+    loads: list[BankName] = []
 
-    def load(category: str) -> list[SupportBank]:
-        loads.append(category)
+    def load(name: BankName) -> list[SupportBank]:
+        loads.append(name)
         return [bank]
 
     limits = EngineLimits(bank_mib=bank.nbytes // 2**20 + 1)
     engine = Engine(backbone, load, limits=limits)
-    for category in ("a", "a", "b", "a"):
-        engine.banks(category)
+    a, b = (BankName("washer", region, True) for region in ("random", "object"))
+    for name in (a, a, b, a):
+        engine.banks(name)
     engine.close()
-    assert loads == ["a", "b", "a"]
+    assert loads == [a, b, a]
 
 
 def test_a_closed_engine_leaves_no_thread(backbone: FrozenCLIP, bank: SupportBank) -> None:

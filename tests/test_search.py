@@ -23,7 +23,7 @@ from apt_ray.registry import CANDIDATE, CHAMPION, TRIALS_EXPERIMENT, Registry
 from tests.registering import register, spoilt
 from tuning.records import SearchStore, TrialRecord
 from tuning.search import main
-from tuning.space import DEFAULT_SPACE
+from tuning.space import read_space
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--shots", "2", "--seeds", "0", "--max-steps", "8")
@@ -164,6 +164,11 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     pictures = sorted((sample_data / "washer" / "train" / "good").iterdir())
     registry = Registry(tracking_uri)
     before = spoilt(prompt_set.with_category("washer"))
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "context_length: {low: 2, high: 16}\nnoise_strength: {choices: [0.1, 0.3]}\n"
+        "region: {choices: [random, object]}\n"
+    )
     register(registry, before, support=tuple(pictures[-2:]))
     submitted = subprocess.run(
         [
@@ -171,7 +176,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
             *QUICK,
             *("--seeds", "0,1", "--trials", "4", "--data", str(data), "--mlflow", tracking_uri),
             *("--storage", str(tmp_path / "ray"), "--summary", str(summary_file)),
-            *("--bank-cache", str(tmp_path / "banks")),
+            *("--bank-cache", str(tmp_path / "banks"), "--space", str(space)),
         ],
         cwd=ROOT,
         env=command_environment() | stack.environment,
@@ -214,8 +219,10 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
         trial for trial in washer["trials"] if trial["held_out"] == washer["metrics"]["held_out"]
     )
     assert winner["steps"] == found.settings.steps == 8
-    assert all(winner[name] == washer["settings"][name] for name in DEFAULT_SPACE)
-    assert len(list((tmp_path / "banks").glob("*.safetensors"))) == 2
+    assert all(winner[name] == washer["settings"][name] for name in read_space(space))
+    assert {trial["region"] for trial in washer["trials"]} == {"random", "object"}
+    # One for each seed and region.
+    assert len(list((tmp_path / "banks").glob("*.safetensors"))) == 4
 
 
 def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(

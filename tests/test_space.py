@@ -37,6 +37,8 @@ def test_a_file_names_another_space(tmp_path: Path) -> None:
         ("smgs_weight: {low: 0, high: 1, choices: [0]}", "either low and high"),
         ("learning_rate: {low: 0, high: 1, log: true}", "begins above 0"),
         ("noise_strength: {choices: [0.17]}", "noise_strength"),
+        ("noise_strength: {low: 0.1, high: 0.3}", "noise_strength"),
+        ("object_mask: {low: 0, high: 1}", "list its values"),
         ("a: [", "cannot read"),
     ],
 )

@@ -7,7 +7,22 @@ again, of another engine or after a crash, has the same result.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from apt_ray.config import FitSettings
+
+
+class BankName(NamedTuple):
+    """Which anomaly banks: those of a category whose noise falls where the settings put it."""
+
+    category: str
+    region: str
+    object_mask: bool
+
+    @classmethod
+    def of(cls, category: str, settings: FitSettings) -> "BankName":
+        """The banks that these settings learn from."""
+        return cls(category, settings.region, settings.object_mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +42,11 @@ class RungCall:
     settings: Mapping[str, Any]
     steps: int
     state: bytes | None
+
+    @property
+    def bank(self) -> BankName:
+        """The banks that it needs; SettingsError if the settings are not valid."""
+        return BankName.of(self.category, FitSettings.parse(self.settings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

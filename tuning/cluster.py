@@ -23,7 +23,7 @@ from apt_ray.fitting import fit
 from apt_ray.held_out import HeldOutComparison, compare_prompt_sets
 from apt_ray.images import read_image
 from apt_ray.prompt_set import PromptSet
-from tuning.calls import RungCall, RungResult
+from tuning.calls import BankName, RungCall, RungResult
 from tuning.engine import Engine, EngineStatus
 from tuning.labelled import report_labelled
 from tuning.pictures import draw_held_out, draw_support
@@ -59,10 +59,10 @@ class EngineActor:
 
     def __init__(self, backbone: BackboneSpec, *, device: str, threads: int) -> None:
         self._threads = threads
-        self._refs: dict[str, list[ObjectRef[SupportBank]]] = {}
+        self._refs: dict[BankName, list[ObjectRef[SupportBank]]] = {}
         self._engine = Engine(
             load_backbone(backbone, device=device),
-            lambda category: ray.get(self._refs[category]),
+            lambda name: ray.get(self._refs[name]),
             threads=threads,
         )
 
@@ -71,7 +71,7 @@ class EngineActor:
         return self._engine.backbone.fingerprint
 
     def submit(self, call: RungCall, banks: "list[ObjectRef[SupportBank]]") -> None:
-        self._refs.setdefault(call.category, banks)
+        self._refs.setdefault(call.bank, banks)
         self._engine.submit(call)
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
@@ -91,7 +91,8 @@ class EngineActor:
     ) -> tuple[bytes, dict[str, Image.Image]]:
         """The prompt set of the best settings, as its file, and pictures of what it sees."""
         torch.set_num_threads(self._threads)
-        self._refs.setdefault(job.category, banks)
+        name = BankName.of(job.category, job.settings)
+        self._refs.setdefault(name, banks)
         backbone = self._engine.backbone
         prompt_set = fit(
             job.category,
@@ -99,7 +100,7 @@ class EngineActor:
             job.settings,
             backbone=backbone,
             calibration=job.calibration,
-            bank=self._engine.banks(job.category)[0],
+            bank=self._engine.banks(name)[0],
             metrics=dict(job.metrics),
         )
         images = [read_image(path) for path in job.support]
@@ -193,6 +194,7 @@ def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None)
 
 
 def start_encoding(
+    name: BankName,
     supports: Sequence[Sequence[Path]],
     seeds: Sequence[int],
     *,
@@ -200,10 +202,10 @@ def start_encoding(
     fingerprint: "ObjectRef[str]",
     cache: Path | None,
 ) -> "tuple[Banks, tuple[ObjectRef[int], ...]]":
-    """The banks of a category on their way, and small objects that tell when they are there."""
+    """The banks of a name on their way, and small objects that tell when they are there."""
     task: Any = _as_task(encode_bank)
     started = [
-        task.remote(support, fingerprint, backbone=backbone, seed=seed, cache=cache)
+        task.remote(name, support, fingerprint, backbone=backbone, seed=seed, cache=cache)
         for support, seed in zip(supports, seeds, strict=True)
     ]
     banks, shots = zip(*started, strict=True)
@@ -216,6 +218,7 @@ def _as_task(function: Callable[..., tuple[object, object]]) -> Any:
 
 
 def encode_bank(
+    name: BankName,
     support: Sequence[Path],
     fingerprint: str,
     *,
@@ -224,12 +227,13 @@ def encode_bank(
     cache: Path | None,
 ) -> tuple[SupportBank, int]:
     """The bank of one support set and its shots; DataError if a picture cannot be read."""
-    key = bank_key(fingerprint, support, seed=seed)
+    where: Any = {"region": name.region, "object_mask": name.object_mask}
+    key = bank_key(fingerprint, support, seed=seed, **where)
     kept = None if cache is None else BankCache(cache)
     bank = None if kept is None else kept.load(key)
     if bank is None:
         images = [read_image(path) for path in support]
-        bank = encode_support(_resident_backbone(backbone), images, seed=seed)
+        bank = encode_support(_resident_backbone(backbone), images, seed=seed, **where)
         if kept is not None:
             kept.save(key, bank)
     return bank, bank.shots

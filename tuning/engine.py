@@ -20,10 +20,10 @@ from apt_ray.config import FitSettings
 from apt_ray.errors import AptError, SettingsError
 from apt_ray.selection import fold, judge_folds
 from apt_ray.training import Lane, LaneState, PromptTrainer
-from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
+from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
 
-LoadBanks = Callable[[str], Sequence[SupportBank]]
-"""The banks of a category, one a support seed."""
+LoadBanks = Callable[[BankName], Sequence[SupportBank]]
+"""The banks of a name, one a support seed."""
 
 _MIB = 2**20
 
@@ -79,7 +79,7 @@ class Engine:
 
     Args:
         backbone: The frozen model, on the device that computes.
-        load_banks: Called from the engine's thread for a category whose banks it does not hold;
+        load_banks: Called from the engine's thread for banks that it does not hold;
             an AptError from it is the result of the calls that needed them.
         limits: What the engine may hold.
         threads: PyTorch's threads on a CPU; None leaves PyTorch's own choice. It is a setting of
@@ -98,7 +98,7 @@ class Engine:
         self.backbone = backbone
         self._limits = limits or EngineLimits()
         self._load_banks = load_banks
-        self._banks: OrderedDict[str, tuple[SupportBank, ...]] = OrderedDict()
+        self._banks: OrderedDict[BankName, tuple[SupportBank, ...]] = OrderedDict()
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._trainer = PromptTrainer(backbone)
         self._training: list[_Slot] = []
@@ -152,15 +152,15 @@ class Engine:
         with self._changed:
             self._slots.pop(call_id, None)
 
-    def banks(self, category: str) -> tuple[SupportBank, ...]:
-        """The banks of a category, on the backbone's device."""
+    def banks(self, name: BankName) -> tuple[SupportBank, ...]:
+        """The banks of a name, on the backbone's device."""
         with self._changed:
-            if category in self._banks:
-                self._banks.move_to_end(category)
-                return self._banks[category]
-        loaded = tuple(bank.to(self.backbone.device) for bank in self._load_banks(category))
+            if name in self._banks:
+                self._banks.move_to_end(name)
+                return self._banks[name]
+        loaded = tuple(bank.to(self.backbone.device) for bank in self._load_banks(name))
         with self._changed:
-            self._banks[category] = loaded
+            self._banks[name] = loaded
             while len(self._banks) > 1 and self._banks_mib() > self._limits.bank_mib:
                 self._banks.popitem(last=False)
         return loaded
@@ -232,7 +232,7 @@ class Engine:
             if slot is None:
                 return
             try:
-                banks = self.banks(slot.call.category)
+                banks = self.banks(slot.call.bank)
                 if self._training and not self._fits(sum(bank.shots for bank in banks)):
                     return
                 self._join(slot, banks)

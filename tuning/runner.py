@@ -23,6 +23,7 @@ from apt_ray.errors import AptError
 from apt_ray.held_out import HeldOutComparison
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry
+from tuning.calls import BankName
 from tuning.cluster import Engines, FitJob, start_encoding, start_engines, wait_until_ready
 from tuning.finishing import Finisher
 from tuning.progress import Progress, say
@@ -101,7 +102,7 @@ class Search:
         )
         self._stop_request = _StopRequest()
         self._engines: Engines | None = None
-        self._banks: dict[str, Banks] = {}
+        self._banks: dict[BankName, Banks] = {}
         self._encoding: dict[str, tuple[ObjectRef[int], ...]] = {}
         self._ended: dict[str, set[int]] = {name: set() for name in self._categories}
 
@@ -157,7 +158,7 @@ class Search:
         """Run what is left of the trials of all categories that can be searched."""
         assert self._engines is not None
         settings = self._settings
-        records = {name: self._store.trials(name) for name in self._banks}
+        records = {name.category: self._store.trials(name.category) for name in self._banks}
         ended = [record for known in records.values() for record in known if record.has_ended]
         if ended:
             say(f"{len(ended)} trials have ended before, they are not run again")
@@ -189,13 +190,19 @@ class Search:
         except AptError as error:
             self._finisher.fail(category.name, error)
             return
-        self._banks[category.name], self._encoding[category.name] = start_encoding(
-            supports,
-            settings.support_seeds,
-            backbone=settings.backbone,
-            fingerprint=self._engines.fingerprint,
-            cache=default_cache_folder() if folder is None else Path(folder) if folder else None,
-        )
+        cache = default_cache_folder() if folder is None else Path(folder) if folder else None
+        encoding: list[ObjectRef[int]] = []
+        for name in settings.bank_names(category.name):
+            self._banks[name], shots = start_encoding(
+                name,
+                supports,
+                settings.support_seeds,
+                backbone=settings.backbone,
+                fingerprint=self._engines.fingerprint,
+                cache=cache,
+            )
+            encoding += shots
+        self._encoding[category.name] = tuple(encoding)
 
     def _is_ready(self, name: str) -> bool | None:
         """Whether the banks of a category are encoded; None if they cannot be."""
@@ -229,7 +236,7 @@ class Search:
     def _fit(self, job: FitJob) -> tuple[bytes, dict[str, Image.Image]]:
         """Fit in an engine, which has the backbone and the bank."""
         fit: Any = self._engine_for(job.category).fit.options(max_task_retries=-1)
-        fitted: Any = fit.remote(job, list(self._banks[job.category]))
+        fitted: Any = fit.remote(job, list(self._banks[BankName.of(job.category, job.settings)]))
         result: tuple[bytes, dict[str, Image.Image]] = ray.get(fitted)
         return result
 

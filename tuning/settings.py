@@ -1,12 +1,14 @@
 """The settings of a search."""
 
 from collections.abc import Mapping
+from itertools import product
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from apt_ray.config import BackboneSpec, FitSettings, Settings
+from tuning.calls import BankName
 from tuning.space import Space
 
 RUNGS = 4
@@ -46,6 +48,14 @@ class SearchSettings(Settings):
     def fit_settings(self, searched: Mapping[str, Any] = MappingProxyType({})) -> FitSettings:
         """The settings of a fit to the first support set, with searched values in place."""
         return FitSettings.parse({"steps": self.steps, "seed": self.support_seeds[0], **searched})
+
+    def bank_names(self, category: str) -> tuple[BankName, ...]:
+        """The banks that trials of a category may ask for."""
+        places = [
+            self.space[name].ends if name in self.space else (getattr(FitSettings(), name),)
+            for name in ("region", "object_mask")
+        ]
+        return tuple(BankName(category, *place) for place in product(*places))
 
     def rung_steps(self, rung: int) -> int:
         """The step at which a rung, from 1 to RUNGS, reports."""

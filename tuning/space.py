@@ -46,6 +46,15 @@ class Axis(Settings):
         """Values that are valid settings if all are."""
         return self.choices or (self.low, self.high)
 
+    @property
+    def probes(self) -> tuple[Any, ...]:
+        """The same, and one between: not every setting takes all numbers of a range."""
+        if self.choices:
+            return self.choices
+        between = (self.low or 0) + ((self.high or 0) - (self.low or 0)) / 2.1
+        is_whole = isinstance(self.low, int) and isinstance(self.high, int)
+        return (*self.ends, int(between) if is_whole else between)
+
     def distribution(self, *, is_integer: bool) -> "BaseDistribution":
         """The same as Optuna says it."""
         from optuna import distributions as d
@@ -91,7 +100,9 @@ def check_space(space: Space) -> None:
     for name, axis in space.items():
         if name not in searchable:
             raise SettingsError(f"{name} cannot be searched: choose among {', '.join(searchable)}")
-        for value in axis.ends:
+        if not axis.choices and FitSettings.model_fields[name].annotation not in (int, float):
+            raise SettingsError(f"{name} is no number: list its values, as {{choices: [...]}}")
+        for value in axis.probes:
             FitSettings.parse({name: value})
 
 

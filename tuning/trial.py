@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from apt_ray.config import BackboneSpec
-from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
+from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
 from tuning.records import SearchStore, TrialRecord
 from tuning.settings import RUNGS, SearchSettings
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from apt_ray.bank import SupportBank
 
 Banks = tuple["ObjectRef[SupportBank]", ...]
-"""The banks of a category in Ray's object store, one a support seed."""
+"""The banks of a name in Ray's object store, one a support seed."""
 
 _ASK_S = 5.0
 _PATIENCE_S = 600.0
@@ -46,7 +46,7 @@ class TrialPlan:
     Attributes:
         store: Where they report.
         settings: Of the search.
-        banks: Category -> its banks.
+        banks: Name -> banks, all that a trial may ask for.
         engines: Those that may be asked; without any a trial has one of its own.
         threads: PyTorch's threads of an engine of its own.
         began: Time of the search's start, in seconds since the epoch.
@@ -54,7 +54,7 @@ class TrialPlan:
 
     store: SearchStore
     settings: SearchSettings
-    banks: Mapping[str, Banks]
+    banks: Mapping[BankName, Banks]
     engines: tuple["ActorHandle[Any]", ...]
     threads: int
     began: float
@@ -80,7 +80,7 @@ def run_trial(config: Mapping[str, Any], *, plan: TrialPlan) -> None:
             steps=settings.rung_steps(rung),
             state=state,
         )
-        result = _ask(list(_engines(plan, category, number)), call)
+        result = _ask(list(_engines(plan, call.bank, number)), call)
         state = result.state
         elapsed = time.time() - plan.began
         record = record.reported(result, elapsed, is_last=rung == RUNGS)
@@ -114,9 +114,9 @@ def _ask(engines: Sequence[SomeEngine], call: RungCall) -> RungResult:
             time.sleep(min(2.0, 0.1 * 2 ** min(attempt, 10)))
 
 
-def _engines(plan: TrialPlan, category: str, number: int) -> Iterator[SomeEngine]:
+def _engines(plan: TrialPlan, name: BankName, number: int) -> Iterator[SomeEngine]:
     """All engines, the trial's first choice first."""
-    banks = plan.banks[category]
+    banks = plan.banks[name]
     if not plan.engines:
         yield _OwnEngine(plan.settings.backbone, banks, plan.threads)
         return
@@ -150,7 +150,7 @@ class _OwnEngine:
         self._banks = banks
 
     def submit(self, call: RungCall) -> None:
-        self._refs[call.category] = self._banks
+        self._refs[call.bank] = self._banks
         self._engine.submit(call)
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
@@ -163,14 +163,14 @@ class _OwnEngine:
 @lru_cache(maxsize=1)
 def _engine_of_this_process(
     backbone: BackboneSpec, threads: int
-) -> "tuple[SomeEngine, dict[str, Banks]]":
+) -> "tuple[SomeEngine, dict[BankName, Banks]]":
     from apt_ray.backbone import load_backbone
     from tuning.engine import Engine
 
-    refs: dict[str, Banks] = {}
+    refs: dict[BankName, Banks] = {}
     engine = Engine(
         load_backbone(backbone),
-        lambda category: ray.get(list(refs[category])),
+        lambda name: ray.get(list(refs[name])),
         threads=threads,
     )
     return engine, refs
