@@ -14,6 +14,7 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from pydantic.json_schema import SkipJsonSchema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apt_ray.errors import ImageError
@@ -110,7 +111,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
         category: str,
         request: Request,
         picture: Annotated[
-            Picture | None,
+            Picture | SkipJsonSchema[None],  # a URL knows no null
             Query(
                 alias="map",
                 description="Adds a picture to the answer: `png` the anomaly map (16-bit gray,"
@@ -118,7 +119,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
             ),
         ] = None,
         timeout_ms: Annotated[
-            int | None,
+            int | SkipJsonSchema[None],
             Header(
                 alias="X-Timeout-Ms",
                 ge=1,
@@ -211,12 +212,15 @@ async def _in_time(
 async def _each(
     answer: Callable[[bytes], Awaitable[Inspected]], files: list[bytes]
 ) -> list[Inspected | Problem]:
-    """An answer for each image; what is wrong with one is no other's problem."""
+    """An answer for each image: what is wrong with one is no other's problem, but a category that
+    is unknown is that of all."""
 
     async def one(data: bytes) -> Inspected | Problem:
         try:
             return await answer(data)
         except ProblemError as error:
+            if error.problem.status == HTTPStatus.NOT_FOUND:
+                raise
             return error.problem
         except ImageError as error:
             return problems.of_image(error).problem

@@ -54,9 +54,9 @@ class Deployed:
         return self.run("deploy", str(path), "--http-port", str(self.port))
 
     def replicas(self) -> dict[str, list[int]]:
-        """Application -> processes of its replicas."""
+        """Application -> processes of its replicas, as far as they have started."""
         return {
-            name: sorted(replica["pid"] for replica in deployment["replicas"])
+            name: sorted(replica["pid"] for replica in deployment["replicas"] if "pid" in replica)
             for name, application in self.details()["applications"].items()
             for deployment in application["deployments"].values()
         }
