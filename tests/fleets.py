@@ -13,10 +13,23 @@ from typing import Any
 from urllib.request import Request
 
 import httpx
+import psutil
 
 from apt_ray.local_stack import LocalStack, command_environment, fetch
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry
+
+
+def ray_workers(stack: LocalStack, title: str) -> list[psutil.Process]:
+    """The processes of a stack's Ray whose command line contains `title`; at least one."""
+    (ray,) = (server for server in stack.servers if server.name == "Ray")
+    found = [
+        process
+        for process in psutil.Process(ray.pid).children(recursive=True)
+        if title in " ".join(process.cmdline())
+    ]
+    assert found, f"no process {title} runs"
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from apt_ray.data.folders import Category
 from apt_ray.local_stack import LocalStack, free_ports
 from apt_ray.prompt_set import PromptSet
 from serving.webhooks import SECRET_VARIABLE
-from tests.fleets import Deployed, Load
+from tests.fleets import Deployed, Load, ray_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -94,25 +94,31 @@ def test_killed_processes_take_only_what_they_held(deployed: Deployed, picture: 
     two = {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}
     done = deployed.deploy(POOLS | {"categories": {"blister": {"pool": "tail"}, "washer": two}})
     assert done.returncode == 0, done.stderr
-    for application in ("pool-tail", "pool-washer", "controller"):
-        before = deployed.replicas()[application]
+
+    def processes(of: str) -> list[int]:
+        if of == "proxy":
+            return [process.pid for process in ray_workers(deployed.stack, "ray::ProxyActor")]
+        return deployed.replicas()[of]
+
+    for killed in ("pool-tail", "pool-washer", "controller", "proxy"):
+        before = processes(killed)
         with Load(deployed.url, ("blister", "washer"), picture, per_second=PER_SECOND / 2) as load:
             time.sleep(1)
             os.kill(before[0], signal.SIGKILL)
 
-            def again(application: str = application, before: list[int] = before) -> bool:
-                now = deployed.replicas()[application]
+            def again(killed: str = killed, before: list[int] = before) -> bool:
+                now = processes(killed)
                 return len(now) == len(before) and before[0] not in now
 
             _until(again)
             time.sleep(2)
         once, twice = load.failed(), load.failed(attempts=2)
         print(
-            f"\n{application}: {len(load.answers)} requests, {len(once)} failed,"
+            f"\n{killed}: {len(load.answers)} requests, {len(once)} failed,"
             f" {len(twice)} after one retry"
         )
         assert twice == []
-        assert len(once) <= (0 if application == "controller" else 8)
+        assert len(once) <= (0 if killed == "controller" else 8)
 
 
 def test_a_webhook_spares_the_wait_for_the_next_poll(

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -20,6 +19,7 @@ from apt_ray.config import FitSettings
 from apt_ray.local_stack import HOST, LocalStack, command_environment, free_ports, launch_mlflow
 from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import CANDIDATE, CHAMPION, TRIALS_EXPERIMENT, Registry
+from tests.fleets import ray_workers
 from tests.registering import register, spoilt
 from tuning.records import SearchStore, TrialRecord
 from tuning.search import main
@@ -60,7 +60,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
 class RunningSearch:
     """A search as a driver process on the stack's Ray, in a storage of its own."""
 
-    stack: LocalStack
+    environment: Mapping[str, str]
     folder: Path
     process: "subprocess.Popen[str]" = field(init=False)
 
@@ -83,7 +83,7 @@ class RunningSearch:
             command("--storage", self.storage, "--bank-cache", self.folder / "banks", *arguments),
             cwd=ROOT,
             env=os.environ
-            | self.stack.environment
+            | dict(self.environment)
             | ({"MLFLOW_TRACKING_URI": mlflow} if mlflow else {}),
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -109,24 +109,13 @@ class RunningSearch:
     def ended(self, category: str) -> list[TrialRecord]:
         return [trial for trial in self.store.trials(category) if trial.has_ended]
 
-    def kill_worker(self, title: str) -> None:
-        """Kill one of Ray's worker processes of this search, by what it is."""
-        (ray,) = (server for server in self.stack.servers if server.name == "Ray")
-        workers = [
-            process
-            for process in psutil.Process(ray.pid).children(recursive=True)
-            if title in " ".join(process.cmdline())
-        ]
-        assert workers, f"no process {title} runs"
-        workers[0].kill()
-
     def wait(self) -> None:
         assert self.process.wait(500) == 0, self.log()
 
 
 @pytest.fixture
 def running(stack: LocalStack, tmp_path: Path) -> Iterator[RunningSearch]:
-    search = RunningSearch(stack, tmp_path)
+    search = RunningSearch(stack.environment, tmp_path)
     yield search
     if search.process.poll() is None:
         search.process.kill()
@@ -226,7 +215,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
 
 
 def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(
-    running: RunningSearch, sample_data: Path, tmp_path: Path
+    running: RunningSearch, sample_data: Path, tmp_path: Path, stack: LocalStack
 ) -> None:
     (port,) = free_ports(1)
     mlflow = launch_mlflow(tmp_path / "mlflow", port=port)
@@ -237,9 +226,9 @@ def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(
         mlflow=mlflow.url,
     )
     running.wait_for(lambda: running.reports("washer") >= 1)
-    running.kill_worker("ray::EngineActor")
+    ray_workers(stack, "ray::EngineActor")[0].kill()
     running.wait_for(lambda: running.reports("washer") >= 4)
-    running.kill_worker("ray::ImplicitFunc")
+    ray_workers(stack, "ray::ImplicitFunc")[0].kill()
     mlflow.terminate()
     running.wait_for(lambda: "waits for the registry" in running.log())
     mlflow.wait_until_ended()
@@ -309,12 +298,12 @@ def test_two_categories_survive_repeated_kills(
     )
     for reports, title in ((5, "ImplicitFunc"), (15, "EngineActor"), (30, "ImplicitFunc")):
         running.wait_for(lambda least=reports: running.reports("washer") >= least)
-        running.kill_worker(f"ray::{title}")
+        ray_workers(stack, f"ray::{title}")[0].kill()
     running.process.kill()
     running.process.wait()
     running.start("--resume", running.name)
     running.wait_for(lambda: running.reports("textile") >= 40)
-    running.kill_worker("ray::EngineActor")
+    ray_workers(stack, "ray::EngineActor")[0].kill()
     running.wait()
     for category in ("washer", "textile"):
         records = running.store.trials(category)
@@ -326,21 +315,20 @@ def test_two_categories_survive_repeated_kills(
 
 @pytest.mark.slow
 def test_the_node_of_an_engine_may_be_lost(
-    sample_data: Path, mlflow_server: str, tmp_path: Path, stack: LocalStack
+    sample_data: Path, mlflow_server: str, tmp_path: Path
 ) -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
-    search = RunningSearch(stack, tmp_path)
+    search = RunningSearch({"MLFLOW_TRACKING_URI": mlflow_server}, tmp_path)
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         cluster.wait_for_nodes()
         search.start(
             *(*KILLABLE, "--data", sample_data, "--categories", "washer"),
             *("--trials", "8", "--live-trials", "4", "--ray-address", cluster.address),
-            mlflow=mlflow_server,
         )
         search.wait_for(lambda: search.reports("washer") >= 4)
         assert "3 engine(s) ready" in search.log()

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apt_ray.backbone import FrozenCLIP, load_backbone
@@ -180,7 +181,7 @@ def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None)
     `check` is called twice a second, and may raise.
 
     Raises:
-        SettingsError: It cannot be placed, or takes minutes.
+        SettingsError: It cannot be placed or started, or takes minutes.
     """
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while not ray.wait([engines.fingerprint], timeout=0.5)[0]:
@@ -190,7 +191,13 @@ def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None)
                 f"no engine was ready after {_READY_TIMEOUT_S:.0f} s: see `ray status` for what"
                 " the cluster lacks, and Ray's logs for what the engine does"
             )
-    ray.get(engines.fingerprint)
+    try:
+        ray.get(engines.fingerprint)
+    except RayActorError as error:
+        raise SettingsError(
+            f"no engine could be started: {error} (does this machine use the same Ray token as the"
+            " cluster?)"
+        ) from error
 
 
 def start_encoding(
