@@ -57,9 +57,22 @@ class HeldOutComparison:
 
     @property
     def standard_error(self) -> float:
-        """Of the difference, over its S x F pairs."""
-        paired = (self.candidate_SF - self.champion_SF).ravel()
-        return float(paired.std(ddof=1) / sqrt(len(paired)))
+        """Of the difference, over its S x F pairs.
+
+        Pairs of one seed or one family are alike, so it is clustered by both (Cameron, Gelbach and
+        Miller 2011, Robust inference with multiway clustering), and never below that of independent
+        pairs.
+        """
+        paired_SF = self.candidate_SF - self.champion_SF
+        residual_SF = paired_SF - paired_SF.mean()
+
+        def variance(sums: npt.NDArray[np.float64]) -> float:
+            unbiased = len(sums) / (len(sums) - 1)
+            return float(unbiased * (sums**2).sum() / residual_SF.size**2)
+
+        independent = variance(residual_SF.ravel())
+        clustered = variance(residual_SF.sum(0)) + variance(residual_SF.sum(1)) - independent
+        return sqrt(max(clustered, independent))
 
     @property
     def worst_family(self) -> tuple[str, float]:

@@ -117,14 +117,7 @@ def fleet(
                 "registry": {"cache": str(folder / "cache")},
             }
             file.write_text(json.dumps(settings))
-            command = ["-W", "ignore", "-m", "serving.fleet", "deploy", str(file)]
-            subprocess.run(
-                [sys.executable, *command, "--http-port", str(port)],
-                env=command_environment() | stack.environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                check=True,
-            )
+            deploy(stack, file, port)
             yield RunningFleet(
                 url=f"http://{HOST}:{port}",
                 tracking_uri=stack.environment["MLFLOW_TRACKING_URI"],
@@ -132,6 +125,18 @@ def fleet(
             )
         finally:
             stack.stop()
+
+
+def deploy(stack: LocalStack, file: Path, port: int) -> None:
+    """Make a stack's cluster serve what a fleet file describes; returns when all is ready."""
+    command = ["-W", "ignore", "-m", "serving.fleet", "deploy", str(file)]
+    subprocess.run(
+        [sys.executable, *command, "--http-port", str(port)],
+        env=command_environment() | stack.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
 
 
 @contextmanager

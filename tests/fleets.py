@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import Request
@@ -21,14 +22,13 @@ from apt_ray.registry import Registry
 
 
 def ray_workers(stack: LocalStack, title: str) -> list[psutil.Process]:
-    """The processes of a stack's Ray whose command line contains `title`; at least one."""
+    """The processes of a stack's Ray whose command line contains `title`."""
     (ray,) = (server for server in stack.servers if server.name == "Ray")
-    found = [
-        process
-        for process in psutil.Process(ray.pid).children(recursive=True)
-        if title in " ".join(process.cmdline())
-    ]
-    assert found, f"no process {title} runs"
+    found = []
+    for process in psutil.Process(ray.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may end just now
+            if title in " ".join(process.cmdline()):
+                found.append(process)
     return found
 
 

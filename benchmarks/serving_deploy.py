@@ -1,0 +1,67 @@
+"""A long tail of categories in one pool: `python -m benchmarks.serving_deploy [--json FILE]`.
+
+Every category is registered for real. Then a fleet file with one of them is deployed, one with all,
+the same again, and one with all but one. Each time is that of the whole command, from its start
+until every category answers.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from apt_ray.local_stack import LocalStack, free_ports
+from apt_ray.registry import Registry
+from benchmarks.fleet import deploy, prepare, write
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="A long tail of categories in one pool.")
+    parser.add_argument("--categories", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1, help="of the pool's one replica")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    names = [f"part-{number:04}" for number in range(options.categories)]
+    with tempfile.TemporaryDirectory(prefix="apt-bench-") as name:
+        folder = Path(name)
+        prompt_set, _ = prepare(folder, "builtin")
+        stack = LocalStack(folder / "stack")
+        stack.start()
+        try:
+            registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])
+
+            def register(name: str) -> None:
+                registry.register(prompt_set.with_category(name), pictures={}, trials=[])
+
+            started = time.perf_counter()
+            with ThreadPoolExecutor(8) as threads:
+                list(threads.map(register, names))
+            seconds = {"register_all": time.perf_counter() - started}
+            (port,) = free_ports(1)
+            file = folder / "fleet.yaml"
+            for what, served in (
+                ("deploy_one", names[:1]),
+                ("deploy_all", names),
+                ("deploy_the_same", names),
+                ("deploy_one_less", names[1:]),
+            ):
+                fleet = {
+                    "pools": {"tail": {"threads": options.threads}},
+                    "categories": {name: {"pool": "tail"} for name in served},
+                    "registry": {"cache": str(folder / "cache")},
+                }
+                file.write_text(json.dumps(fleet))
+                started = time.perf_counter()
+                deploy(stack, file, port)
+                seconds[what] = time.perf_counter() - started
+        finally:
+            stack.stop()
+    rounded = {f"{what}_s": round(value, 2) for what, value in seconds.items()}
+    write(options.json, {"categories": options.categories, **rounded})
+
+
+if __name__ == "__main__":
+    main()
