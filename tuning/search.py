@@ -376,8 +376,8 @@ def _parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("shared", "own"),
         default="shared",
-        help="shared: one process a GPU, or a node where there is none, batches all trials; own: "
-        "each live trial has a backbone of its own, on CPUs (default: %(default)s)",
+        help="shared: one process a GPU, or several a node where there is none, batch all trials; "
+        "own: each live trial has a backbone of its own, on CPUs (default: %(default)s)",
     )
     cluster.add_argument(
         "--engine-gpus",
@@ -390,7 +390,8 @@ def _parser() -> argparse.ArgumentParser:
         "--engine-threads",
         type=int,
         metavar="N",
-        help="PyTorch's threads in an engine on CPUs (default: all CPUs of its node; own: 1)",
+        help="PyTorch's threads in an engine; a node without GPU has an engine for each so many "
+        "CPUs (default: 1, more where that were more than 8 engines)",
     )
     cluster.add_argument(
         "--bank-cache",
