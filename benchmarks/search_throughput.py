@@ -3,20 +3,23 @@
 - ordinary: a Tune trial is a process that loads the backbone, encodes its support sets at its own
   noise strength, and trains one prompt set after another (with truncated texts, as here);
 - lanes alone: banks encoded once, a trial trains its seeds and folds as lanes of one batch, in a
-  process with a backbone of its own (`--engine own`);
-- lanes and engine: what `tuning/search.py` does by default (`--engine shared`).
+  process with a backbone of its own (`--engine own`, the default on CPUs);
+- lanes and engine: all live trials in one batch (`--engine shared`, the default on GPUs).
 
 Each is measured by the clock and by the processor seconds of all its processes; the latter say what
 it costs on a machine that has other work too, and are the floor of the former.
 
-The floors are Ray Tune with trials that do nothing, the trainer with every lane in one batch, and
-the encoding of the banks. All start from nothing cached, on a Ray of their own. The ordinary way is
+The floors are Ray Tune with trials that do nothing, the trainer and the encoding of the banks, both
+in a process a core. All start from nothing cached, on a Ray of their own. The ordinary way is
 slow: `--ordinary-trials N` runs N of its trials, and its time is scaled to all.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +28,8 @@ import ray
 import torch
 from ray import tune
 
-from apt_ray.backbone import load_backbone
-from apt_ray.bank import encode_support
+from apt_ray.backbone import FrozenCLIP, load_backbone
+from apt_ray.bank import SupportBank, encode_support
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.data.samples import write_samples
@@ -106,9 +109,9 @@ def _measure(
     timed("Tune", lambda: _idle(settings, folder / "idle"))
     seconds |= _arithmetic(options, settings, category)
     say(f"encoding: {seconds['encoding']:.1f} s, trainer: {seconds['trainer']:.1f} s")
-    best = timed("engine", lambda: search("shared"))
-    timed("asha", lambda: search("shared", "asha"))
     best_of_lanes = timed("lanes", lambda: search("own"))
+    timed("asha", lambda: search("own", "asha"))
+    best = timed("engine", lambda: search("shared"))
     timed("ordinary", lambda: _ordinary(options, settings, category, folder / "ordinary"))
     for name in ("ordinary", "ordinary CPU"):
         seconds[name] *= settings.trials / options.ordinary_trials
@@ -141,7 +144,7 @@ def _search(
         store=store,
         settings=settings,
         banks={name: banks},
-        engines=engines.actors if mode == "shared" else (),
+        engines=engines.actors if engines.are_shared else (),
         threads=options.engine_threads or 1,
         began=time.time(),
     )
@@ -164,31 +167,51 @@ def _do_nothing(config: Mapping[str, Any]) -> None:
 def _arithmetic(
     options: argparse.Namespace, settings: SearchSettings, category: Category
 ) -> dict[str, float]:
-    """Seconds of encoding all banks, and of training all lanes in one batch, shared by all cores:
-    one thread's, as if others beside it did not slow it down."""
+    """Seconds of encoding all banks, and of training all lanes: a process a core, a thread each,
+    which load the backbone before the clock runs."""
+    drawn = searched_settings(settings.trials, steps=settings.steps)
+    seeds = settings.support_seeds
+    supports = [category.support_set(settings.shots, seed) for seed in seeds]
+    with ProcessPoolExecutor(
+        options.threads, get_context("spawn"), _load_once, (settings.backbone,)
+    ) as pool:
+        list(pool.map(time.sleep, [2.0] * options.threads))
+        with CpuMeter() as encoding:
+            started = time.perf_counter()
+            banks = list(pool.map(partial(_encode, settings.backbone), supports, seeds))
+            encoded = time.perf_counter()
+        with CpuMeter() as training:
+            parts = [drawn[part :: options.threads] for part in range(options.threads)]
+            list(pool.map(partial(_train, settings.backbone, banks), parts))
+            trained = time.perf_counter()
+    return {
+        "encoding": encoded - started,
+        "encoding CPU": encoding.seconds,
+        "trainer": trained - encoded,
+        "trainer CPU": training.seconds,
+    }
+
+
+@lru_cache(maxsize=1)
+def _load_once(spec: BackboneSpec) -> FrozenCLIP:
     torch.set_num_threads(1)
-    backbone = load_backbone(settings.backbone)
-    clocks = [(time.perf_counter(), time.process_time())]
-    banks = []
-    for seed in settings.support_seeds:
-        images = [read_image(path) for path in category.support_set(settings.shots, seed)]
-        banks.append(encode_support(backbone, images, seed=seed))
-    clocks.append((time.perf_counter(), time.process_time()))
+    return load_backbone(spec)
+
+
+def _encode(spec: BackboneSpec, support: Sequence[Path], seed: int) -> SupportBank:
+    return encode_support(_load_once(spec), [read_image(path) for path in support], seed=seed)
+
+
+def _train(
+    spec: BackboneSpec, banks: Sequence[SupportBank], settings: Sequence[FitSettings]
+) -> None:
     lanes = [
         fold(bank, image, drawn)
-        for drawn in searched_settings(settings.trials, steps=settings.steps)
+        for drawn in settings
         for bank in banks
         for image in range(bank.shots)
     ]
-    PromptTrainer(backbone, lanes).advance(settings.steps)
-    clocks.append((time.perf_counter(), time.process_time()))
-    (start, start_cpu), (encoded, encoded_cpu), (trained, trained_cpu) = clocks
-    return {
-        "encoding": (encoded - start) / options.threads,
-        "encoding CPU": encoded_cpu - start_cpu,
-        "trainer": (trained - encoded) / options.threads,
-        "trainer CPU": trained_cpu - encoded_cpu,
-    }
+    PromptTrainer(_load_once(spec), lanes).advance(settings[0].steps)
 
 
 def _ordinary(
@@ -246,14 +269,12 @@ def _rows(seconds: Mapping[str, float], unit: str) -> list[Row]:
         _row("lanes alone against the ordinary way", lanes, ordinary, unit),
         _row("lanes and engine against the ordinary way", engine, ordinary, unit),
         _row("lanes and engine against lanes alone", engine, lanes, unit),
-        _row(
-            "lanes and engine against the floors",
-            engine,
-            sum(seconds[name] for name in floors),
-            unit,
+        *(
+            _row(f"{name} against the floors", ours, sum(seconds[floor] for floor in floors), unit)
+            for name, ours in (("lanes alone", lanes), ("lanes and engine", engine))
         ),
-        *(_row(f"floor: {name}", seconds[name], engine, unit) for name in floors),
-        _row("lanes and engine with ASHA against without", seconds["asha"], engine, unit),
+        *(_row(f"floor: {name}", seconds[name], lanes, unit) for name in floors),
+        _row("lanes alone with ASHA against without", seconds["asha"], lanes, unit),
     ]
 
 

@@ -101,8 +101,9 @@ class ReplicaWatch:
 def main() -> None:
     """Run both loads and print what came back."""
     parser = argparse.ArgumentParser(description="Loads that change.")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2, 6, 12, 18, 12, 4, 1, 1, 1])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2, 6, 12, 18, 12, 4, *[0.5] * 6])
     parser.add_argument("--seconds", type=float, default=20, help="of each rate, and of the flood")
+    parser.add_argument("--proxy", choices=["haproxy", "default"], default="haproxy")
     parser.add_argument("--max-replicas", type=int, default=4)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ramp (PNG)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -118,7 +119,11 @@ def main() -> None:
         prompt_set, data = prepare(Path(name), "builtin")
         with (
             fleet(
-                Path(name) / "ramp", prompt_set, haproxy=False, threads=1, autoscaling=scaled
+                Path(name) / "ramp",
+                prompt_set,
+                haproxy=options.proxy == "haproxy",
+                threads=1,
+                autoscaling=scaled,
             ) as running,
             ReplicaWatch(running.url) as watch,
         ):
@@ -127,7 +132,7 @@ def main() -> None:
         with fleet(
             Path(name) / "flood",
             prompt_set,
-            haproxy=False,
+            haproxy=options.proxy == "haproxy",
             threads=1,
             max_queue=16,
             categories=(CATEGORY, _QUIET),

@@ -28,6 +28,7 @@ from tuning.space import read_space
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--shots", "2", "--seeds", "0", "--max-steps", "8")
 KILLABLE = ("--shots", "2", "--seeds", "0", "--max-steps", "160", "--scheduler", "none")
+SHARED = ("--engine", "shared")
 STEPS = (40, 80, 120, 160)
 
 pytestmark = pytest.mark.timeout(600)
@@ -221,7 +222,7 @@ def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(
     mlflow = launch_mlflow(tmp_path / "mlflow", port=port)
     mlflow.wait_until_ready("/health")
     running.start(
-        *(*KILLABLE, "--data", sample_data, "--categories", "washer"),
+        *(*KILLABLE, *SHARED, "--data", sample_data, "--categories", "washer"),
         *("--trials", "6", "--live-trials", "2"),
         mlflow=mlflow.url,
     )
@@ -295,6 +296,7 @@ def test_two_categories_survive_repeated_kills(
     running.start(
         *("--shots", "3", "--seeds", "0,1", "--max-steps", "40", "--data", sample_data),
         *("--categories", "washer,textile", "--scheduler", "none", "--trials", "12"),
+        *SHARED,
     )
     for reports, title in ((5, "ImplicitFunc"), (15, "EngineActor"), (30, "ImplicitFunc")):
         running.wait_for(lambda least=reports: running.reports("washer") >= least)
@@ -327,7 +329,7 @@ def test_the_node_of_an_engine_may_be_lost(
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         cluster.wait_for_nodes()
         search.start(
-            *(*KILLABLE, "--data", sample_data, "--categories", "washer"),
+            *(*KILLABLE, *SHARED, "--data", sample_data, "--categories", "washer"),
             *("--trials", "8", "--live-trials", "4", "--ray-address", cluster.address),
         )
         search.wait_for(lambda: search.reports("washer") >= 4)

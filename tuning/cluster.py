@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ from tuning.settings import EngineSettings
 from tuning.trial import Banks
 
 _READY_TIMEOUT_S = 300.0
-_MOST_ENGINES = 8
-"""On a node without a GPU, unless its engines are given threads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,21 +134,21 @@ class Engines:
     """The engines of a search.
 
     Attributes:
-        actors: All of them.
-        threads: PyTorch's threads in each, the most that one has.
+        actors: One a GPU, or one a node; a single one where trials do not ask them.
+        are_shared: Whether trials ask them; else each trial has an engine of its own, and these
+            fit the winners.
+        threads: PyTorch's threads in each.
         fingerprint: Of the backbone, once the first engine has loaded it.
     """
 
     actors: tuple["ActorHandle[Any]", ...]
+    are_shared: bool
     threads: int
     fingerprint: "ObjectRef[str]"
 
 
 def start_engines(backbone: BackboneSpec, settings: EngineSettings, *, callers: int) -> Engines:
-    """Start an engine on every GPU; where there is none, several on every node.
-
-    The operations of a step are too small to gain from threads, so on CPUs engines side by side
-    are faster than one with many; each holds a backbone, so a node has at most eight.
+    """Start an engine on every GPU, or on every node where there is none.
 
     Args:
         backbone: What they load.
@@ -163,13 +160,10 @@ def start_engines(backbone: BackboneSpec, settings: EngineSettings, *, callers: 
     hosts = gpu_nodes or [node for node in nodes if node["Resources"].get("CPU", 0) > 0]
     if not hosts:
         raise SettingsError("no node of the cluster has a CPU: add one that has")
-    if settings.mode == "own":
-        hosts = hosts[:1]  # for the fits alone
-    places = [
-        (node["NodeID"], threads)
-        for node in hosts
-        for threads in _threads_of_engines(node["Resources"], settings, on_gpu=bool(gpu_nodes))
-    ]
+    are_shared = bool(gpu_nodes) if settings.mode == "auto" else settings.mode == "shared"
+    if not are_shared:
+        hosts = hosts[:1]
+    threads = settings.threads or int(max(node["Resources"].get("CPU", 1) for node in hosts))
     actor: Any = ray.remote(EngineActor)
     actors = tuple(
         actor.options(
@@ -177,29 +171,17 @@ def start_engines(backbone: BackboneSpec, settings: EngineSettings, *, callers: 
             num_gpus=settings.gpus if gpu_nodes else 0,
             max_restarts=-1,
             max_concurrency=callers + 8,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
         ).remote(backbone, device="cuda" if gpu_nodes else "cpu", threads=threads)
-        for node_id, threads in places
+        for node in hosts
+        for _ in range(int(node["Resources"]["GPU"] / settings.gpus) if gpu_nodes else 1)
     )
     return Engines(
         actors=actors,
-        threads=max(threads for _, threads in places),
+        are_shared=are_shared,
+        threads=threads,
         fingerprint=actors[0].fingerprint.remote(),
     )
-
-
-def _threads_of_engines(
-    resources: Mapping[str, float], settings: EngineSettings, *, on_gpu: bool
-) -> list[int]:
-    """The threads of each engine of a node with these resources."""
-    cpus = max(1, int(resources.get("CPU", 1)))
-    if settings.mode == "own":
-        return [settings.threads or cpus]
-    if on_gpu:
-        engines = int(resources["GPU"] / settings.gpus)
-        return [settings.threads or max(1, cpus // engines)] * engines
-    threads = settings.threads or ceil(cpus / _MOST_ENGINES)
-    return [threads] * max(1, cpus // threads)
 
 
 def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None) -> None:

@@ -152,7 +152,12 @@ class Search:
             self._settings.backbone, self._engine, callers=self._settings.live_trials + 2
         )
         wait_until_ready(self._engines, self._stop_request.check)
-        say(f"{len(self._engines.actors)} engine(s) ready, {self._engines.threads} threads each")
+        if self._engines.are_shared:
+            say(
+                f"{len(self._engines.actors)} engine(s) ready, {self._engines.threads} threads each"
+            )
+        else:
+            say("each trial has a backbone of its own")
 
     def _run_trials(self) -> None:
         """Run what is left of the trials of all categories that can be searched."""
@@ -162,11 +167,13 @@ class Search:
         ended = [record for known in records.values() for record in known if record.has_ended]
         if ended:
             say(f"{len(ended)} trials have ended before, they are not run again")
+        if not self._engines.are_shared:
+            self._wait_for_banks()
         plan = TrialPlan(
             store=self._store,
             settings=settings,
             banks=self._banks,
-            engines=self._engines.actors if self._engine.mode == "shared" else (),
+            engines=self._engines.actors if self._engines.are_shared else (),
             threads=self._engine.threads or 1,
             began=self._began,
         )
@@ -203,6 +210,14 @@ class Search:
             )
             encoding += shots
         self._encoding[category.name] = tuple(encoding)
+
+    def _wait_for_banks(self) -> None:
+        """Trials that hold CPUs of their own would leave none to encode the other categories."""
+        started = time.monotonic()
+        while any(self._is_ready(name) is False for name in list(self._encoding)):
+            self._stop_request.check()
+            time.sleep(_CHECK_S)
+        say(f"support sets encoded in {time.monotonic() - started:.0f} s")
 
     def _is_ready(self, name: str) -> bool | None:
         """Whether the banks of a category are encoded; None if they cannot be."""

@@ -374,10 +374,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     cluster.add_argument(
         "--engine",
-        choices=("shared", "own"),
-        default="shared",
-        help="shared: one process a GPU, or several a node where there is none, batch all trials; "
-        "own: each live trial has a backbone of its own, on CPUs (default: %(default)s)",
+        choices=("auto", "shared", "own"),
+        default="auto",
+        help="shared: one process a GPU, or a node where there is none, batches all trials; own: "
+        "each live trial has a CPU and a backbone of its own, which is faster there but takes more "
+        "memory; auto: shared where there are GPUs, else own (default: %(default)s)",
     )
     cluster.add_argument(
         "--engine-gpus",
@@ -390,8 +391,7 @@ def _parser() -> argparse.ArgumentParser:
         "--engine-threads",
         type=int,
         metavar="N",
-        help="PyTorch's threads in an engine; a node without GPU has an engine for each so many "
-        "CPUs (default: 1, more where that were more than 8 engines)",
+        help="PyTorch's threads in an engine on CPUs (default: all CPUs of its node; own: 1)",
     )
     cluster.add_argument(
         "--bank-cache",

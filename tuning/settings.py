@@ -65,17 +65,15 @@ class SearchSettings(Settings):
 class EngineSettings(Settings):
     """Where and how the lanes are computed; none of it changes what a search finds."""
 
-    mode: Literal["shared", "own"] = Field(
-        default="shared",
-        description="shared: an engine a GPU, or several a node, batch all trials; own: each"
-        " trial's process holds a model of its own.",
+    mode: Literal["auto", "shared", "own"] = Field(
+        default="auto",
+        description="shared: one engine a GPU, or a node, batches all trials; own: each trial's"
+        " process holds a model of its own; auto: shared where there are GPUs, else own, which is"
+        " faster there.",
     )
     gpus: float = Field(default=1.0, gt=0, le=1, description="GPU fraction of one engine.")
     threads: int | None = Field(
-        default=None,
-        ge=1,
-        description="PyTorch's threads in an engine; None is one, more where a node would have"
-        " more than eight engines.",
+        default=None, ge=1, description="PyTorch's threads on a CPU; None is all of a node's CPUs."
     )
     bank_cache: str | None = Field(default=None, description="Folder of cached banks on each node.")
 
