@@ -229,6 +229,9 @@ class LocalStack:
         env = {name: self.environment[name] for name in inherited}
         # There is no other node that replicas could move to before this one ends.
         env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+        # Nor another proxy to ask while Serve does not notice that this one has ended: that takes
+        # three checks in a row, every ten seconds by default.
+        env["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
         return Server.launch(
             "Ray",
             command,

@@ -1,0 +1,59 @@
+"""From the move of an alias to the first answer: `python -m benchmarks.registry_follow`.
+
+A fleet that polls at its default interval is asked again and again while the champion of its
+category moves to and fro, at a random time after the last poll. A webhook spares this wait: see
+`tests/test_fleet_changes.py`.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from urllib.request import Request
+
+from mlflow import MlflowClient
+
+from apt_ray.local_stack import fetch
+from apt_ray.registry import Registry
+from benchmarks.fleet import CATEGORY, fleet, prepare, write
+
+_PAUSE_S = 0.1
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="From the move of an alias to the first answer.")
+    parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    g = random.Random(0)
+    with tempfile.TemporaryDirectory(prefix="apt-bench-") as name:
+        prompt_set, data = prepare(Path(name), "builtin")
+        with fleet(Path(name) / "fleet", prompt_set, haproxy=False, threads=1) as running:
+            Registry(running.tracking_uri).register(prompt_set, pictures={}, trials=[])
+            client = MlflowClient(running.tracking_uri, registry_uri=running.tracking_uri)
+            request = Request(f"{running.url}/v1/{CATEGORY}/inspect", data=data)
+            seconds = []
+            for move in range(options.moves):
+                time.sleep(g.uniform(0, 10))
+                version = 2 - move % 2
+                client.set_registered_model_alias(f"apt-{CATEGORY}", "champion", str(version))
+                moved = time.perf_counter()
+                while json.loads(fetch(request))["version"] != version:
+                    time.sleep(_PAUSE_S)
+                seconds.append(time.perf_counter() - moved)
+    write(
+        options.json,
+        {
+            "moves": options.moves,
+            "followed_p50_s": round(statistics.median(seconds), 2),
+            "followed_max_s": round(max(seconds), 2),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
