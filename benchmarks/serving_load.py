@@ -101,7 +101,9 @@ class ReplicaWatch:
 def main() -> None:
     """Run both loads and print what came back."""
     parser = argparse.ArgumentParser(description="Loads that change.")
-    parser.add_argument("--rates", type=float, nargs="+", default=[4, 12, 24, 40, 24, 8, *[0.5] * 6])
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[4, 12, 24, 40, 24, 8, *[0.5] * 6]
+    )
     parser.add_argument("--seconds", type=float, default=20, help="of each rate, and of the flood")
     parser.add_argument("--proxy", choices=["haproxy", "default"], default="haproxy")
     parser.add_argument("--max-replicas", type=int, default=4)
