@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="ViT-B-16", metavar="NAME")
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--engine", choices=("shared", "own"), default="shared")
+    parser.add_argument("--engine", choices=("auto", "shared", "own"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="apt-ray-bench-") as name:
