@@ -48,12 +48,11 @@ class Axis(Settings):
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        """The same, and one between: not every setting takes all numbers of a range."""
-        if self.choices:
-            return self.choices
-        between = (self.low or 0) + ((self.high or 0) - (self.low or 0)) / 2.1
-        is_whole = isinstance(self.low, int) and isinstance(self.high, int)
-        return (*self.ends, int(between) if is_whole else between)
+        """The same, and of a range of fractions one between: a ladder does not take them all."""
+        low, high = self.low, self.high
+        if low is None or high is None or (isinstance(low, int) and isinstance(high, int)):
+            return self.ends
+        return (low, low + (high - low) / 2.1, high)  # the very middle may be a rung by chance
 
     def distribution(self, *, is_integer: bool) -> "BaseDistribution":
         """The same as Optuna says it."""
