@@ -1,9 +1,10 @@
 """What runs PyTorch on the cluster: engines, one a GPU or a node, and tasks that encode banks."""
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tuning.settings import EngineSettings
 from tuning.trial import Banks
 
 _READY_TIMEOUT_S = 300.0
+_IDLE_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,14 +251,41 @@ def encode_bank(
     bank = None if kept is None else kept.load(key)
     if bank is None:
         images = [read_image(path) for path in support]
-        bank = encode_support(_resident_backbone(backbone), images, seed=seed, **where)
+        with _resident.lent(backbone) as loaded:
+            bank = encode_support(loaded, images, seed=seed, **where)
         if kept is not None:
             kept.save(key, bank)
     return bank, bank.shots
 
 
-@lru_cache(maxsize=1)
-def _resident_backbone(spec: BackboneSpec) -> FrozenCLIP:
-    """Loaded once in a worker process, which encodes many banks."""
-    torch.set_num_threads(1)
-    return load_backbone(spec)
+class _Resident:
+    """The backbone of a worker process, which encodes many banks; it is let go after a while
+    without any, since Ray keeps idle workers."""
+
+    def __init__(self) -> None:
+        self._spec: BackboneSpec | None = None
+        self._backbone: FrozenCLIP | None = None
+        self._timer: threading.Timer | None = None
+
+    @contextmanager
+    def lent(self, spec: BackboneSpec) -> Iterator[FrozenCLIP]:
+        """The backbone, loaded unless it is here."""
+        if self._timer is not None:
+            self._timer.cancel()
+        backbone = self._backbone
+        if backbone is None or spec != self._spec:
+            torch.set_num_threads(1)
+            backbone = load_backbone(spec)
+        self._spec, self._backbone = spec, backbone
+        try:
+            yield backbone
+        finally:
+            self._timer = threading.Timer(_IDLE_S, self._let_go)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _let_go(self) -> None:
+        self._backbone = None
+
+
+_resident = _Resident()
