@@ -11,10 +11,10 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import WithJsonSchema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apt_ray.errors import ImageError
@@ -111,7 +111,8 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
         category: str,
         request: Request,
         picture: Annotated[
-            Picture | SkipJsonSchema[None],  # a URL knows no null
+            Picture | None,
+            WithJsonSchema({"type": "string", "enum": get_args(Picture)}),  # a URL knows no null
             Query(
                 alias="map",
                 description="Adds a picture to the answer: `png` the anomaly map (16-bit gray,"
@@ -119,7 +120,8 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
             ),
         ] = None,
         timeout_ms: Annotated[
-            int | SkipJsonSchema[None],
+            int | None,
+            WithJsonSchema({"type": "integer", "minimum": 1}),
             Header(
                 alias="X-Timeout-Ms",
                 ge=1,
