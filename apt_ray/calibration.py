@@ -18,13 +18,12 @@ class Threshold(Settings):
     """Where anomaly scores begin to be rejected.
 
     Attributes:
-        value: images with a higher anomaly score are anomalous. certified_false_alarm_rate: the
-        share of good parts that is rejected at most; None if too few
-            calibration images were there to promise anything.
+        value: images with a higher anomaly score are anomalous.
+        certified_false_alarm_rate: the share of good parts that is rejected at most; None if too
+            few calibration images were there to promise anything.
         source: what the calibration scores belong to. Scores of support images left out one at a
-        time,
-            or of altered copies of the only one, are not exchangeable with new images: they set a
-            threshold, but certify nothing and give no p-value.
+            time, or of altered copies of the only one, are not exchangeable with new images: they
+            set a threshold, but certify nothing and give no p-value.
         scores: the calibration scores.
     """
 
