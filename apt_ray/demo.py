@@ -130,28 +130,38 @@ def _submit_search(stack: LocalStack, data: Path) -> None:
 
 
 def _inspect(fleet_url: str, categories: list[Category]) -> None:
-    """Ask the fleet about a good and a defective part of each category."""
+    """Ask the fleet about a good part and one of each kind of defect, of each category."""
     rows = []
+    of_good, of_defective = list[bool](), list[bool]()
     print()
     for category in categories:
         url = f"{fleet_url}/v1/{category.name}/inspect"
-        good, defective = _one_of_each(category)
-        for image in (good, defective):
-            verdict = json.loads(_ask(url, image.path))
+        verdicts = {
+            image: json.loads(_ask(url, image.path)) for image in _one_of_each_kind(category)
+        }
+        for image, verdict in verdicts.items():
             rows.append(_row(category.name, image.defect_type, verdict))
-        _ask(url, defective.path, overlay=FOLDER / f"overlay-{category.name}.png")
+            (of_defective if image.is_anomalous else of_good).append(verdict["is_anomalous"])
+        worst = max(verdicts, key=lambda image: float(verdicts[image]["anomaly_score"]))
+        _ask(url, worst.path, overlay=FOLDER / f"overlay-{category.name}.png")
     header = ("category", "part", "score", "threshold", "verdict", "p-value", "version")
     print()
     for row in (header, *rows):
-        print("  ".join(f"{cell:12}" for cell in row).rstrip())
-    print(f"\noverlays of the defective parts: {FOLDER}/overlay-*.png", flush=True)
+        print("  ".join(f"{cell:14}" for cell in row).rstrip())
+    print(
+        f"\n{sum(of_defective)} of {len(of_defective)} defects found, {sum(of_good)} of"
+        f" {len(of_good)} good parts rejected\noverlays of the highest scores:"
+        f" {FOLDER}/overlay-*.png",
+        flush=True,
+    )
 
 
-def _one_of_each(category: Category) -> tuple[LabelledImage, LabelledImage]:
-    """The first good and the first defective test image."""
-    good = next(image for image in category.test if not image.is_anomalous)
-    defective = next(image for image in category.test if image.is_anomalous)
-    return good, defective
+def _one_of_each_kind(category: Category) -> list[LabelledImage]:
+    """The first good test image, and the first of each type of defect."""
+    first: dict[str, LabelledImage] = {}
+    for image in category.test:
+        first.setdefault(image.defect_type, image)
+    return sorted(first.values(), key=lambda image: (image.is_anomalous, image.defect_type))
 
 
 def _row(category: str, part: str, verdict: Mapping[str, Any]) -> tuple[str, ...]:
