@@ -38,9 +38,13 @@ class Cache:
         self._folder = Path(folder).expanduser() / key
 
     def put(self, stored: StoredVersion) -> None:
-        """Keep a version, and the last few of its category besides."""
+        """Keep a version, and the last few of its category besides; once is enough."""
         name = f"{stored.version}-{stored.run_id or 'unknown'}.safetensors"
-        self._write(self._folder / stored.category / name, stored.data)
+        path = self._folder / stored.category / name
+        with contextlib.suppress(OSError):
+            if path.exists():
+                return
+        self._write(path, stored.data)
         with contextlib.suppress(OSError):
             files = sorted(self._folder.glob(f"{stored.category}/*.safetensors"), key=_modified)
             for file in files[:-_KEPT]:
