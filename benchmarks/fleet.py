@@ -169,8 +169,14 @@ class _Connection:
 
     def _post(self, path: str, body: bytes, content_type: str) -> int:
         """The status of the answer, whose body is read."""
-        self._connection.request("POST", path, body, {"Content-Type": content_type})
-        response = self._connection.getresponse()
+        headers = {"Content-Type": content_type}
+        try:
+            self._connection.request("POST", path, body, headers)
+            response = self._connection.getresponse()
+        except (http.client.HTTPException, ConnectionError):
+            self._connection.close()  # the server has closed it meanwhile: as good as a fresh one
+            self._connection.request("POST", path, body, headers)
+            response = self._connection.getresponse()
         response.read()
         return response.status
 
