@@ -153,6 +153,13 @@ class FrozenCLIP:
         )
         return torch.from_numpy(stacked_BHW3).permute(0, 3, 1, 2).float().div_(255)
 
+    def drop_vision(self) -> None:
+        """Free the vision tower, in a process that only trains prompts: two thirds of a ViT-B-16.
+
+        From then on images cannot be encoded.
+        """
+        del self.model.visual
+
     @torch.no_grad()
     def encode_images(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         """Features of preprocessed pixels in 0..1; mean and deviation are applied here."""

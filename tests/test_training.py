@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from apt_ray.backbone import FrozenCLIP
+from apt_ray.backbone import FrozenCLIP, load_backbone
 from apt_ray.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import SettingsError
@@ -258,3 +258,16 @@ def test_a_batch_is_disturbed_where_its_labels_say_so(bank: SupportBank, noise: 
     torch.testing.assert_close(
         tokens_BNE.float().norm(dim=-1), torch.ones(labels_BN.shape), atol=3e-3, rtol=0
     )
+
+
+def test_prompts_are_trained_without_the_vision_tower(
+    backbone: FrozenCLIP, bank: SupportBank
+) -> None:
+    text_only = load_backbone(backbone.spec)
+    text_only.drop_vision()
+    trained = []
+    for one in (backbone, text_only):
+        trainer = PromptTrainer(one, [_lane(bank)])
+        trainer.advance(2)
+        trained.append(trainer.text_features())
+    assert torch.equal(*trained)

@@ -168,8 +168,10 @@ def _engine_of_this_process(
     from tuning.engine import Engine
 
     refs: dict[BankName, Banks] = {}
+    model = load_backbone(backbone)
+    model.drop_vision()  # banks are encoded elsewhere
     engine = Engine(
-        load_backbone(backbone),
+        model,
         lambda name: ray.get(list(refs[name])),
         threads=threads,
     )
