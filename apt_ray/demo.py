@@ -142,7 +142,10 @@ def _inspect(fleet_url: str, categories: list[Category]) -> None:
         for image, verdict in verdicts.items():
             rows.append(_row(category.name, image.defect_type, verdict))
             (of_defective if image.is_anomalous else of_good).append(verdict["is_anomalous"])
-        worst = max(verdicts, key=lambda image: float(verdicts[image]["anomaly_score"]))
+        worst = max(
+            (image for image in verdicts if image.is_anomalous),
+            key=lambda image: float(verdicts[image]["anomaly_score"]),
+        )
         _ask(url, worst.path, overlay=FOLDER / f"overlay-{category.name}.png")
     header = ("category", "part", "score", "threshold", "verdict", "p-value", "version")
     print()
@@ -150,7 +153,7 @@ def _inspect(fleet_url: str, categories: list[Category]) -> None:
         print("  ".join(f"{cell:14}" for cell in row).rstrip())
     print(
         f"\n{sum(of_defective)} of {len(of_defective)} defects found, {sum(of_good)} of"
-        f" {len(of_good)} good parts rejected\noverlays of the highest scores:"
+        f" {len(of_good)} good parts rejected\noverlays of the defects that scored highest:"
         f" {FOLDER}/overlay-*.png",
         flush=True,
     )
