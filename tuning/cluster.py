@@ -56,6 +56,11 @@ class FitJob:
     metrics: Mapping[str, float]
     labelled: Category | None = None
 
+    @property
+    def bank(self) -> BankName:
+        """The banks that it needs; the first is that of `support`."""
+        return BankName.of(self.category, self.settings)
+
 
 class EngineActor:
     """An Engine as a Ray actor; it can be lost at any time, as it keeps nothing between calls."""
@@ -94,8 +99,7 @@ class EngineActor:
     ) -> tuple[bytes, dict[str, Image.Image]]:
         """The prompt set of the best settings, as its file, and pictures of what it sees."""
         torch.set_num_threads(self._threads)
-        name = BankName.of(job.category, job.settings)
-        self._refs.setdefault(name, banks)
+        self._refs.setdefault(job.bank, banks)
         backbone = self._engine.backbone
         prompt_set = fit(
             job.category,
@@ -103,7 +107,7 @@ class EngineActor:
             job.settings,
             backbone=backbone,
             calibration=job.calibration,
-            bank=self._engine.banks(name)[0],
+            bank=self._engine.banks(job.bank)[0],
             metrics=dict(job.metrics),
         )
         images = [read_image(path) for path in job.support]

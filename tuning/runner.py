@@ -163,7 +163,7 @@ class Search:
         """Run what is left of the trials of all categories that can be searched."""
         assert self._engines is not None
         settings = self._settings
-        records = {name.category: self._store.trials(name.category) for name in self._banks}
+        records = {category: self._store.trials(category) for category in self._encoding}
         ended = [record for known in records.values() for record in known if record.has_ended]
         if ended:
             say(f"{len(ended)} trials have ended before, they are not run again")
@@ -251,7 +251,7 @@ class Search:
     def _fit(self, job: FitJob) -> tuple[bytes, dict[str, Image.Image]]:
         """Fit in an engine, which has the backbone and the bank."""
         fit: Any = self._engine_for(job.category).fit.options(max_task_retries=-1)
-        fitted: Any = fit.remote(job, list(self._banks[BankName.of(job.category, job.settings)]))
+        fitted: Any = fit.remote(job, list(self._banks[job.bank]))
         result: tuple[bytes, dict[str, Image.Image]] = ray.get(fitted)
         return result
 

@@ -377,8 +377,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "shared", "own"),
         default="auto",
         help="shared: one process a GPU, or a node where there is none, batches all trials; own: "
-        "each live trial has a CPU and a backbone of its own, which is faster there but takes more "
-        "memory; auto: shared where there are GPUs, else own (default: %(default)s)",
+        "each live trial has a CPU and a backbone of its own, which is faster there; auto: shared "
+        "where there are GPUs, else own (default: %(default)s)",
     )
     cluster.add_argument(
         "--engine-gpus",
