@@ -154,7 +154,7 @@ class FrozenCLIP:
         return torch.from_numpy(stacked_BHW3).permute(0, 3, 1, 2).float().div_(255)
 
     def drop_vision(self) -> None:
-        """Free the vision tower, in a process that only trains prompts: two thirds of a ViT-B-16.
+        """Free the vision tower, in a process that only trains prompts: most of a ViT-B-16.
 
         From then on images cannot be encoded.
         """

@@ -175,6 +175,7 @@ def _arithmetic(
     with ProcessPoolExecutor(
         options.threads, get_context("spawn"), _load_once, (settings.backbone,)
     ) as pool:
+        # One for each process, so that all have started.
         list(pool.map(time.sleep, [2.0] * options.threads))
         with CpuMeter() as encoding:
             started = time.perf_counter()
