@@ -73,12 +73,15 @@ class FusedBlock:
         *,
         is_causal: bool = False,
     ) -> torch.Tensor:
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(q.dtype)
         with torch.autocast(q.device.type, enabled=False):
             mixed = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, is_causal=is_causal
             )
-        block = self._block
-        added_BSD: torch.Tensor = block.ls_1(block.attn.out_proj(mixed.transpose(1, 2).flatten(2)))
+        block, project = self._block, self._block.attn.out_proj
+        mixed_BSD = mixed.transpose(1, 2).flatten(2).to(project.weight.dtype)
+        added_BSD: torch.Tensor = block.ls_1(project(mixed_BSD))
         return added_BSD
 
 
@@ -107,6 +110,7 @@ def embed_patches(
     visual: VisionTransformer, pixels_B3HW: torch.Tensor, position_SD: torch.Tensor
 ) -> torch.Tensor:
     """Normalised pixels -> the tokens `(B, S, D)` that enter the first block."""
+    pixels_B3HW = pixels_B3HW.to(visual.conv1.weight.dtype)
     patches_BND = visual.conv1(pixels_B3HW).flatten(2).transpose(1, 2)
     cls_B1D = visual.class_embedding.expand(len(patches_BND), 1, -1)
     x_BSD: torch.Tensor = visual.ln_pre(torch.cat([cls_B1D, patches_BND], dim=1) + position_SD)
@@ -127,5 +131,7 @@ def run_text_tower(model: CLIP, embedded_KLC: torch.Tensor, end_K: torch.Tensor)
     x_KLC = embedded_KLC + model.positional_embedding[: embedded_KLC.shape[1]]
     for block in model.transformer.resblocks:
         x_KLC = FusedBlock(block)(x_KLC, is_causal=True)
-    end_KC: torch.Tensor = model.ln_final(x_KLC[torch.arange(len(x_KLC)), end_K])
+    end_KC: torch.Tensor = model.ln_final(
+        x_KLC[torch.arange(len(x_KLC), device=x_KLC.device), end_K]
+    )
     return end_KC

@@ -38,27 +38,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="steps of each variant")
     parser.add_argument("--pairs", type=int, default=384, help="held-out pairs to measure on")
+    parser.add_argument("--batch-pairs", type=int, default=16, help="pairs of pictures a step")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--start", choices=("shipped", "scratch"), default="shipped")
     parser.add_argument("--variants", nargs="*", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("docs/pretraining-ablation.md"))
     options = parser.parse_args()
     rows = [
-        f"{options.steps} steps from {options.start}; AUROC in percent on held-out kinds,"
-        f" {options.pairs} pairs of 128 px",
+        f"{options.steps} steps of {options.batch_pairs} pairs from {options.start}; AUROC in"
+        f" percent on held-out kinds, {options.pairs} pairs of 128 px",
         "",
         "| variant | prompts pixel / image | reference pixel / image | participation ratio |",
         "|---|---|---|---|",
     ]
     for name in options.variants:
-        values = {"steps": options.steps, "start": options.start, **VARIANTS[name]}
-        rows.append(f"| {name} | {_figures(TrainSettings.model_validate(values), options.pairs)} |")
+        values = {
+            "steps": options.steps,
+            "start": options.start,
+            "batch_pairs": options.batch_pairs,
+            **VARIANTS[name],
+        }
+        settings = TrainSettings.model_validate(values)
+        rows.append(f"| {name} | {_figures(settings, options.pairs, options.device)} |")
         print(rows[-1], flush=True)
         options.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def _figures(settings: TrainSettings, pairs: int) -> str:
+def _figures(settings: TrainSettings, pairs: int, device: str) -> str:
     with TemporaryDirectory() as folder:
-        run = train(settings, Path(folder), report=lambda line: None)
+        run = train(settings, Path(folder), device=device, report=lambda line: None)
     model = run.trained_model().eval()
     states_2E = state_features(model, run.vocabulary)
     constants = fit_constants(encode_held_out(model, pairs=pairs, seed=_FIT_SEED), states_2E)

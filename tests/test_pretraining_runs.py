@@ -1,6 +1,7 @@
 """How a pretraining run begins, what it leaves out and what it writes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from apt_ray.errors import SettingsError
 from apt_ray.models.builtin import load_builtin
+from apt_ray.pretraining.__main__ import export
+from apt_ray.pretraining.generator import generate
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.train import Pretraining, train
 
@@ -54,3 +57,31 @@ def test_training_keeps_the_curve(tmp_path: Path) -> None:
     assert curve[-1]["progress"] == 1
     assert {"dense", "reference", "pooled", "phrases"} <= curve[-1].keys()
     assert "step 2" in lines[-1]
+
+
+def test_steps_drawn_at_once_get_the_pairs_that_they_would_have_got_alone() -> None:
+    seeds = torch.arange(6)
+    together = generate(seeds, size=32).split(4)
+    assert [len(part.mask_PHW) for part in together] == [4, 2]
+    alone = generate(seeds[4:], size=32)
+    torch.testing.assert_close(together[1].query_P3HW, alone.query_P3HW, atol=1e-3, rtol=0)
+    assert torch.equal(together[1].attributes_PA, alone.attributes_PA)
+
+
+def test_pictures_may_be_larger_than_the_model() -> None:
+    run = Pretraining(TINY.model_copy(update={"sizes": {0.0: 160}}))
+    assert all(math.isfinite(value) for value in run.step().values())
+
+
+def test_weights_are_written_before_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(TINY, tmp_path, report=lambda line: None)
+
+    def out_of_time(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("apt_ray.pretraining.__main__.measure", out_of_time)
+    with pytest.raises(TimeoutError):
+        export(run, tmp_path, pairs=8)
+    load_builtin(tmp_path)

@@ -71,15 +71,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def export(run: Pretraining, folder: Path, *, pairs: int) -> None:
-    """Fit the constants on some held-out pairs, measure on others, and write the files."""
+    """Fit the constants on some held-out pairs and write the weights; then measure on others."""
     model = run.trained_model().eval()
     states_2E = state_features(model, run.vocabulary)
     constants = fit_constants(encode_held_out(model, pairs=pairs, seed=_FIT_SEED), states_2E)
-    figures = measure(encode_held_out(model, pairs=pairs, seed=_MEASURE_SEED), states_2E, constants)
     path = save_builtin(model, run.trained_ids, constants, folder)
+    print(f"wrote {path}\n{constants}", flush=True)
+    figures = measure(encode_held_out(model, pairs=pairs, seed=_MEASURE_SEED), states_2E, constants)
     report = {"steps": run.steps_done, "minutes": run.seconds / 60, **asdict(figures)}
     (folder / "figures.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {path}\n{constants}\n{json.dumps(report, indent=2)}", flush=True)
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

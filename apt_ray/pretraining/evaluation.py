@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from apt_ray.metrics import image_auroc, pixel_auroc
 from apt_ray.models.builtin import BackboneConstants
 from apt_ray.pretraining.captions import (
     ANOMALOUS_STATES,
@@ -167,7 +167,7 @@ def _logistic(score_PN: Tensor, held_out: HeldOut) -> tuple[float, float]:
     score = score_PN[held_out.known].double()
     target = held_out.labels_PN[held_out.known].double()
     centre, spread = score.mean(), score.std()
-    parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    parameters = torch.zeros(2, dtype=torch.float64, device=score.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -188,10 +188,10 @@ def _pixel_auroc(score_PN: Tensor, mask_PHW: Tensor) -> float:
     maps_PHW = F.interpolate(
         score_PN.unflatten(1, (1, side, side)), mask_PHW.shape[1:], mode="bilinear"
     )
-    return float(roc_auc_score(mask_PHW.flatten().cpu(), maps_PHW.flatten().cpu()))
+    return pixel_auroc(list(maps_PHW[:, 0].cpu().numpy()), list(mask_PHW.cpu().numpy()))
 
 
 def _image_auroc(score_PN: Tensor, mask_PHW: Tensor) -> float:
     count = max(1, score_PN.shape[1] // 100)
     score_P = score_PN.topk(count, dim=1).values.mean(1)
-    return float(roc_auc_score(mask_PHW.flatten(1).any(1).cpu(), score_P.cpu()))
+    return image_auroc(score_P.cpu().numpy(), mask_PHW.flatten(1).any(1).cpu().numpy())

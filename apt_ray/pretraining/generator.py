@@ -54,6 +54,22 @@ class Pairs:
     mask_PHW: Tensor
     attributes_PA: Tensor
 
+    def split(self, count: int) -> list[Pairs]:
+        """Batches of `count` pairs, the last one perhaps smaller."""
+        fields = [
+            tensor.split(count)
+            for tensor in (
+                self.reference_P3HW,
+                self.query_P3HW,
+                self.mask_PHW,
+                self.attributes_PA,
+            )
+        ]
+        return [
+            Pairs(reference_P3HW=reference, query_P3HW=query, mask_PHW=mask, attributes_PA=table)
+            for reference, query, mask, table in zip(*fields, strict=True)
+        ]
+
 
 def generate(
     seeds_P: Tensor,

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 HEAD_BLOCKS = (1, 3, 5)
 _WHITENING_IMAGES = 256
+_BYTES_A_PIXEL = 500
+"""Memory that drawing a pair needs at its peak, for each of its pixels."""
 _CHECKPOINT = "checkpoint.pt"
 _CURVE = "curve.jsonl"
 
@@ -116,6 +118,8 @@ class Pretraining:
         self.optimizer = self._build_optimizer()
         self.steps_done = 0
         self.seconds = 0.0
+        self._pixels_a_draw = _pixels_a_draw(self.device)
+        self._drawn: dict[tuple[int, int, int], Pairs] = {}
 
     @property
     def progress(self) -> float:
@@ -130,8 +134,7 @@ class Pretraining:
         settings = self.settings
         size = settings.sizes[max(share for share in settings.sizes if share <= self.progress)]
         count = max(2, round(settings.batch_pairs * (settings.sizes[0.0] / size) ** 2))
-        seeds_P = self._seeds(self.steps_done, count)
-        pairs = generate(seeds_P, size=size, surfaces=self.surfaces)
+        pairs = self._draw(size, count)
         terms, weights = self._losses(pairs), self._weights()
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros(()))
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,6 +221,20 @@ class Pretraining:
         warmup = min(1.0, (self.steps_done + 1) / self.settings.warmup_steps)
         return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
 
+    def _draw(self, size: int, count: int) -> Pairs:
+        """The next step's pairs, which are the same however many steps are drawn at once."""
+        key = (self.steps_done, size, count)
+        if key not in self._drawn:
+            ahead = max(1, self._pixels_a_draw // (count * size**2))
+            steps = range(self.steps_done, self.steps_done + ahead)
+            seeds_P = torch.cat([self._seeds(step, count) for step in steps])
+            pairs = generate(seeds_P, size=size, surfaces=self.surfaces)
+            self._drawn = {
+                (step, size, count): part
+                for step, part in zip(steps, pairs.split(count), strict=True)
+            }
+        return self._drawn.pop(key)
+
     def _seeds(self, step: int, count: int) -> Tensor:
         first = _number(self.settings.seed, step, "images")
         return first + torch.arange(count, device=self.device)
@@ -243,8 +260,7 @@ class Pretraining:
             vision = self._encode_pairs(pairs, rng)
         query_labels_PN = losses.known_labels(pairs.mask_PHW, self.model.visual.patch_size[0])
         labels_BN = torch.cat((torch.zeros_like(query_labels_PN), query_labels_PN))
-        is_anomalous_B = torch.cat((torch.zeros(count), query_labels_PN.nan_to_num(1).amax(1)))
-        is_anomalous_B = is_anomalous_B.to(self.device)
+        is_anomalous_B = labels_BN.nan_to_num(1).amax(1)
 
         phrases = draw_phrases(rng, pairs.attributes_PA, settings.phrases)
         states = settings.state_phrases
@@ -307,7 +323,7 @@ class Pretraining:
         as wide, so that the model bears other sizes."""
         side = self.model.visual.grid_size[0]
         cells = pairs.mask_PHW.shape[-1] // self.model.visual.patch_size[0]
-        span = cells // 2 if rng.random() < 0.2 else cells
+        span = cells // 2 if rng.random() < 0.2 else min(cells, side)
         position_NW = position_embedding(
             self.model,
             cells,
@@ -423,6 +439,18 @@ def _state_directions(state_KE: Tensor, count: int) -> Tensor:
     mean_E = F.normalize(anomalous_KE.mean(0), dim=0) - F.normalize(normal_KE.mean(0), dim=0)
     row = torch.arange(count, device=state_KE.device)
     return torch.where((row % 2 == 0)[:, None], pairs_KE[row // 2 % len(pairs_KE)], mean_E)
+
+
+def _pixels_a_draw(device: torch.device) -> int:
+    """How many pixels of pairs to draw at once, 0 for as few as a step needs.
+
+    Drawing launches tens of thousands of small kernels however many pairs it draws, so a GPU draws
+    many steps' pairs at once, in a third of its memory.
+    """
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 3 // _BYTES_A_PIXEL
 
 
 def _whiten_patches(model: CLIP, seeds_P: Tensor, size: int) -> None:
