@@ -131,15 +131,18 @@ class FrozenCLIP:
         self.tokenize = tokenize
         self._mean_3 = torch.tensor(visual.image_mean, device=self.device)
         self._std_3 = torch.tensor(visual.image_std, device=self.device)
-        self._position_SD = resize_position_embedding(visual.positional_embedding, tile_grid)
+        position_SD = resize_position_embedding(visual.positional_embedding, tile_grid)
+        self._dtype = getattr(torch, spec.precision)
+        self._position_SD = position_SD.to(self._dtype)
         radius = spec.locality_radius if spec.attention == "locality" else max(tile_grid)
         self._local_blocks = spec.locality_blocks if spec.attention == "locality" else 0
         self._mask_SS = locality_mask(tile_grid, radius).to(self.device)
         vocabulary_NC = model.token_embedding.weight
         start, end = tokenize([""])[0][:2].tolist()
-        self._start_C, self._end_C = vocabulary_NC[start], vocabulary_NC[end]
+        self._start_C, self._end_C = vocabulary_NC[start].clone(), vocabulary_NC[end].clone()
         self.token_width = vocabulary_NC.shape[1]
         self.token_std = float(vocabulary_NC.std())
+        self.model.to(self._dtype)
         self.max_context_length = model.context_length - 2
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -174,13 +177,13 @@ class FrozenCLIP:
             local_blocks=self._local_blocks,
             value_value=self.spec.attention == "value_value",
         )
-        joint_BSE = F.normalize(joint_BSE, dim=-1)
+        joint_BSE = F.normalize(joint_BSE.float(), dim=-1)
         cls_BE = joint_BSE[:, 0].unflatten(0, (-1, self.tiles**2)).mean(1)
         return ImageFeatures(
             tokens_BNE=self._join(joint_BSE[:, 1:]),
             cls_BE=F.normalize(cls_BE, dim=-1),
             layers={
-                layer: F.normalize(self._join(outputs[layer][:, 1:]), dim=-1)
+                layer: F.normalize(self._join(outputs[layer][:, 1:]).float(), dim=-1)
                 for layer in self.constants.reference_layers
             },
         )
@@ -208,7 +211,6 @@ class FrozenCLIP:
         [EOS] is ignored. The text tower is causal, so nothing behind the longest [EOS] is computed.
         """
         texts, longest, _ = contexts_TLC.shape
-        model = self.model
         place_S = torch.arange(longest + 2, device=self.device)
         lengths_T1 = lengths_T.to(self.device)[:, None]
         x_TSC = torch.cat(
@@ -216,29 +218,33 @@ class FrozenCLIP:
             dim=1,
         )
         x_TSC = torch.where((place_S == lengths_T1 + 1)[..., None], self._end_C, x_TSC)
-        end_TC = run_text_tower(model, x_TSC, lengths_T1[:, 0] + 1)
-        return F.normalize(self._project_text(end_TC), dim=-1)
+        return self._text_features(x_TSC, lengths_T1[:, 0] + 1)
 
     def embed_words(self, text: str) -> torch.Tensor:
-        """Written words -> their token embeddings `(L, C)`, as a prompt context has them."""
+        """Written words -> their token embeddings `(L, C)`, float32, as a context has them."""
         ids_S = self.tokenize([text])[0].to(self.device)
         # [EOS] has the highest id of all.
         words_LC: torch.Tensor = self.model.token_embedding.weight[ids_S[1 : int(ids_S.argmax())]]
-        return words_LC
+        return words_LC.float()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Written texts -> text features `(T, E)`, float32, L2-normalised."""
-        features_TE = self.model.encode_text(self.tokenize(list(texts)).to(self.device))
-        return F.normalize(features_TE, dim=-1)
+        ids_TS = self.tokenize(list(texts)).to(self.device)
+        # [EOS] has the highest id of all.
+        end_T = ids_TS.argmax(1)
+        x_TSC = self.model.token_embedding(ids_TS[:, : int(end_T.max()) + 1])
+        return self._text_features(x_TSC, end_T)
 
-    def _project_text(self, x_TC: torch.Tensor) -> torch.Tensor:
+    def _text_features(self, x_TSC: torch.Tensor, end_T: torch.Tensor) -> torch.Tensor:
+        """Embedded texts that end at `end_T` -> `(T, E)`, float32, L2-normalised."""
+        end_TC = run_text_tower(self.model, x_TSC.to(self._dtype), end_T)
         projection: nn.Linear | torch.Tensor | None = self.model.text_projection
-        if projection is None:
-            return x_TC
         if isinstance(projection, nn.Linear):
-            return F.linear(x_TC, projection.weight, projection.bias)
-        return x_TC @ projection
+            end_TC = projection(end_TC)
+        elif projection is not None:
+            end_TC = end_TC @ projection
+        return F.normalize(end_TC.float(), dim=-1)
 
 
 def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> FrozenCLIP:
@@ -359,6 +365,7 @@ def _fingerprint(
         "tiles": spec.tiles,
         "attention": spec.model_dump(include={"attention", "locality_radius", "locality_blocks"}),
         "constants": constants.model_dump(),
+        **spec.model_dump(include={"precision"}, exclude_defaults=True),
     }
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -12,6 +12,8 @@ NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 BUILTIN = "builtin"
 
+Precision = Literal["float32", "bfloat16"]
+
 SomeSettings = TypeVar("SomeSettings", bound="Settings")
 
 
@@ -56,6 +58,11 @@ class BackboneSpec(Settings):
         le=8,
         description="Each image is cut into so many tiles a side, each seen at the input size:"
         " smaller defects, tiles x tiles the time.",
+    )
+    precision: Precision = Field(
+        default="float32",
+        description="Arithmetic of both towers. bfloat16 is several times faster on GPUs and on"
+        " CPUs that multiply it (AVX-512 BF16, AMX), and far slower on others.",
     )
     attention: Literal["locality", "ordinary", "value_value"] = Field(
         default="locality",

@@ -69,6 +69,7 @@ def fit(
         object_mask=settings.object_mask,
         judged=False,
     )
+    bank = bank.to(backbone.device)
     everything = Lane(
         settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=settings.seed
     )

@@ -330,41 +330,79 @@ class PromptTrainer:
 def draw_batches(
     lanes: Sequence[Lane], generators: Sequence[torch.Generator], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`draw_batch` of several lanes: tokens `(T, B, N, E)`, float32, and labels `(T, B, N)`."""
-    drawn = [draw_batch(lane, g) for lane, g in zip(lanes, generators, strict=True)]
-    tokens, labels = zip(*drawn, strict=True)
-    return torch.stack(tokens).to(device).float(), torch.stack(labels).to(device)
+    """Each lane's next images, noisy draws, then clean views: tokens `(T, B, N, E)`, float32, and
+    labels `(T, B, N)`, 1 anomalous, 0 normal, -1 ignored.
+
+    Lanes that read the same tensors are copied together: on a GPU a copy for each lane would cost
+    more than all of the step's arithmetic.
+    """
+    draws = [_draw(lane, g) for lane, g in zip(lanes, generators, strict=True)]
+    bank = lanes[0].bank
+    images, patches = _NOISY + _CLEAN, bank.clean_SVNE.shape[2:]
+    tokens_TBNE = torch.empty(
+        len(lanes), images, *patches, dtype=bank.clean_SVNE.dtype, device=device
+    )
+    labels_TBN = bank.noisy_labels_SDN.new_zeros(len(lanes), images, patches[0], device=device)
+    readers: dict[tuple[int, float], list[int]] = {}
+    for number, lane in enumerate(lanes):
+        readers.setdefault((id(lane.bank), lane.settings.noise_strength), []).append(number)
+    for (_, strength), numbers in readers.items():
+        bank = lanes[numbers[0]].bank
+        noisy_GB = torch.stack([draws[number].noisy_B for number in numbers])
+        clean_GB = torch.stack([draws[number].clean_B for number in numbers])
+        at_G = torch.tensor(numbers, device=device)
+        tokens_TBNE[at_G, :_NOISY] = _rows(bank.noisy_SDNE[strength], noisy_GB).to(device)
+        tokens_TBNE[at_G, _NOISY:] = _rows(bank.clean_SVNE, clean_GB).to(device)
+        labels_TBN[at_G, :_NOISY] = _rows(bank.noisy_labels_SDN, noisy_GB).to(device)
+    for number, (lane, g) in enumerate(zip(lanes, generators, strict=True)):
+        if lane.settings.noise != "pixel":
+            _disturb_tokens(lane, draws[number], g, tokens_TBNE[number], labels_TBN[number])
+    return tokens_TBNE.float(), labels_TBN
 
 
-def draw_batch(lane: Lane, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A lane's next images, noisy draws, then clean views: tokens `(B, N, E)` and labels
-    `(B, N)`, 1 anomalous, 0 normal, -1 ignored."""
-    bank = lane.bank
-    settings = lane.settings
-    noisy_SDNE = bank.noisy_SDNE[settings.noise_strength]
-    images = torch.tensor(lane.images)
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """Which of the bank's noisy draws and clean views, counted over all of its images."""
+
+    noisy_B: torch.Tensor
+    clean_B: torch.Tensor
+
+
+def _draw(lane: Lane, g: torch.Generator) -> _Draw:
+    bank, images = lane.bank, torch.tensor(lane.images)
+    draws, views = bank.noisy_labels_SDN.shape[1], bank.clean_SVNE.shape[1]
     image_B = images[torch.randint(len(images), (_NOISY + _CLEAN,), generator=g)]
-    noisy_B, clean_B = image_B[:_NOISY], image_B[_NOISY:]
-    draw_B = torch.randint(noisy_SDNE.shape[1], (_NOISY,), generator=g)
-    view_B = torch.randint(bank.clean_SVNE.shape[1], (_CLEAN,), generator=g)
-    clean_BNE = _pick(bank.clean_SVNE, clean_B, view_B)
-    label_BN = _pick(bank.noisy_labels_SDN, noisy_B, draw_B)
-    noisy_BNE = _pick(noisy_SDNE, noisy_B, draw_B)
-    if settings.noise != "pixel":
-        view_B = _pick(bank.noisy_views_SD, noisy_B, draw_B).cpu()
-        undisturbed_BNE = _pick(bank.clean_SVNE, noisy_B, view_B)
-        on_tokens_BNE = add_token_noise(undisturbed_BNE, label_BN == 1, settings.noise_strength, g)
-        by_turns_B = torch.arange(_NOISY, device=noisy_BNE.device) % 2 == 0
-        is_token_B = by_turns_B if settings.noise == "mixed" else torch.ones_like(by_turns_B)
-        noisy_BNE = torch.where(is_token_B[:, None, None], on_tokens_BNE, noisy_BNE)
-    tokens_BNE = torch.cat([noisy_BNE, clean_BNE])
-    return tokens_BNE, torch.cat([label_BN, label_BN.new_zeros(clean_BNE.shape[:2])])
+    return _Draw(
+        noisy_B=image_B[:_NOISY] * draws + torch.randint(draws, (_NOISY,), generator=g),
+        clean_B=image_B[_NOISY:] * views + torch.randint(views, (_CLEAN,), generator=g),
+    )
 
 
-def _pick(values: torch.Tensor, first_B: torch.Tensor, second_B: torch.Tensor) -> torch.Tensor:
-    """`values[first_B, second_B]`; whole rows are copied, not one number after another."""
-    row_B = first_B * values.shape[1] + second_B
-    return values.flatten(0, 1).index_select(0, row_B.to(values.device))
+def _disturb_tokens(
+    lane: Lane,
+    draw: _Draw,
+    g: torch.Generator,
+    tokens_BNE: torch.Tensor,
+    labels_BN: torch.Tensor,
+) -> None:
+    """Put noise on tokens in place of noisy pixels: of all noisy draws, or of every other one."""
+    bank, settings = lane.bank, lane.settings
+    views = bank.clean_SVNE.shape[1]
+    view_B = _rows(bank.noisy_views_SD, draw.noisy_B).cpu()
+    image_B = draw.noisy_B // bank.noisy_labels_SDN.shape[1]
+    undisturbed_BNE = _rows(bank.clean_SVNE, image_B * views + view_B).to(tokens_BNE.device)
+    is_chosen_BN = labels_BN[:_NOISY] == 1
+    on_tokens_BNE = add_token_noise(undisturbed_BNE, is_chosen_BN, settings.noise_strength, g)
+    step = 2 if settings.noise == "mixed" else 1
+    tokens_BNE[:_NOISY:step] = on_tokens_BNE[::step]
+
+
+def _rows(values_SX: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Rows of the tensor whose first two axes are one, `(*row.shape, ...)`; whole rows are copied,
+    not one number after another."""
+    flat = values_SX.flatten(0, 1)
+    picked: torch.Tensor = flat.index_select(0, row.flatten().to(flat.device))
+    return picked.reshape(*row.shape, *flat.shape[1:])
 
 
 def gradients_at_text(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from apt_ray.backbone import FrozenCLIP, load_backbone
-from apt_ray.config import BUILTIN, BackboneSpec, FitSettings
+from apt_ray.config import BUILTIN, BackboneSpec, FitSettings, Precision
 from apt_ray.data.folders import find_categories
 from apt_ray.data.samples import write_samples
 from apt_ray.images import read_image
@@ -97,10 +97,11 @@ def random_weights(name: str, folder: Path) -> BackboneSpec:
     return BackboneSpec(name=name, pretrained=str(file), quick_gelu=False)
 
 
-def load(name: str, *, device: str) -> FrozenCLIP:
+def load(name: str, *, device: str, precision: Precision = "float32") -> FrozenCLIP:
     """The backbone of that name, for one process."""
     with TemporaryDirectory() as folder:
-        return load_backbone(random_weights(name, Path(folder)), device=device)
+        spec = random_weights(name, Path(folder)).model_copy(update={"precision": precision})
+        return load_backbone(spec, device=device)
 
 
 def sample_images(count: int) -> list[Image.Image]:

@@ -1,7 +1,8 @@
 """Where the time of a fit goes: `python -m benchmarks.fit_cost [--json FILE]`.
 
 Each part of a fit is timed alone on what the fit really does, and set beside its floor: its
-floating-point operations at the speed of a large matrix product measured in the same run. A part
+floating-point operations at the speed of a large matrix product of the same precision, measured in
+the same run. A part
 whose cost is memory or dispatch has a floor far below its time.
 """
 
@@ -11,13 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt_ray.backbone import FrozenCLIP
 from apt_ray.bank import encode_support
-from apt_ray.config import FitSettings
+from apt_ray.config import FitSettings, Precision
 from apt_ray.fitting import fit
 from apt_ray.guidance import meta_features
 from apt_ray.selection import fold
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="builtin", help="or an architecture, e.g. ViT-B-16")
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3, help="of each; the median counts")
@@ -40,8 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    backbone = load(options.backbone, device=options.device)
-    ceiling = _ceiling(backbone.device, options.repeats)
+    backbone = load(options.backbone, device=options.device, precision=options.precision)
+    ceiling = _ceiling(backbone, options.repeats)
     settings = FitSettings(steps=options.steps)
     images = sample_images(options.shots)
     bank = encode_support(backbone, images, seed=0, strengths=[0.3], judged=False)
@@ -75,9 +78,9 @@ def main() -> None:
     floor_ms = sum(row["baseline"] for row in rows if row["name"] in ("encoding", "all steps"))
     rows.append(_row("the whole fit", whole, floor_ms / 1000))
     print(
-        f"{options.backbone}, {backbone.input_size} px, {options.shots} shots, {options.steps}"
-        f" steps, {len(lanes)} lanes, {options.threads} threads on {backbone.device};"
-        f" ceiling {ceiling / 1e9:.0f} GFLOP/s; baseline is the floor\n"
+        f"{options.backbone}, {options.precision}, {backbone.input_size} px, {options.shots} shots,"
+        f" {options.steps} steps, {len(lanes)} lanes; {options.threads} threads on"
+        f" {backbone.device}, ceiling {ceiling / 1e9:.0f} GFLOP/s; baseline is the floor\n"
     )
     write_rows(rows, options.json)
 
@@ -119,9 +122,10 @@ def _parts_of_a_step(backbone: FrozenCLIP, lanes: list[Lane]) -> dict[str, Calla
     }
 
 
-def _ceiling(device: torch.device, repeats: int) -> float:
-    """Operations a second of a large product of float32 matrices."""
-    a, b = (torch.randn(_SIDE, _SIDE, device=device) for _ in range(2))
+def _ceiling(backbone: FrozenCLIP, repeats: int) -> float:
+    """Operations a second of a large product of matrices of the backbone's precision."""
+    device, dtype = backbone.device, getattr(torch, backbone.spec.precision)
+    a, b = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))
     return 2 * _SIDE**3 / min(_timed(lambda: a @ b, device) for _ in range(5 + repeats))
 
 

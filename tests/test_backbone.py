@@ -95,7 +95,8 @@ def test_the_truncated_text_encoder_equals_the_full_one(backbone: FrozenCLIP, te
     tokens = build_tokenizer()([text])
     end = int(tokens[0].argmax())
     context_1LC = model.token_embedding(tokens)[:, 1:end]
-    full = backbone.encode_texts([text])
+    full = F.normalize(model.encode_text(tokens), dim=-1)
+    assert torch.allclose(backbone.encode_texts([text, "a longer text"])[:1], full, atol=1e-5)
     assert torch.allclose(
         backbone.encode_contexts(context_1LC, torch.tensor([end - 1])), full, atol=1e-5
     )
@@ -114,15 +115,33 @@ def test_preprocessing_keeps_the_whole_image(backbone: FrozenCLIP) -> None:
     assert pixels[0, :, :, 64].max() < 0.1
 
 
+def test_bfloat16_says_nearly_the_same(backbone: FrozenCLIP, pixels: torch.Tensor) -> None:
+    low = load_backbone(BackboneSpec(precision="bfloat16"))
+    ours, exact = low.encode_images(pixels), backbone.encode_images(pixels)
+    assert ours.tokens_BNE.dtype == torch.float32
+    assert not torch.equal(ours.tokens_BNE, exact.tokens_BNE)
+    assert (ours.tokens_BNE * exact.tokens_BNE).sum(-1).min() > 0.995
+    for layer, tokens_BND in ours.layers.items():
+        assert (tokens_BND * exact.layers[layer]).sum(-1).min() > 0.995
+    contexts_1LC = backbone.embed_words("a flawless surface")[None].requires_grad_(True)
+    lengths = torch.tensor([contexts_1LC.shape[1]])
+    features_1E = low.encode_contexts(contexts_1LC, lengths)
+    assert (features_1E * backbone.encode_contexts(contexts_1LC, lengths)).sum() > 0.99
+    (gradient,) = torch.autograd.grad(features_1E[0, 0], contexts_1LC)
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().max() > 0
+
+
 def test_the_fingerprint_covers_weights_attention_and_input_size(backbone: FrozenCLIP) -> None:
     others = [
         BackboneSpec(attention="ordinary"),
         BackboneSpec(locality_radius=2),
         BackboneSpec(input_size=160),
         BackboneSpec(reference_layers=(1,)),
+        BackboneSpec(precision="bfloat16"),
     ]
     fingerprints = [load_backbone(spec).fingerprint for spec in others]
-    assert len({backbone.fingerprint, *fingerprints}) == 5
+    assert len({backbone.fingerprint, *fingerprints}) == 6
     assert load_backbone().fingerprint == backbone.fingerprint
 
 

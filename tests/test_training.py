@@ -11,7 +11,7 @@ from apt_ray.training import (
     PromptTrainer,
     add_token_noise,
     divergence,
-    draw_batch,
+    draw_batches,
     likeness,
     margin,
     synthetic_loss,
@@ -252,11 +252,17 @@ def test_token_noise_falls_on_the_chosen_tokens(bank: SupportBank) -> None:
 @pytest.mark.parametrize("noise", ["pixel", "token", "mixed"])
 def test_a_batch_is_disturbed_where_its_labels_say_so(bank: SupportBank, noise: str) -> None:
     lane = _lane(bank, noise=noise, noise_strength=0.3)
-    tokens_BNE, labels_BN = draw_batch(lane, torch.Generator().manual_seed(1))
+    # Beside others, some of which read the same noise.
+    lanes = [_lane(bank, noise_strength=0.1), lane, _lane(bank, noise_strength=0.3, seed=4)]
+    generators = [torch.Generator().manual_seed(number) for number in range(3)]
+    tokens_TBNE, labels_TBN = draw_batches(lanes, generators, torch.device("cpu"))
+    alone, _ = draw_batches([lane], [torch.Generator().manual_seed(1)], torch.device("cpu"))
+    assert torch.equal(tokens_TBNE[1], alone[0])
+    tokens_BNE, labels_BN = tokens_TBNE[1], labels_TBN[1]
     assert (labels_BN[:4] == 1).any(1).sum() >= 2
     assert (labels_BN[4:] == 0).all()
     torch.testing.assert_close(
-        tokens_BNE.float().norm(dim=-1), torch.ones(labels_BN.shape), atol=3e-3, rtol=0
+        tokens_BNE.norm(dim=-1), torch.ones(labels_BN.shape), atol=3e-3, rtol=0
     )
 
 
