@@ -104,6 +104,7 @@ def draw_scores(result: Result) -> str:
             xlabel="anomaly score",
             ylabel="images",
         )
+        axes.locator_params(axis="y", integer=True)
         axes.legend(frameon=False, fontsize=8)
 
     return _svg(draw)

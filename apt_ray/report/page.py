@@ -113,7 +113,8 @@ def _page(results: Sequence[Result], backbone: FrozenCLIP, settings: FitSettings
 <body>
 <h1>Evaluation of {escape(names)}</h1>
 <p class="quiet">{now}, apt-ray {version("apt-ray")}; backbone {escape(model)},
-{backbone.input_size} px, fingerprint {backbone.fingerprint}; seeds {seeds}</p>
+{backbone.input_size} px, {backbone.spec.precision}, fingerprint {backbone.fingerprint};
+seeds {seeds}</p>
 <p class="quiet">{escape(chosen)}</p>
 <p>In percent, mean and standard deviation over the seeds. <i>prompts</i> uses the learned prompts
 alone, <i>reference</i> the support images' patches alone, <i>both</i> is what a prompt set
