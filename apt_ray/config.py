@@ -96,7 +96,9 @@ class FitSettings(Settings):
         description="Where the contexts start: at the words of the meta-prompt, or at random.",
     )
     noise_strength: float = Field(
-        default=0.3, description=f"Standard deviation of the pixel noise, one of {NOISE_LADDER}."
+        default=0.3,
+        description=f"Standard deviation of the pixel noise, one of {NOISE_LADDER}.",
+        json_schema_extra={"enum": list(NOISE_LADDER)},
     )
     smgs_weight: float = Field(
         default=1.0,

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Collection
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from apt_ray.config import NOISE_LADDER, BackboneSpec, Settings, SomeSettings
+from pydantic.fields import FieldInfo
+
+from apt_ray.config import BackboneSpec, Settings, SomeSettings
 
 
 def add_flags(
@@ -33,9 +35,7 @@ def add_flags(
                 flag, dest=prefix + name, action=argparse.BooleanOptionalAction, help=text
             )
             continue
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        if name == "noise_strength":
-            choices = NOISE_LADDER
+        choices = get_args(kind) if get_origin(kind) is Literal else _choices(field)
         is_several = any(get_origin(part) is tuple for part in kinds)
         number = next((part for part in (int, float) if part in kinds), str)
         parser.add_argument(
@@ -47,6 +47,13 @@ def add_flags(
             metavar=None if choices else name.split("_")[-1].upper(),
             help=text,
         )
+
+
+def _choices(field: FieldInfo) -> list[Any] | None:
+    """The values that a field's schema enumerates, if it does."""
+    schema = field.json_schema_extra
+    values = schema.get("enum") if isinstance(schema, dict) else None
+    return values if isinstance(values, list) else None
 
 
 def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
