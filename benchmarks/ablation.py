@@ -56,7 +56,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "learning_rate 0.01": ({}, {"learning_rate": 0.01}),
     "learning_rate 0.1": ({}, {"learning_rate": 0.1}),
     "reference_rotations 4": ({}, {"reference_rotations": 4}),
+    "reference_size 128": ({}, {"reference_size": 128}),
     "reference_size 256": ({}, {"reference_size": 256}),
+    "reference_size 512": ({}, {"reference_size": 512}),
     "reference_weight 0.3": ({}, {"reference_weight": 0.3}),
     "reference_weight 0.7": ({}, {"reference_weight": 0.7}),
 }
