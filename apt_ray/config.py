@@ -153,7 +153,7 @@ class FitSettings(Settings):
         " degrees.",
     )
     reference_size: int = Field(
-        default=4096,
+        default=512,
         ge=1,
         description="Patches of a layer in the reference memory at most; a coreset of more.",
     )

@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reference_rotations 4": ({}, {"reference_rotations": 4}),
     "reference_size 128": ({}, {"reference_size": 128}),
     "reference_size 256": ({}, {"reference_size": 256}),
-    "reference_size 512": ({}, {"reference_size": 512}),
+    "reference_size 1024": ({}, {"reference_size": 1024}),
     "reference_weight 0.3": ({}, {"reference_weight": 0.3}),
     "reference_weight 0.7": ({}, {"reference_weight": 0.7}),
 }

@@ -74,22 +74,40 @@ def light(style: Draws, pose: Draws, image_B3HW: Tensor) -> Tensor:
     varies = per_image(style.chance(0.3).float())
     exposure = per_image(pose.uniform(low=0.86, high=1.14))
     exposure = exposure * per_image(pose.log_uniform(low=0.55, high=1.4)) ** varies
-    lit = (_blur(style, image_B3HW) * (exposure + slope + vignette)[:, None]).clamp(1e-4, 1)
+    sharp = _sharpen(style, _blur(style, image_B3HW))
+    lit = (sharp * (exposure + slope + vignette)[:, None]).clamp(1e-4, 1)
     lit = lit ** per_image(style.log_uniform(low=0.65, high=1.5))[:, None]
     level = per_image(style.uniform(high=0.035).square() / 0.035)[:, None]
     sensor = pose.uniform(1, size, size) + pose.uniform(1, size, size) - 1
-    return (lit + sensor * 2.4 * level).clamp(0, 1)
+    # Compression and demosaicing leave noise in grains of some pixels.
+    cell = per_image(style.uniform(low=1.0, high=3.0)) * (2 / size)
+    grain = noise(pose, x / cell, y / cell)[:, None] - 0.5
+    coarse = per_image(style.chance(0.3) * style.uniform(high=0.1))[:, None]
+    return (lit + sensor * 2.4 * level + grain * coarse).clamp(0, 1)
 
 
 def _blur(style: Draws, image_B3HW: Tensor) -> Tensor:
-    """Up to about one pixel of defocus, by a kernel (w, 1 - 2w, w) along both axes, twice."""
-    side = (style.chance(0.6) * style.uniform(high=0.25))[:, None, None, None]
-    for _ in range(2):
-        wide = F.pad(image_B3HW, (1, 1, 0, 0), mode="replicate")
-        image_B3HW = torch.lerp(image_B3HW, (wide[..., :-2] + wide[..., 2:]) / 2, 2 * side)
-        wide = F.pad(image_B3HW, (0, 0, 1, 1), mode="replicate")
-        image_B3HW = torch.lerp(image_B3HW, (wide[..., :-2, :] + wide[..., 2:, :]) / 2, 2 * side)
+    """Up to about one pixel of defocus, in a seventh of the styles up to two."""
+    near = (style.chance(0.6) * style.uniform(high=0.25))[:, None, None, None]
+    far = (style.chance(0.15) * style.uniform(high=0.25))[:, None, None, None]
+    for side, reach in ((near, 1), (near, 1), (far, 2)):
+        image_B3HW = torch.lerp(image_B3HW, _beside(image_B3HW, -1, reach), 2 * side)
+        image_B3HW = torch.lerp(image_B3HW, _beside(image_B3HW, -2, reach), 2 * side)
     return image_B3HW
+
+
+def _sharpen(style: Draws, image_B3HW: Tensor) -> Tensor:
+    """Overshooting edges, as cameras make them, in a quarter of the styles."""
+    amount = (style.chance(0.25) * style.uniform(high=1.5))[:, None, None, None]
+    around = (_beside(image_B3HW, -1, 1) + _beside(image_B3HW, -2, 1)) / 2
+    return image_B3HW + amount * (image_B3HW - around)
+
+
+def _beside(image_B3HW: Tensor, axis: int, reach: int) -> Tensor:
+    """The mean of the two pixels `reach` before and behind each along an axis."""
+    padding = (reach, reach, 0, 0) if axis == -1 else (0, 0, reach, reach)
+    wide, size = F.pad(image_B3HW, padding, mode="replicate"), image_B3HW.shape[axis]
+    return (wide.narrow(axis, 0, size) + wide.narrow(axis, 2 * reach, size)) / 2
 
 
 def orient(draws: Draws, fields_BCHW: Tensor) -> Tensor:
