@@ -117,10 +117,12 @@ def test_training_learns_to_separate_the_noise(backbone: FrozenCLIP, bank: Suppo
 
 
 def test_the_smgs_weight_changes_what_is_learned(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    trainer = PromptTrainer(backbone, [_lane(bank, smgs_weight=weight) for weight in (0.0, 1.0)])
+    # From the meta-prompt's own words the noise leads away from it at once.
+    lanes = [_lane(bank, start="states", smgs_weight=weight) for weight in (0.0, 1.0)]
+    trainer = PromptTrainer(backbone, lanes)
     trainer.advance(15)
     free, guided = trainer.text_features()
-    assert not torch.allclose(free, guided, atol=1e-3)
+    assert not torch.allclose(free, guided, atol=2e-3)
 
 
 def test_the_meta_prompt_moves_only_after_a_round(backbone: FrozenCLIP, bank: SupportBank) -> None:
