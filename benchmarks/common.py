@@ -1,8 +1,10 @@
-"""What the benchmarks of the search share."""
+"""What several benchmarks share."""
 
 import json
+import statistics
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,6 +73,24 @@ class CpuMeter:
                 times = process.cpu_times()
                 seconds[process.pid] = times.user + times.system
         return seconds
+
+
+def timed(part: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the clock, until the device has done its work too."""
+    started = time.perf_counter()
+    part()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def median_seconds(
+    part: Callable[[], object], device: torch.device, repeats: int, *, warm_ups: int = 1
+) -> float:
+    """The median of `repeats` times, after some that do not count."""
+    for _ in range(warm_ups):
+        timed(part, device)
+    return statistics.median(timed(part, device) for _ in range(repeats))
 
 
 def write_rows(rows: Sequence[Row], file: Path | None) -> None:

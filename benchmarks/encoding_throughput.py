@@ -6,9 +6,6 @@ reaches, counting the operations of products and attention alone.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
@@ -18,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt_ray.backbone import FrozenCLIP, load_backbone
 from apt_ray.config import Precision
-from benchmarks.common import Row, random_weights, write_rows
+from benchmarks.common import Row, median_seconds, random_weights, write_rows
 
 _SIDES = {"cpu": 2048, "cuda": 8192}
 
@@ -61,7 +58,9 @@ def _row(backbone: FrozenCLIP, batch: int, ceiling: float, repeats: int) -> Row:
     pixels_B3HW = torch.rand(batch, 3, size, size, device=backbone.device)
     with FlopCounterMode(display=False) as counter:
         backbone.encode_images(pixels_B3HW)
-    seconds = _median(lambda: backbone.encode_images(pixels_B3HW), backbone.device, repeats)
+    seconds = median_seconds(
+        lambda: backbone.encode_images(pixels_B3HW), backbone.device, repeats, warm_ups=2
+    )
     speed = counter.get_total_flops() / seconds
     return Row(
         name=f"{backbone.spec.name}, {backbone.spec.precision}, batch {batch}:"
@@ -77,20 +76,7 @@ def _ceiling(precision: Precision, device: torch.device) -> float:
     """Operations a second of a large product of random matrices."""
     side = _SIDES[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, precision)) for _ in "ab")
-    return 2 * side**3 / _median(lambda: a @ b, device, 10)
-
-
-def _median(part: Callable[[], object], device: torch.device, repeats: int) -> float:
-    def timed() -> float:
-        started = time.perf_counter()
-        part()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    for _ in range(2):
-        timed()
-    return statistics.median(timed() for _ in range(repeats))
+    return 2 * side**3 / median_seconds(lambda: a @ b, device, 10, warm_ups=2)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ whose cost is memory or dispatch has a floor far below its time.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +22,7 @@ from apt_ray.fitting import fit
 from apt_ray.guidance import meta_features
 from apt_ray.selection import fold
 from apt_ray.training import Lane, PromptTrainer, draw_batches, gradients_at_text
-from benchmarks.common import Row, load, sample_images, write_rows
+from benchmarks.common import Row, load, median_seconds, sample_images, timed, write_rows
 
 _SIDE = 1024
 
@@ -62,7 +60,7 @@ def main() -> None:
     }
     rows = []
     for name, (part, times) in parts.items():
-        seconds = times * _seconds(part, backbone.device, options.repeats)
+        seconds = times * median_seconds(part, backbone.device, options.repeats)
         floor = times * _operations(part) / ceiling
         rows.append(_row(name, seconds, floor))
     with TemporaryDirectory() as folder:
@@ -70,7 +68,7 @@ def main() -> None:
         for number, image in enumerate(images):
             paths.append(Path(folder) / f"{number}.png")
             image.save(paths[-1])
-        whole = _seconds(
+        whole = median_seconds(
             lambda: fit("washer", paths, settings, backbone=backbone),
             backbone.device,
             options.repeats,
@@ -126,26 +124,13 @@ def _ceiling(backbone: FrozenCLIP, repeats: int) -> float:
     """Operations a second of a large product of matrices of the backbone's precision."""
     device, dtype = backbone.device, getattr(torch, backbone.spec.precision)
     a, b = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))
-    return 2 * _SIDE**3 / min(_timed(lambda: a @ b, device) for _ in range(5 + repeats))
+    return 2 * _SIDE**3 / min(timed(lambda: a @ b, device) for _ in range(5 + repeats))
 
 
 def _operations(part: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         part()
     return counter.get_total_flops()
-
-
-def _seconds(part: Callable[[], object], device: torch.device, repeats: int) -> float:
-    part()
-    return statistics.median(_timed(part, device) for _ in range(repeats))
-
-
-def _timed(part: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    part()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def _row(name: str, seconds: float, floor: float) -> Row:
