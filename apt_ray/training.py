@@ -337,12 +337,10 @@ def draw_batches(
     more than all of the step's arithmetic.
     """
     draws = [_draw(lane, g) for lane, g in zip(lanes, generators, strict=True)]
-    bank = lanes[0].bank
-    images, patches = _NOISY + _CLEAN, bank.clean_SVNE.shape[2:]
-    tokens_TBNE = torch.empty(
-        len(lanes), images, *patches, dtype=bank.clean_SVNE.dtype, device=device
-    )
-    labels_TBN = bank.noisy_labels_SDN.new_zeros(len(lanes), images, patches[0], device=device)
+    clean_SVNE, labels_SDN = lanes[0].bank.clean_SVNE, lanes[0].bank.noisy_labels_SDN
+    shape_TBNE = (len(lanes), _NOISY + _CLEAN, *clean_SVNE.shape[2:])
+    tokens_TBNE = clean_SVNE.new_empty(shape_TBNE, device=device)
+    labels_TBN = labels_SDN.new_zeros(shape_TBNE[:3], device=device)
     readers: dict[tuple[int, float], list[int]] = {}
     for number, lane in enumerate(lanes):
         readers.setdefault((id(lane.bank), lane.settings.noise_strength), []).append(number)

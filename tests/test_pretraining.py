@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from apt_ray.errors import SettingsError
@@ -22,6 +23,7 @@ from apt_ray.pretraining.defects import DEFECTS
 from apt_ray.pretraining.draws import Draws
 from apt_ray.pretraining.evaluation import (
     PRIOR,
+    HeldOut,
     encode_held_out,
     fit_constants,
     measure,
@@ -230,27 +232,31 @@ def test_the_length_is_steps_or_minutes() -> None:
         TrainSettings()
 
 
-def test_the_shipped_weights_find_defects_of_kinds_they_never_saw() -> None:
+@pytest.fixture(scope="module")
+def held_out() -> tuple[HeldOut, Tensor]:
+    """Pairs of held-out kinds as the shipped weights see them, and what these say of states."""
     backbone = load_builtin()
     tokenizer = backbone.tokenizer
     vocabulary = Vocabulary(tokenizer.encode, tokenizer.sot_token_id, tokenizer.eot_token_id)
-    held_out = encode_held_out(backbone.model, pairs=32, seed=7)
-    states = state_features(backbone.model, vocabulary)
-    figures = measure(held_out, states, backbone.constants)
+    encoded = encode_held_out(backbone.model, pairs=32, seed=7)
+    return encoded, state_features(backbone.model, vocabulary)
+
+
+def test_the_shipped_weights_find_defects_of_kinds_they_never_saw(
+    held_out: tuple[HeldOut, Tensor],
+) -> None:
+    figures = measure(*held_out, load_builtin().constants)
     assert figures.pixel_auroc_prompts > 0.85
     assert figures.pixel_auroc_reference > 0.85
     assert figures.participation_ratio > 15
 
 
-def test_the_constants_are_calibrated_for_the_prior() -> None:
-    backbone = load_builtin()
-    tokenizer = backbone.tokenizer
-    vocabulary = Vocabulary(tokenizer.encode, tokenizer.sot_token_id, tokenizer.eot_token_id)
-    held_out = encode_held_out(backbone.model, pairs=32, seed=7)
-    constants = fit_constants(held_out, state_features(backbone.model, vocabulary))
-    distance = torch.stack([held_out.distances_PN[i] for i in constants.reference_layers]).mean(0)
-    probability = reference_probability(distance, constants)[held_out.known]
-    is_anomalous = held_out.labels_PN[held_out.known] == 1
+def test_the_constants_are_calibrated_for_the_prior(held_out: tuple[HeldOut, Tensor]) -> None:
+    encoded, states = held_out
+    constants = fit_constants(encoded, states)
+    distance = torch.stack([encoded.distances_PN[i] for i in constants.reference_layers]).mean(0)
+    probability = reference_probability(distance, constants)[encoded.known]
+    is_anomalous = encoded.labels_PN[encoded.known] == 1
     # Weighted as if a share of `PRIOR` were anomalous, predictions agree with labels on the whole.
     weight = torch.where(
         is_anomalous, PRIOR / is_anomalous.sum(), (1 - PRIOR) / (~is_anomalous).sum()

@@ -244,13 +244,7 @@ def _product(
         Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
         for picture in pairs.reference_P3HW[:_SHOTS]
     ]
-    test = Pairs(
-        reference_P3HW=pairs.reference_P3HW[_SHOTS:],
-        query_P3HW=pairs.query_P3HW[_SHOTS:],
-        mask_PHW=pairs.mask_PHW[_SHOTS:],
-        attributes_PA=pairs.attributes_PA[_SHOTS:],
-    )
-    return good, test
+    return good, pairs[_SHOTS:]
 
 
 def _text_auroc(

@@ -54,21 +54,20 @@ class Pairs:
     mask_PHW: Tensor
     attributes_PA: Tensor
 
+    def __len__(self) -> int:
+        return len(self.mask_PHW)
+
+    def __getitem__(self, index: slice) -> Pairs:
+        return Pairs(
+            reference_P3HW=self.reference_P3HW[index],
+            query_P3HW=self.query_P3HW[index],
+            mask_PHW=self.mask_PHW[index],
+            attributes_PA=self.attributes_PA[index],
+        )
+
     def split(self, count: int) -> list[Pairs]:
         """Batches of `count` pairs, the last one perhaps smaller."""
-        fields = [
-            tensor.split(count)
-            for tensor in (
-                self.reference_P3HW,
-                self.query_P3HW,
-                self.mask_PHW,
-                self.attributes_PA,
-            )
-        ]
-        return [
-            Pairs(reference_P3HW=reference, query_P3HW=query, mask_PHW=mask, attributes_PA=table)
-            for reference, query, mask, table in zip(*fields, strict=True)
-        ]
+        return [self[start : start + count] for start in range(0, len(self), count)]
 
 
 def generate(
