@@ -15,13 +15,13 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(READY) ## Run the whole line once: sample pictures, search, registry, fleet, inspection
-	@$(BIN)/python -m apt_ray.demo run
+	@$(BIN)/python -m apt_ray.devtools.demo run
 
 up: $(READY) ## The same, and leave the servers up; prints their addresses
-	@$(BIN)/python -m apt_ray.demo up
+	@$(BIN)/python -m apt_ray.devtools.demo up
 
 down: $(READY) ## Stop the servers of `make up`
-	@$(BIN)/python -m apt_ray.demo down
+	@$(BIN)/python -m apt_ray.devtools.demo down
 
 # Two workers share the cores with the servers that they start: threads that wait must sleep.
 test: $(READY) ## Run the tests (PYTEST_ARGS="-k name" and the like)
@@ -44,7 +44,7 @@ format: $(READY) ## Format the code and mend what can be mended by itself
 	$(BIN)/ruff check --fix
 
 clean: ## Stop the servers and remove the environment, the demo's files and all caches
-	@if [ -f .demo/state.json ]; then $(BIN)/python -m apt_ray.demo down; fi
+	@if [ -f .demo/state.json ]; then $(BIN)/python -m apt_ray.devtools.demo down; fi
 	rm -rf .venv .demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -8,25 +8,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apt_ray.backbone import load_backbone as load_backbone
     from apt_ray.config import BackboneSpec as BackboneSpec
     from apt_ray.config import FitSettings as FitSettings
     from apt_ray.data.folders import find_categories as find_categories
-    from apt_ray.detector import Detector as Detector
-    from apt_ray.fitting import fit as fit
+    from apt_ray.detection.detector import Detector as Detector
+    from apt_ray.detection.prompt_set import PromptSet as PromptSet
+    from apt_ray.features.clip import load_backbone as load_backbone
     from apt_ray.images import draw_overlay as draw_overlay
     from apt_ray.images import read_image as read_image
-    from apt_ray.prompt_set import PromptSet as PromptSet
+    from apt_ray.prompts.fit import fit as fit
 
 _HOME = {
     "BackboneSpec": "config",
-    "Detector": "detector",
+    "Detector": "detection.detector",
     "FitSettings": "config",
-    "PromptSet": "prompt_set",
+    "PromptSet": "detection.prompt_set",
     "draw_overlay": "images",
     "find_categories": "data.folders",
-    "fit": "fitting",
-    "load_backbone": "backbone",
+    "fit": "prompts.fit",
+    "load_backbone": "features.clip",
     "read_image": "images",
 }
 

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from apt_ray import find_categories, load_backbone
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
-from apt_ray.evaluation import Result, evaluate
 from apt_ray.pretraining.defects import HELD_OUT_DEFECTS
 from apt_ray.pretraining.generator import generate
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES
+from apt_ray.validation.evaluation import Result, evaluate
 
 # What changes in the backbone's spec, and in the settings of the fit.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

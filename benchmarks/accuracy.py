@@ -23,15 +23,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from apt_ray.backbone import FrozenCLIP, ImageFeatures, load_backbone
-from apt_ray.comparison import resample
+from apt_ray.cli.flags import add_backbone_flags, given_backbone
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError
-from apt_ray.evaluation import TestSet
-from apt_ray.flags import add_backbone_flags, given_backbone
+from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.protocol import ImageFeatures
+from apt_ray.files import location
 from apt_ray.images import read_image
-from apt_ray.storage import location
+from apt_ray.validation.evaluation import TestSet
+from apt_ray.validation.intervals import resample
 from benchmarks.baselines import METHODS
 from benchmarks.baselines.support import Encoded, ImageRule, Method, Support
 from benchmarks.baselines.views import SCALES, encode_windows

@@ -15,12 +15,12 @@ import psutil
 import torch
 from PIL import Image
 
-from apt_ray.backbone import FrozenCLIP, load_backbone
 from apt_ray.config import BUILTIN, BackboneSpec, FitSettings, Precision
 from apt_ray.data.folders import find_categories
-from apt_ray.data.samples import write_samples
+from apt_ray.data.samples.factory import write_samples
+from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.torchvision_guard import import_open_clip
 from apt_ray.images import read_image
-from apt_ray.torchvision_guard import import_open_clip
 from tuning.space import DEFAULT_SPACE, distributions
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

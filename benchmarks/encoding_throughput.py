@@ -13,8 +13,8 @@ from typing import get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from apt_ray.backbone import FrozenCLIP, load_backbone
 from apt_ray.config import Precision
+from apt_ray.features.clip import FrozenCLIP, load_backbone
 from benchmarks.common import Row, median_seconds, random_weights, write_rows
 
 _SIDES = {"cpu": 2048, "cuda": 8192}

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from apt_ray import Detector, draw_overlay, find_categories, fit, load_backbone, read_image
-from apt_ray.data.samples import write_samples
+from apt_ray.data.samples.factory import write_samples
 from apt_ray.images import read_mask
 
 _SIDE = 320

@@ -15,13 +15,15 @@ from typing import get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from apt_ray.backbone import FrozenCLIP
-from apt_ray.bank import encode_support
+from apt_ray.anomalies.bank import encode_support
 from apt_ray.config import FitSettings, Precision
-from apt_ray.fitting import fit
-from apt_ray.guidance import meta_features
-from apt_ray.selection import fold
-from apt_ray.training import Lane, PromptTrainer, draw_batches, gradients_at_text
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.prompts.batches import draw_batches
+from apt_ray.prompts.fit import fit
+from apt_ray.prompts.guidance import meta_features
+from apt_ray.prompts.lanes import Lane, fold
+from apt_ray.prompts.losses import gradients_at_text
+from apt_ray.prompts.trainer import PromptTrainer
 from benchmarks.common import Row, load, median_seconds, sample_images, timed, write_rows
 
 _SIDE = 1024

@@ -19,15 +19,15 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
-from apt_ray.backbone import load_backbone
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import find_categories
-from apt_ray.data.samples import write_samples
-from apt_ray.detector import Detector
-from apt_ray.fitting import fit
+from apt_ray.data.samples.factory import write_samples
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.devtools.local_stack import HOST, LocalStack, Server, command_environment, free_ports
+from apt_ray.features.clip import load_backbone
 from apt_ray.images import decode_image
-from apt_ray.local_stack import HOST, LocalStack, Server, command_environment, free_ports
-from apt_ray.prompt_set import PromptSet
+from apt_ray.prompts.fit import fit
 
 CATEGORY = "washer"
 
@@ -267,7 +267,7 @@ def _haproxy(private: Path) -> dict[str, str]:
 
 def _random_weights(folder: Path, name: str) -> BackboneSpec:
     """A published architecture without its weights: its speed is that of the real one."""
-    from apt_ray.torchvision_guard import import_open_clip
+    from apt_ray.features.torchvision_guard import import_open_clip
 
     path = folder / f"{name}.pt"
     if not path.exists():

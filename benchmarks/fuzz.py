@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from apt_ray.errors import ImageError
 from apt_ray.images import ImageLimits, decode_image
-from tests.mutations import mutated
+from tests.tuning.mutations import mutated
 
 _LIMITS = ImageLimits(max_bytes=2**20, max_pixels=1_000_000)
 _SLOW_S = 1.0

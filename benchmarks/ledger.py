@@ -57,7 +57,7 @@ class Ledger:
 
     Attributes:
         rows: by key, in the order in which they were finished.
-        resamples: key -> metric -> `(1 + R,)`, as `apt_ray.comparison.resample` gives it.
+        resamples: key -> metric -> `(1 + R,)`, as `apt_ray.validation.intervals.resample` gives it.
     """
 
     def __init__(self, path: Path | None, setup: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from urllib.request import Request
 
 from mlflow import MlflowClient
 
-from apt_ray.local_stack import fetch
+from apt_ray.devtools.local_stack import fetch
 from apt_ray.registry import Registry
 from benchmarks.fleet import CATEGORY, fleet, prepare, write
 

@@ -20,11 +20,11 @@ from statistics import median
 import torch
 from mlflow import MlflowClient
 
-from apt_ray.calibration import calibrate
 from apt_ray.config import BackboneSpec, FitSettings
-from apt_ray.local_stack import Server, free_ports, launch_mlflow
-from apt_ray.prompt_set import PromptSet, Provenance
-from apt_ray.reference import ReferenceMemory
+from apt_ray.detection.calibration import calibrate
+from apt_ray.detection.prompt_set import PromptSet, Provenance
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
 from apt_ray.registry import Registry, promote
 
 _TABLES = (

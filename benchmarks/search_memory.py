@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from apt_ray.data.samples import write_samples
-from apt_ray.local_stack import LocalStack
+from apt_ray.data.samples.factory import write_samples
+from apt_ray.devtools.local_stack import LocalStack
 from benchmarks.common import Row, random_weights, write_rows
 
 _LIMIT_GB = 6.0

@@ -28,14 +28,15 @@ import ray
 import torch
 from ray import tune
 
-from apt_ray.backbone import FrozenCLIP, load_backbone
-from apt_ray.bank import SupportBank, encode_support
+from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
-from apt_ray.data.samples import write_samples
+from apt_ray.data.samples.factory import write_samples
+from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.images import read_image
-from apt_ray.selection import fold, judge_folds
-from apt_ray.training import PromptTrainer
+from apt_ray.prompts.lanes import fold
+from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.validation.synthetic import judge_folds
 from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
 from tuning.cluster import start_encoding, start_engines, wait_until_ready
 from tuning.progress import say

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from apt_ray.local_stack import LocalStack, free_ports
+from apt_ray.devtools.local_stack import LocalStack, free_ports
 from apt_ray.registry import Registry
 from benchmarks.fleet import deploy, prepare, write
 

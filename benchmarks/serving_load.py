@@ -20,7 +20,7 @@ from urllib.request import Request
 
 from matplotlib.figure import Figure
 
-from apt_ray.local_stack import fetch
+from apt_ray.devtools.local_stack import fetch
 from benchmarks.fleet import CATEGORY, Client, fleet, prepare, write
 
 _QUIET = "quiet"

@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.images import ImageLimits
-from apt_ray.prompt_set import PromptSet
 from benchmarks.fleet import prepare, write
-from serving.inspector import Inspector
-from serving.orders import Order, StoredVersion
+from serving.controller.orders import Order, StoredVersion
+from serving.replica.inspector import Inspector
 from serving.settings import Batching
 
 

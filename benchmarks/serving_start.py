@@ -19,10 +19,10 @@ from benchmarks.fleet import Client, RunningFleet, fleet, prepare, write
 
 _BARE = """
 import sys
-from apt_ray.detector import Detector
-from apt_ray.backbone import load_backbone
+from apt_ray.detection.detector import Detector
+from apt_ray.features.clip import load_backbone
 from apt_ray.images import decode_image
-from apt_ray.prompt_set import PromptSet
+from apt_ray.detection.prompt_set import PromptSet
 prompt_set = PromptSet.from_bytes(open(sys.argv[1], "rb").read())
 detector = Detector(load_backbone(prompt_set.backbone), prompt_set)
 detector.inspect([decode_image(open(sys.argv[2], "rb").read())])

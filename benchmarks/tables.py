@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from apt_ray.comparison import METRICS, Interval, change_over_seeds
-from apt_ray.evaluation import percent
+from apt_ray.validation.evaluation import percent
+from apt_ray.validation.intervals import METRICS, Interval, change_over_seeds
 from benchmarks.ledger import Key, Ledger, Row
 
 OURS, OURS_ALONE = "apt", "apt-alone"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from apt_ray.bank import encode_support
-from apt_ray.selection import fold
-from apt_ray.training import Lane, PromptTrainer
+from apt_ray.anomalies.bank import encode_support
+from apt_ray.prompts.lanes import Lane, fold
+from apt_ray.prompts.trainer import PromptTrainer
 from benchmarks.common import Row, load, sample_images, searched_settings, write_rows
 
 

@@ -17,16 +17,23 @@ from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
 from apt_ray.errors import AptError
-from serving.access import Access
-from serving.cache import Cache
-from serving.controller import WAIT_S, Controller, RegistrySource
-from serving.ingress import create_api
-from serving.messages import CategoryReport, Inspected, Picture
-from serving.orders import FleetStatus, Orders, Plan, ReplicaReport, Routes, StoredVersion
-from serving.pools import Answering, Pools, Refusal
-from serving.root import create_root_api
+from serving.api.access import Access
+from serving.api.ingress import create_api
+from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.pools import Answering, Pools, Refusal
+from serving.api.root import create_root_api
+from serving.api.webhooks import SECRET_VARIABLE
+from serving.controller.cache import Cache
+from serving.controller.controller import WAIT_S, Controller, RegistrySource
+from serving.controller.orders import (
+    FleetStatus,
+    Orders,
+    Plan,
+    ReplicaReport,
+    Routes,
+    StoredVersion,
+)
 from serving.settings import Auth, Batching, HttpLimits, PoolName, RegistrySettings
-from serving.webhooks import SECRET_VARIABLE
 
 POOL_DEPLOYMENT = "Pool"
 ROOT_DEPLOYMENT = "Root"
@@ -98,9 +105,9 @@ class PoolReplica:
     """One replica of a pool."""
 
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        from serving.follower import Follower  # with torch: for these replicas only
-        from serving.inspector import Inspector
-        from serving.metrics import Meter
+        from serving.replica.follower import Follower  # with torch: for these replicas only
+        from serving.replica.inspector import Inspector
+        from serving.replica.metrics import Meter
 
         self._args = args
         self._access = Access(Auth())

@@ -35,9 +35,9 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
     fleet = Fleet.read(arguments.file)
     # Ray and MLflow take seconds to import: not for --help or a misspelt file.
     from apt_ray.registry import Registry
-    from serving.cluster import Cluster
-    from serving.deployment import deploy
-    from serving.plan import HttpAddress, check_exposure
+    from serving.deploy.cluster import Cluster
+    from serving.deploy.deployment import deploy
+    from serving.deploy.plan import HttpAddress, check_exposure
 
     address = HttpAddress(host=arguments.host, port=arguments.http_port)
     check_exposure(fleet, address)
@@ -61,8 +61,8 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
 
 
 def _status_command(arguments: argparse.Namespace) -> None:
-    from serving.cluster import Cluster
-    from serving.deployment import describe_status
+    from serving.deploy.cluster import Cluster
+    from serving.deploy.deployment import describe_status
 
     cluster = Cluster(arguments.ray_address)
     details = cluster.serve_details()
@@ -71,8 +71,8 @@ def _status_command(arguments: argparse.Namespace) -> None:
 
 
 def _down_command(arguments: argparse.Namespace) -> None:
-    from serving.cluster import Cluster
-    from serving.deployment import take_down
+    from serving.deploy.cluster import Cluster
+    from serving.deploy.deployment import take_down
 
     print(f"stopped {take_down(Cluster(arguments.ray_address))} applications")
 
@@ -89,8 +89,8 @@ def _token_command(arguments: argparse.Namespace) -> None:
 
 def _promote_command(arguments: argparse.Namespace) -> int:
     from apt_ray.data.folders import find_categories
-    from apt_ray.held_out import compare_prompt_sets
     from apt_ray.registry import promote
+    from apt_ray.validation.versions import compare_prompt_sets
 
     normal: Sequence[Path] = ()
     if arguments.data is not None:

@@ -7,8 +7,6 @@ in each line.
 import logging
 from datetime import datetime, timezone
 
-from serving.messages import InspectionReport
-
 logger = logging.getLogger("ray.serve")
 
 
@@ -21,18 +19,3 @@ def audit(operation: str, **fields: object) -> dict[str, object]:
     }
     logger.info("audit: %s", operation, extra={"audit": line})
     return line
-
-
-def log_inspection(report: InspectionReport) -> None:
-    """Log what an image was found to be."""
-    logger.info(
-        "inspected",
-        extra={
-            "request": report.request_id,
-            "category": report.category,
-            "version": report.version,
-            "anomaly_score": round(report.anomaly_score, 6),
-            "is_anomalous": report.is_anomalous,
-            "timings_ms": report.timings_ms.model_dump(),
-        },
-    )

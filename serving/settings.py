@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from apt_ray.config import Settings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
-from serving.interest import mask_png
+from serving.regions import mask_png
 
 CategoryName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 PoolName = CategoryName

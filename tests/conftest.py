@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from apt_ray.backbone import FrozenCLIP, load_backbone
-from apt_ray.bank import SupportBank, encode_support
+from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
-from apt_ray.data.samples import write_samples
-from apt_ray.fitting import fit
+from apt_ray.data.samples.factory import write_samples
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.devtools.local_stack import free_ports, launch_mlflow
+from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.images import read_image
-from apt_ray.local_stack import free_ports, launch_mlflow
-from apt_ray.prompt_set import PromptSet
+from apt_ray.prompts.fit import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,7 +17,7 @@ import boto3
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
-from apt_ray.local_stack import HOST, Server, free_ports
+from apt_ray.devtools.local_stack import HOST, Server, free_ports
 
 BUCKET = "apt-ray"
 

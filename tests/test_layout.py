@@ -37,7 +37,9 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_core_imports_without_ray() -> None:
     imported = python("-c", IMPORT_WITHOUT_RAY)
     assert imported.returncode == 0, imported.stderr
-    assert {"apt_ray.detector", "apt_ray.registry", "apt_ray.demo"} <= set(imported.stdout.split())
+    assert {"apt_ray.detection.detector", "apt_ray.registry", "apt_ray.devtools.demo"} <= set(
+        imported.stdout.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_core_imports_without_ray() -> None:
         ("-m", "apt_ray", "inspect"),
         ("-m", "apt_ray", "evaluate"),
         ("-m", "apt_ray", "sample"),
-        ("-m", "apt_ray.demo"),
+        ("-m", "apt_ray.devtools.demo"),
         ("tuning/search.py",),
         ("-m", "serving.fleet"),
         ("-m", "serving.fleet", "deploy"),

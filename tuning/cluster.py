@@ -16,20 +16,20 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from apt_ray.backbone import FrozenCLIP, load_backbone
-from apt_ray.bank import BankCache, SupportBank, bank_key, encode_support
+from apt_ray.anomalies.bank import BankCache, SupportBank, bank_key, encode_support
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import SettingsError
-from apt_ray.fitting import fit
-from apt_ray.held_out import HeldOutComparison, compare_prompt_sets
+from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.images import read_image
-from apt_ray.prompt_set import PromptSet
+from apt_ray.prompts.fit import fit
+from apt_ray.validation.versions import HeldOutComparison, compare_prompt_sets
 from tuning.calls import BankName, RungCall, RungResult
 from tuning.engine import Engine, EngineStatus
 from tuning.labelled import report_labelled
-from tuning.pictures import draw_held_out, draw_support
 from tuning.settings import EngineSettings
+from tuning.sheets import draw_held_out, draw_support
 from tuning.trial import Banks
 
 _READY_TIMEOUT_S = 300.0

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from safetensors.torch import load, save
 
-from apt_ray.backbone import FrozenCLIP
-from apt_ray.bank import SupportBank
+from apt_ray.anomalies.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import AptError, SettingsError
-from apt_ray.selection import fold, judge_folds
-from apt_ray.training import Lane, LaneState, PromptTrainer
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.prompts.lanes import Lane, LaneState, fold
+from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.validation.synthetic import judge_folds
 from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
 
 LoadBanks = Callable[[BankName], Sequence[SupportBank]]

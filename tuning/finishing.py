@@ -12,8 +12,8 @@ from PIL import Image
 from ray.exceptions import RayTaskError
 
 from apt_ray.data.folders import Category
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import AptError, RegistryError
-from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
 from apt_ray.registry.promotion import Compare
 from tuning.cluster import FitJob

@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from apt_ray.backbone import FrozenCLIP
-from apt_ray.comparison import ImageScores
 from apt_ray.data.folders import Category
-from apt_ray.detector import Detector
-from apt_ray.evaluation import METRICS, TestSet
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
-from apt_ray.prompt_set import PromptSet
-from tuning.pictures import draw_sheet
+from apt_ray.validation.evaluation import METRICS, TestSet
+from apt_ray.validation.intervals import ImageScores
+from tuning.sheets import draw_sheet
 
 _SHOWN = 4
 

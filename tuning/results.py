@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import AptError, DataError
-from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import RegisteredVersion
 from tuning.records import TrialRecord
 from tuning.space import Space, distributions

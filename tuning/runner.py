@@ -17,12 +17,12 @@ from ray import ObjectRef, tune
 from ray.actor import ActorHandle
 from ray.tune.experiment import Trial
 
-from apt_ray.bank import default_cache_folder
+from apt_ray.anomalies.bank import default_cache_folder
 from apt_ray.data.folders import Category
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import AptError
-from apt_ray.held_out import HeldOutComparison
-from apt_ray.prompt_set import PromptSet
 from apt_ray.registry import Registry
+from apt_ray.validation.versions import HeldOutComparison
 from tuning.calls import BankName
 from tuning.cluster import Engines, FitJob, start_encoding, start_engines, wait_until_ready
 from tuning.finishing import Finisher

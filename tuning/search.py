@@ -20,11 +20,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from apt_ray.cli.flags import add_backbone_flags, given_backbone
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError, SettingsError
-from apt_ray.flags import add_backbone_flags, given_backbone
-from apt_ray.storage import location
+from apt_ray.files import location
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
 from tuning.space import DEFAULT_SPACE, read_space
 

@@ -22,7 +22,7 @@ from tuning.records import SearchStore, TrialRecord
 from tuning.settings import RUNGS, SearchSettings
 
 if TYPE_CHECKING:
-    from apt_ray.bank import SupportBank
+    from apt_ray.anomalies.bank import SupportBank
 
 Banks = tuple["ObjectRef[SupportBank]", ...]
 """The banks of a name in Ray's object store, one a support seed."""
@@ -164,7 +164,7 @@ class _OwnEngine:
 def _engine_of_this_process(
     backbone: BackboneSpec, threads: int
 ) -> "tuple[SomeEngine, dict[BankName, Banks]]":
-    from apt_ray.backbone import load_backbone
+    from apt_ray.features.clip import load_backbone
     from tuning.engine import Engine
 
     refs: dict[BankName, Banks] = {}

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt_ray.errors import DataError
+from apt_ray.files import S3Path, absolute
 from apt_ray.images import IMAGE_SUFFIXES
-from apt_ray.storage import S3Path, absolute
 
 GOOD = "good"
 _GROUND_TRUTH = "ground_truth"

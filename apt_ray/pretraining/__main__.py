@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from apt_ray.models.builtin import save_builtin
+from apt_ray.features.builtin.apt_mini import save_builtin
 from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.surfaces import BOARD_LIKE, SOLAR_LIKE

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_ray.metrics import image_auroc, pixel_auroc
-from apt_ray.models.builtin import BackboneConstants
+from apt_ray.features.constants import BackboneConstants
 from apt_ray.pretraining.captions import (
     ANOMALOUS_STATES,
     NORMAL_STATES,
@@ -33,6 +32,7 @@ from apt_ray.pretraining.features import (
 from apt_ray.pretraining.generator import generate
 from apt_ray.pretraining.losses import known_labels, participation_ratio, reference_distance
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES
+from apt_ray.validation.metrics import image_auroc, pixel_auroc
 
 if TYPE_CHECKING:
     from open_clip import CLIP

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_ray.attention import locality_mask
 from apt_ray.config import BackboneSpec
-from apt_ray.towers import run_text_tower, run_vision_tower
+from apt_ray.features.attention import locality_mask
+from apt_ray.features.towers import run_text_tower, run_vision_tower
 
 if TYPE_CHECKING:
     from open_clip import CLIP

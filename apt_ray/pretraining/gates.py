@@ -25,18 +25,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from apt_ray.backbone import FrozenCLIP, ImageFeatures
-from apt_ray.bank import SupportBank, encode_support
+from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.config import BackboneSpec, FitSettings
-from apt_ray.guidance import meta_features
-from apt_ray.metrics import image_auroc, pixel_auroc
-from apt_ray.models.builtin import FOLDER, load_builtin
-from apt_ray.pretraining.defects import HELD_OUT_DEFECTS, TRAINING_DEFECTS
-from apt_ray.pretraining.generator import Pairs, generate
-from apt_ray.pretraining.losses import participation_ratio
-from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES, TRAINING_SURFACES
-from apt_ray.reference import ReferenceMemory
-from apt_ray.scoring import (
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import (
     anomalous_probability,
     anomaly_maps,
     fuse,
@@ -44,7 +36,18 @@ from apt_ray.scoring import (
     reference_probability,
     top_mean,
 )
-from apt_ray.training import Lane, PromptTrainer, synthetic_loss
+from apt_ray.features.builtin.apt_mini import FOLDER, load_builtin
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import ImageFeatures
+from apt_ray.pretraining.defects import HELD_OUT_DEFECTS, TRAINING_DEFECTS
+from apt_ray.pretraining.generator import Pairs, generate
+from apt_ray.pretraining.losses import participation_ratio
+from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES, TRAINING_SURFACES
+from apt_ray.prompts.guidance import meta_features
+from apt_ray.prompts.lanes import Lane
+from apt_ray.prompts.losses import synthetic_loss
+from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.validation.metrics import image_auroc, pixel_auroc
 
 MIN_PIXEL_AUROC = 0.85
 MIN_PARTICIPATION_RATIO = 15.0

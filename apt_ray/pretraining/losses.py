@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_ray.synthesis import IGNORED, patch_labels
+from apt_ray.anomalies.noise import IGNORED, patch_labels
 
 
 def known_labels(mask_PHW: Tensor, patch_size: int) -> Tensor:

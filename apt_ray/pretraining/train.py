@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_ray.errors import SettingsError
-from apt_ray.models.builtin import BackboneConstants, build_model, build_tokenizer, load_builtin
+from apt_ray.features.builtin.apt_mini import build_model, build_tokenizer, load_builtin
+from apt_ray.features.constants import BackboneConstants
 from apt_ray.pretraining import losses
 from apt_ray.pretraining.captions import Phrase, Vocabulary, draw_phrases, draw_states, holds
 from apt_ray.pretraining.features import (

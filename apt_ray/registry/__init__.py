@@ -7,8 +7,9 @@ version holds, `moves` how a champion changes.
 This is the only package that imports MLflow, an import of seconds; keep it out of trials.
 """
 
-from apt_ray.registry.client import Registry
-from apt_ray.registry.moves import History, Move
+from apt_ray.registry.mlflow.client import Registry
+from apt_ray.registry.mlflow.moves import History, Move
+from apt_ray.registry.mlflow.pending import default_pending
 from apt_ray.registry.names import (
     CANDIDATE,
     CHAMPION,
@@ -17,7 +18,6 @@ from apt_ray.registry.names import (
     LoggedTrial,
     RegisteredVersion,
 )
-from apt_ray.registry.pending import default_pending
 from apt_ray.registry.promotion import Promotion, promote, roll_back
 from apt_ray.registry.retention import Pruned, prune
 

@@ -9,19 +9,19 @@ from typing import Literal
 
 from PIL import Image
 
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError
-from apt_ray.held_out import (
+from apt_ray.images import read_image
+from apt_ray.registry.mlflow.client import Registry
+from apt_ray.registry.mlflow.contents import file_sha256
+from apt_ray.registry.mlflow.moves import Move
+from apt_ray.registry.names import CANDIDATE, DATA, HELD_OUT, RegisteredVersion
+from apt_ray.validation.versions import (
     MAX_FAMILY_LOSS,
     MIN_STANDARD_ERRORS,
     HeldOutComparison,
     compare_prompt_sets,
 )
-from apt_ray.images import read_image
-from apt_ray.prompt_set import PromptSet
-from apt_ray.registry.client import Registry
-from apt_ray.registry.contents import file_sha256
-from apt_ray.registry.moves import Move
-from apt_ray.registry.names import CANDIDATE, DATA, HELD_OUT, RegisteredVersion
 
 _MOST_IMAGES = 16
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from apt_ray.backbone import load_backbone
-from apt_ray.detector import Detector
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.features.clip import load_backbone
 from apt_ray.images import decode_image
-from apt_ray.prompt_set import PromptSet
 from apt_ray.registry.names import PROMPT_SET
 
 _BATCH = 8

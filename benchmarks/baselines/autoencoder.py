@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_ray.backbone import ImageFeatures
+from apt_ray.features.protocol import ImageFeatures
 from benchmarks.baselines.support import Encoded, ImageRule, Support
 
 _STEPS, _BATCH, _RATE = 100, 8, 2e-3

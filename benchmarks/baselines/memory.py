@@ -4,8 +4,8 @@ AnomalyDINO reads DINOv2 and masks the background of some products by hand-made 
 patches are those of the reference layers that all methods share, and nothing is masked.
 """
 
-from apt_ray.backbone import ImageFeatures
-from apt_ray.reference import ReferenceMemory
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.features.protocol import ImageFeatures
 from benchmarks.baselines.support import ImageRule, Support
 
 

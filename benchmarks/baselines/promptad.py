@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_ray.backbone import FrozenCLIP
-from apt_ray.reference import ReferenceMemory
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.features.clip import FrozenCLIP
 from benchmarks.baselines.support import Encoded, ImageRule, Support
 
 STATES = (

@@ -10,13 +10,13 @@ import copy
 import torch
 from torch import Tensor
 
-from apt_ray.backbone import FrozenCLIP
 from apt_ray.config import FitSettings
-from apt_ray.detector import Detector
-from apt_ray.fitting import fit as fit_prompt_set
-from apt_ray.guidance import meta_features
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.rule import anomalous_probability
+from apt_ray.features.clip import FrozenCLIP
 from apt_ray.pretraining.gates import train_free_direction
-from apt_ray.scoring import anomalous_probability
+from apt_ray.prompts.fit import fit as fit_prompt_set
+from apt_ray.prompts.guidance import meta_features
 from benchmarks.baselines.support import ImageRule, Support
 
 _FREE_RATE = 0.03

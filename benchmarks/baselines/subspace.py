@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt_ray.backbone import ImageFeatures
+from apt_ray.features.protocol import ImageFeatures
 from benchmarks.baselines.support import ImageRule, Support
 
 EXPLAINED = 0.99

@@ -14,12 +14,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from apt_ray.backbone import FrozenCLIP, ImageFeatures
-from apt_ray.bank import SupportBank, encode_support
+from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.config import FitSettings
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import anomaly_maps, fuse, reference_probability, top_mean
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import ImageFeatures
 from apt_ray.images import read_image
-from apt_ray.reference import ReferenceMemory
-from apt_ray.scoring import anomaly_maps, fuse, reference_probability, top_mean
 from benchmarks.baselines.views import SCALES, encode_windows, turned
 
 MEMORY_WEIGHT = FitSettings().reference_weight

@@ -15,9 +15,9 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from apt_ray.attention import run_blocks
-from apt_ray.backbone import FrozenCLIP, resize_position_embedding
-from apt_ray.towers import FusedBlock, embed_patches, project_tokens
+from apt_ray.features.attention import run_blocks
+from apt_ray.features.clip import FrozenCLIP, resize_position_embedding
+from apt_ray.features.towers import FusedBlock, embed_patches, project_tokens
 
 ANGLES = tuple(range(0, 360, 45))
 SCALES = (2, 3)

@@ -1,0 +1,104 @@
+"""What the commands share: their parsers' flags, progress bars, files of results.
+
+Heavy modules are imported inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
+from apt_ray.config import FitSettings
+
+if TYPE_CHECKING:
+    from apt_ray.features.clip import FrozenCLIP
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+) -> argparse.ArgumentParser:
+    """Add the parser of a command; `run` takes the parsed options and returns the exit status."""
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    return command
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting of a fit; `settings` reads them."""
+    group = command.add_argument_group("settings of the fit", "the defaults need no tuning")
+    is_evaluation = command.prog.endswith("evaluate")  # which has seeds of its own
+    add_flags(group, FitSettings, prefix="fit_", without={"seed"} if is_evaluation else ())
+
+
+def settings(options: argparse.Namespace) -> FitSettings:
+    """The settings of a fit that the flags gave."""
+    return given(options, FitSettings, prefix="fit_")
+
+
+def add_backbone(command: argparse.ArgumentParser) -> None:
+    """Add the flags that choose the backbone and where it runs; `backbone` loads it."""
+    add_backbone_flags(command)
+    command.add_argument("--device", default="cpu", help="torch device (cpu)")
+
+
+def backbone(options: argparse.Namespace) -> FrozenCLIP:
+    """The backbone that the flags chose, loaded."""
+    from apt_ray.features.clip import load_backbone
+
+    loaded = load_backbone(given_backbone(options), device=options.device)
+    if loaded.tiles > 1:
+        _print_cost_of_tiles(loaded)
+    return loaded
+
+
+def _print_cost_of_tiles(backbone: FrozenCLIP) -> None:
+    import torch
+
+    image = torch.zeros(1, 3, backbone.input_size, backbone.input_size)
+    seconds = []
+    for _ in range(2):  # the first pass warms up
+        started = time.perf_counter()
+        backbone.encode_images(image).tokens_BNE.cpu()
+        seconds.append(time.perf_counter() - started)
+    side = backbone.tiles
+    print(
+        f"{side} x {side} tiles: an image of {backbone.input_size} px takes {side**2} passes of the"
+        f" vision tower, {1000 * seconds[-1]:.0f} ms here"
+    )
+
+
+def count(text: str) -> int:
+    """A number of at least 1, as argparse reads it."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+@contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, as a callback that takes (done, total)."""
+    with tqdm(desc=text, leave=False, disable=None) as shown:
+
+        def show(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield show
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON; folders on the way are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,28 @@
+"""`apt-ray compare`: is one evaluation better than another by more than chance?"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from apt_ray.cli.common import add_command, write_json
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = add_command(
+        commands, "compare", _run, "say whether one evaluation is better than another"
+    )
+    compare.add_argument("before", type=Path, help="file of `evaluate --scores`")
+    compare.add_argument("after", type=Path, help="another, of the same test pictures")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the differences as JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from apt_ray.validation.intervals import compare, format_differences, load_scores
+
+    differences = compare(load_scores(options.before), load_scores(options.after))
+    print(format_differences(differences))
+    if options.json is not None:
+        write_json(options.json, [asdict(difference) for difference in differences])
+    return 0

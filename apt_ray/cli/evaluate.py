@@ -1,0 +1,116 @@
+"""`apt-ray evaluate`: figures on labelled test pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from apt_ray.cli.common import (
+    add_backbone,
+    add_command,
+    add_settings,
+    backbone,
+    count,
+    settings,
+    write_json,
+)
+from apt_ray.errors import AptError
+from apt_ray.files import location
+
+if TYPE_CHECKING:
+    from apt_ray.validation.evaluation import Result
+
+_TWO_KINDS = 2
+_EXAMPLES = 4  # good and defective images of each kind that a report shows
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = add_command(
+        commands, "evaluate", _run, "measure on labelled test pictures, over several seeds"
+    )
+    evaluate.add_argument(
+        "--data",
+        type=location,
+        required=True,
+        help="folder of products, or s3://bucket/prefix, in MVTec AD, VisA or plain layout",
+    )
+    evaluate.add_argument(
+        "--categories", nargs="+", default=[], metavar="NAME", help="only these products"
+    )
+    evaluate.add_argument("--shots", type=count, default=4, help="support images a fit (4)")
+    evaluate.add_argument(
+        "--seeds", type=_seeds, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
+    )
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON")
+    evaluate.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="write the scores of every image (.npz), for `compare`",
+    )
+    evaluate.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write a page with tables, curves and images with their maps to DIR/index.html",
+    )
+    add_settings(evaluate)
+    add_backbone(evaluate)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from apt_ray.data.folders import find_categories
+    from apt_ray.validation.evaluation import evaluate, format_table
+    from apt_ray.validation.intervals import format_types, save_scores
+
+    categories = find_categories(options.data, options.categories)
+    loaded = backbone(options)
+    results: list[Result] = []
+    failed = False
+    for category in categories:
+        try:
+            with tqdm(leave=False, disable=None) as bar:
+
+                def show(what: str, done: int, total: int, bar: tqdm[None] = bar) -> None:
+                    bar.set_description(f"{category.name}: {what}", refresh=False)  # noqa: B023
+                    bar.total, bar.n = total, done
+                    bar.refresh()
+
+                results += evaluate(
+                    category,
+                    backbone=loaded,
+                    shots=options.shots,
+                    seeds=options.seeds,
+                    settings=settings(options),
+                    examples=_EXAMPLES if options.report is not None else 0,
+                    progress=show,
+                )
+        except AptError as error:
+            # The other categories are still worth their figures.
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+    if results:
+        print(format_table(results))
+        scores = [result.scores for result in results]
+        if any(len(set(one.defect_types)) > _TWO_KINDS for one in scores):
+            print(f"\n{format_types(scores)}")
+        if options.scores is not None:
+            save_scores(options.scores, scores)
+        if options.report is not None:
+            from apt_ray.validation.report import write_report
+
+            page = write_report(
+                options.report, results, backbone=loaded, settings=settings(options)
+            )
+            print(f"\nreport: {page}")
+    if options.json is not None:
+        write_json(options.json, [result.as_dict() for result in results])
+    return 1 if failed else 0

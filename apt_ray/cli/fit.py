@@ -1,0 +1,71 @@
+"""`apt-ray fit`: from good pictures to a prompt set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from apt_ray.cli.common import add_backbone, add_command, add_settings, backbone, bar, count
+from apt_ray.cli.common import settings as given_settings
+from apt_ray.files import location
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fit = add_command(commands, "fit", _run, "learn one product from good pictures")
+    fit.add_argument(
+        "--data",
+        type=location,
+        required=True,
+        help="folder of the product, or s3://bucket/prefix: good pictures directly in it, in good/"
+        " or in train/good/",
+    )
+    fit.add_argument("--out", type=Path, required=True, help="prompt set to write (.safetensors)")
+    fit.add_argument("--shots", type=count, default=4, help="good pictures to learn from (4)")
+    fit.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="set the threshold from the good pictures that are not learned from;"
+        " with 19 of them a false-alarm rate of 5%% is certified",
+    )
+    add_settings(fit)
+    add_backbone(fit)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from apt_ray.data.folders import find_categories
+    from apt_ray.errors import DataError
+    from apt_ray.prompts.fit import fit
+
+    categories = find_categories(options.data)
+    if len(categories) > 1:
+        raise DataError(
+            f"{options.data} holds {len(categories)} products: give the folder of one of them, e.g."
+            f" {categories[0].root}"
+        )
+    (category,) = categories
+    settings = given_settings(options)
+    support = category.support_set(options.shots, settings.seed)
+    others = tuple(path for path in category.good if path not in support)
+    if options.calibrate and not others:
+        raise DataError(
+            f"no good picture of {category.name} is left for calibration: use fewer --shots, or"
+            f" leave out --calibrate"
+        )
+    with bar(f"fitting {category.name}") as progress:
+        prompt_set = fit(
+            category.name,
+            support,
+            settings,
+            backbone=backbone(options),
+            calibration=others if options.calibrate else (),
+            progress=progress,
+        )
+    prompt_set.save(options.out)
+    threshold = prompt_set.threshold
+    rate = threshold.certified_false_alarm_rate
+    print(f"{options.out}: {category.name}, {len(support)} shots")
+    print(
+        f"threshold {threshold.value:.4f} from {len(threshold.scores)} {threshold.source}, "
+        + ("uncertified" if rate is None else f"false-alarm rate certified at {rate:.1%}")
+    )
+    return 0

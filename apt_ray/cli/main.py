@@ -1,0 +1,40 @@
+"""The command line for people without a cluster: `apt-ray`, or `python -m apt_ray`.
+
+Each command is a module of this folder, which adds its parser and runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from apt_ray.cli import compare, evaluate, fit, inspect, sample
+from apt_ray.errors import AptError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except AptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="apt-ray",
+        description="Find defects in pictures of products, from a handful of good pictures.",
+        epilog="Start with `apt-ray sample --out data`, then"
+        " `apt-ray fit --data data/washer --out washer.safetensors`.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for module in (sample, fit, inspect, evaluate, compare):
+        module.add_to(commands)
+    return parser

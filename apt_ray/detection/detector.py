@@ -1,0 +1,238 @@
+"""Detector: pictures in, anomaly maps, scores and verdicts out.
+
+B images, N patch tokens, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import (
+    anomalous_probability,
+    anomaly_maps,
+    fuse,
+    reference_probability,
+    resize_map,
+    top_mean,
+)
+from apt_ray.errors import PromptSetError
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import ImageFeatures
+
+MAX_REGIONS = 20
+"""The most regions that one inspection reports, worst first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """A connected area above the threshold, as a box in pixels of the image sent.
+
+    Attributes:
+        x, y: left and top edge.
+        width, height: of the box.
+        peak: highest value of the anomaly map inside, 0..1.
+        area: pixels above the threshold.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    peak: float
+    area: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Inspection:
+    """What the detector says of one image.
+
+    Attributes:
+        anomaly_map: `(H, W)` float32 in 0..1 at the size of the image, higher is worse.
+        anomaly_score: mean of the highest 1 % of the map, 0..1.
+        threshold: the score above which the image is anomalous.
+        is_anomalous: whether it is.
+        p_value: share of good images that would score as high, None without calibration images.
+        regions: what lies above the threshold, worst first; empty if the image is not anomalous.
+    """
+
+    anomaly_map: npt.NDArray[np.float32]
+    anomaly_score: float
+    threshold: float
+    is_anomalous: bool
+    p_value: float | None
+    regions: tuple[Region, ...]
+
+
+def score_features(
+    features: ImageFeatures,
+    backbone: FrozenCLIP,
+    *,
+    text_PE: torch.Tensor,
+    memory: ReferenceMemory,
+    reference_weight: float,
+    cls_weight: float,
+    interest_HW: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Anomaly maps `(B, input_size, input_size)` and anomaly scores `(B,)`, both in 0..1.
+
+    The maps are 0 outside of `interest_HW`, where it is given. The score is the mean over the same
+    number of pixels with it as without: it can only become lower, so whatever a threshold promises
+    about good parts still holds.
+    """
+    constants = backbone.constants
+    p_prompt_BN = anomalous_probability(features.tokens_BNE, text_PE, constants)
+    p_ref_BN = reference_probability(memory.distance(features), constants)
+    p_BN = fuse(p_prompt_BN, p_ref_BN, reference_weight)
+    maps_BHW = anomaly_maps(p_BN, backbone.grid, backbone.input_size)
+    if interest_HW is not None:
+        maps_BHW = maps_BHW * interest_HW
+    p_cls_B = anomalous_probability(features.cls_BE, text_PE, constants)
+    scores_B = (1 - cls_weight) * top_mean(maps_BHW.flatten(1)) + cls_weight * p_cls_B
+    return maps_BHW, scores_B
+
+
+class Detector:
+    """A backbone and a prompt set that belong together, ready to inspect images.
+
+    Args:
+        backbone, prompt_set: the two.
+        region_of_interest: `(H, W)` bool of any size, stretched over every image; where it is
+            False nothing counts.
+
+    Raises:
+        PromptSetError: They do not belong together, or the score looks at the whole image
+            (`cls_weight`), which no region of interest can be cut out of.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenCLIP,
+        prompt_set: PromptSet,
+        *,
+        region_of_interest: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        if prompt_set.fingerprint != backbone.fingerprint:
+            raise PromptSetError(
+                f"the prompt set of {prompt_set.category} was fitted to another backbone"
+                f" ({prompt_set.backbone.name}, fingerprint {prompt_set.fingerprint}) than the one"
+                f" loaded ({backbone.spec.name}, {backbone.fingerprint}): load the backbone that it"
+                f" names, or fit it again"
+            )
+        if region_of_interest is not None and prompt_set.settings.cls_weight > 0:
+            raise PromptSetError(
+                f"the prompt set of {prompt_set.category} scores the whole image (cls_weight"
+                f" {prompt_set.settings.cls_weight:g}): fit it with cls_weight 0, or use no region"
+                f" of interest"
+            )
+        self.backbone = backbone
+        self.prompt_set = prompt_set
+        self._interest_HW = (
+            None
+            if region_of_interest is None
+            else _stretch(region_of_interest, backbone.input_size).to(backbone.device)
+        )
+        self._text_PE = prompt_set.text_features.to(backbone.device)
+        self._memory = prompt_set.memory.to(backbone.device)
+
+    def inspect(self, images: Sequence[Image.Image]) -> list[Inspection]:
+        """Inspect RGB images of any size in one batch, one forward pass of the backbone."""
+        features = self.backbone.encode_images(self.backbone.preprocess(images))
+        maps_BHW, scores_B = self.score(features)
+        return [
+            self.conclude(map_HW, score, image.size)
+            for image, map_HW, score in zip(images, maps_BHW.cpu(), scores_B.tolist(), strict=True)
+        ]
+
+    def conclude(self, map_SS: torch.Tensor, score: float, size: tuple[int, int]) -> Inspection:
+        """What a map and a score of `score`, on the CPU, mean for an image of (width, height)."""
+        map_HW: npt.NDArray[np.float32] = resize_map(map_SS, size).numpy()
+        threshold = self.prompt_set.threshold
+        is_anomalous = score > threshold.value
+        return Inspection(
+            anomaly_map=map_HW,
+            anomaly_score=score,
+            threshold=threshold.value,
+            is_anomalous=is_anomalous,
+            p_value=threshold.p_value(score),
+            regions=find_regions(map_HW, threshold.value) if is_anomalous else (),
+        )
+
+    def probe_score(self) -> float:
+        """The anomaly score of a fixed picture, drawn by formula; it tells damage from health."""
+        _, scores_B = self.score(_probe_features(self.backbone))
+        return float(scores_B)
+
+    @torch.no_grad()
+    def score(
+        self, features: ImageFeatures, *, reference_weight: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps at the backbone's input size and scores of encoded images.
+
+        `reference_weight` replaces that of the prompt set: 0 prompts only, 1 reference only.
+        """
+        settings = self.prompt_set.settings
+        return score_features(
+            features,
+            self.backbone,
+            text_PE=self._text_PE,
+            memory=self._memory,
+            reference_weight=(
+                settings.reference_weight if reference_weight is None else reference_weight
+            ),
+            cls_weight=settings.cls_weight,
+            interest_HW=self._interest_HW,
+        )
+
+
+def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:
+    """A mask `(size, size)`, float32 0 or 1; a pixel that is partly inside is inside."""
+    mask_11HW = torch.from_numpy(mask_HW.astype(np.float32))[None, None]
+    return F.adaptive_max_pool2d(mask_11HW, size)[0, 0]
+
+
+@lru_cache(maxsize=2)
+def _probe_features(backbone: FrozenCLIP) -> ImageFeatures:
+    """Encoded once: a replica of a long tail tests hundreds of prompt sets."""
+    return backbone.encode_images(backbone.preprocess([_probe_picture(backbone.input_size)]))
+
+
+def _probe_picture(size: int) -> Image.Image:
+    """Waves of three lengths and directions, one a channel: every patch differs from the others."""
+    y_HW, x_HW = np.mgrid[0:size, 0:size] / size
+    waves_3HW = np.sin(
+        2 * np.pi * np.stack([3 * x_HW + y_HW, 7 * y_HW - 2 * x_HW, 17 * (x_HW + y_HW)])
+    )
+    return Image.fromarray(np.rint(127.5 * (1 + waves_3HW)).astype(np.uint8).transpose(1, 2, 0))
+
+
+def find_regions(map_HW: npt.NDArray[np.float32], threshold: float) -> tuple[Region, ...]:
+    """The 8-connected areas of a map above a threshold, the worst `MAX_REGIONS` of them."""
+    labels_HW, count = ndimage.label(map_HW > threshold, structure=np.ones((3, 3)))
+    index = np.arange(1, count + 1)
+    peaks = np.atleast_1d(ndimage.maximum(map_HW, labels_HW, index)) if count else np.empty(0)
+    areas = np.bincount(labels_HW.ravel())[1:]
+    regions = [
+        Region(
+            x=columns.start,
+            y=rows.start,
+            width=columns.stop - columns.start,
+            height=rows.stop - rows.start,
+            peak=float(peak),
+            area=int(area),
+        )
+        for (rows, columns), peak, area in zip(
+            ndimage.find_objects(labels_HW), peaks, areas, strict=True
+        )
+    ]
+    return tuple(sorted(regions, key=lambda region: -region.peak)[:MAX_REGIONS])

@@ -1,0 +1,210 @@
+"""PromptSet: everything that one category needs beside the backbone, in one safetensors file.
+
+Tensors: `text_features` (P, E), `contexts` (P, L, C), `meta_features` (2, E), and
+`memory.<layer>` (M, D) in float16. The header holds everything else as JSON. Nothing is ever
+unpickled.
+
+P prompts (0 normal, the others anomalous), E joint width, L context length, C token width, M
+patches, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from apt_ray.config import BackboneSpec, FitSettings, Settings
+from apt_ray.detection.calibration import Threshold
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.errors import PromptSetError
+
+FORMAT_VERSION = 1
+
+_HEADER = "apt-ray"
+_MEMORY = "memory."
+
+
+class Provenance(Settings):
+    """Where a prompt set comes from: all that its file says beside the tensors."""
+
+    format_version: int = FORMAT_VERSION
+    library_version: str
+    category: str
+    backbone: BackboneSpec
+    fingerprint: str = Field(description="Of the backbone whose features it was fitted to.")
+    settings: FitSettings
+    shots: int = Field(ge=1)
+    support_hash: str = Field(description="SHA-256 over the files of the support images.")
+    support_names: tuple[str, ...]
+    created: str = Field(description="Time of the fit, ISO 8601 in UTC.")
+    threshold: Threshold
+    metrics: dict[str, float] = Field(default_factory=dict)
+    probe_score: float | None = Field(
+        default=None,
+        description="`Detector.probe_score` when it was fitted: what must come out again.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PromptSet:
+    """The fitted artifact of one category.
+
+    Attributes:
+        provenance: its origin, settings and threshold.
+        text_features: `(P, E)` float32, L2-normalised; row 0 normal, the others anomalous.
+        contexts: `(P, L, C)` float32, the learned prompt contexts.
+        meta_features: `(2, E)` float32, the meta-prompt at the end of the training.
+        memory: the support set's patch tokens.
+    """
+
+    provenance: Provenance
+    text_features: torch.Tensor
+    contexts: torch.Tensor
+    meta_features: torch.Tensor
+    memory: ReferenceMemory
+
+    @property
+    def category(self) -> str:
+        return self.provenance.category
+
+    @property
+    def backbone(self) -> BackboneSpec:
+        return self.provenance.backbone
+
+    @property
+    def fingerprint(self) -> str:
+        return self.provenance.fingerprint
+
+    @property
+    def settings(self) -> FitSettings:
+        return self.provenance.settings
+
+    @property
+    def threshold(self) -> Threshold:
+        return self.provenance.threshold
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.provenance.metrics
+
+    @property
+    def support_hash(self) -> str:
+        return self.provenance.support_hash
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> PromptSet:
+        """The same prompt set with further figures."""
+        provenance = self.provenance.model_copy(update={"metrics": {**self.metrics, **metrics}})
+        return replace(self, provenance=provenance)
+
+    def with_category(self, category: str) -> PromptSet:
+        """The same prompt set under another category's name."""
+        provenance = self.provenance.model_copy(update={"category": category})
+        return replace(self, provenance=provenance)
+
+    def to_bytes(self) -> bytes:
+        """The content of its safetensors file."""
+        tensors = {
+            "text_features": self.text_features,
+            "contexts": self.contexts,
+            "meta_features": self.meta_features,
+            **{f"{_MEMORY}{layer}": tokens for layer, tokens in self.memory.layers.items()},
+        }
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return save(contiguous, {_HEADER: self.provenance.model_dump_json()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, source: str = "prompt set") -> PromptSet:
+        """The prompt set in a file's content; PromptSetError tells what is wrong with `source`."""
+        remedy = "fit or register the category again"
+        try:
+            header = _read_metadata(data)[_HEADER]
+            tensors = load(data)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise PromptSetError(
+                f"{source} is damaged or not a prompt set of apt-ray ({error}): {remedy}"
+            ) from error
+        try:
+            provenance = Provenance.model_validate_json(header)
+        except ValidationError as error:
+            raise PromptSetError(
+                f"{source} was not written by this version of apt-ray"
+                f" ({error.error_count()} fields differ, first {error.errors()[0]['loc']}): use the"
+                f" version that wrote it, or {remedy}"
+            ) from error
+        if provenance.format_version != FORMAT_VERSION:
+            raise PromptSetError(
+                f"{source} has format {provenance.format_version}, this version of apt-ray reads"
+                f" {FORMAT_VERSION}: install the version that wrote it, or {remedy}"
+            )
+        _check_shapes(tensors, source, remedy)
+        memory = {
+            int(name.removeprefix(_MEMORY)): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_MEMORY)
+        }
+        return cls(
+            provenance=provenance,
+            text_features=tensors["text_features"],
+            contexts=tensors["contexts"],
+            meta_features=tensors["meta_features"],
+            memory=ReferenceMemory(memory),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_bytes(self.to_bytes())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> PromptSet:
+        """Read a file; PromptSetError if it is missing, damaged or of another format."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise PromptSetError(
+                f"cannot read {path} ({error.strerror}): check the path, or create it with"
+                f" `apt-ray fit`"
+            ) from error
+        return cls.from_bytes(data, source=str(path))
+
+
+def _read_metadata(data: bytes) -> dict[str, str]:
+    """The metadata in a safetensors header, which its own reader only gives for files."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], source: str, remedy: str) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    text = shapes.get("text_features", ())
+    contexts = shapes.get("contexts", ())
+    memories = [shape for name, shape in shapes.items() if name.startswith(_MEMORY)]
+    fits = (
+        len(text) == 2
+        and text[0] >= 2
+        and shapes.get("meta_features") == (2, text[1])
+        and len(contexts) == 3
+        and contexts[0] == text[0]
+        and memories
+        and all(len(shape) == 2 and shape[0] > 0 for shape in memories)
+        and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    )
+    if not fits:
+        raise PromptSetError(
+            f"{source} holds tensors that do not fit together ({shapes}): {remedy}"
+        )

@@ -1,0 +1,31 @@
+"""The constants that turn similarities into probabilities: each backbone has its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    pass
+
+
+class BackboneConstants(BaseModel):
+    """Constants that turn a backbone's similarities into patch probabilities.
+
+    With `cos_n` and `cos_a` the cosines of a patch token to the normal and the anomalous text,
+    `p_prompt = softmax([dense_scale * cos_n, dense_scale * cos_a + dense_bias])[1]`. With `d` the
+    mean over `reference_layers` of 1 - max cosine to the support patches of that layer,
+    `p_ref = sigmoid(reference_scale * d + reference_bias)`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense_scale: float = Field(gt=0, description="Scale of the patch-text cosines.")
+    dense_bias: float = Field(description="Added to the anomalous logit.")
+    reference_scale: float = Field(gt=0, description="Scale of the distance to the support set.")
+    reference_bias: float = Field(description="Added to the scaled distance.")
+    reference_layers: tuple[int, ...] = Field(
+        min_length=1,
+        description="Residual blocks, counted from 0, whose output patches are compared.",
+    )

@@ -1,3 +1,0 @@
-"""The report of an evaluation: one HTML page that needs nothing but itself."""
-
-from apt_ray.report.page import write_report as write_report

@@ -1,0 +1,273 @@
+"""Evaluation on labelled test images: fit on the support set, report, never choose.
+
+Every test image is encoded once; all seeds and variants score the same features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from apt_ray.config import FitSettings
+from apt_ray.data.folders import Category
+from apt_ray.detection.calibration import Threshold
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.rule import resize_map
+from apt_ray.errors import DataError
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import ImageFeatures
+from apt_ray.images import read_image, read_mask
+from apt_ray.prompts.fit import fit
+from apt_ray.validation.examples import Example, choose
+from apt_ray.validation.intervals import ImageScores, histogram
+from apt_ray.validation.metrics import image_auroc, pixel_auroc_and_aupro
+
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
+
+_BATCH = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One fit, scored in one way. Metrics are in 0..1, None where the data do not define them.
+
+    Attributes:
+        threshold: of the prompt set, None for a way of scoring that it does not belong to.
+        examples: telling test images, where they were asked for.
+    """
+
+    variant: str
+    category: str
+    shots: int
+    seed: int
+    image_auroc: float | None
+    pixel_auroc: float | None
+    aupro: float | None
+    scores: ImageScores = field(repr=False, compare=False)
+    threshold: Threshold | None = field(default=None, repr=False, compare=False)
+    examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, object]:
+        """The figures; the scores of single images are kept by `comparison.save_scores`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+
+
+def evaluate(
+    category: Category,
+    *,
+    backbone: FrozenCLIP,
+    shots: int,
+    seeds: Sequence[int],
+    settings: FitSettings | None = None,
+    examples: int = 0,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Fit one prompt set a seed and report it on the category's test images.
+
+    Each is scored three ways: `prompts` only, `reference` only, and `both`, weighted as in
+    `settings`. Pixel metrics are None unless every anomalous test image has a mask.
+
+    Args:
+        examples: how many test images of each kind to show with the first seed's `both`.
+        progress: called with (what is being done, done, in all).
+
+    Raises:
+        DataError: too few images, no test images of one kind, a broken file, a mask of another
+        size.
+    """
+    settings = settings or FitSettings()
+    report = progress or (lambda _what, _done, _total: None)
+    test = TestSet.read(category)
+    supports = {seed: category.support_set(shots, seed) for seed in seeds}
+    features = test.encode(backbone, report)
+    results = []
+    for seed, support in supports.items():
+        prompt_set = fit(
+            category.name,
+            support,
+            settings.model_copy(update={"seed": seed}),
+            backbone=backbone,
+            progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]
+        )
+        detector = Detector(backbone, prompt_set)
+        for variant, weight in (
+            ("prompts", 0.0),
+            ("reference", 1.0),
+            ("both", settings.reference_weight),
+        ):
+
+            def score(
+                index: list[int], detector: Detector = detector, weight: float = weight
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                return detector.score(features[index].to(backbone.device), reference_weight=weight)
+
+            result = test.result(score, variant=variant, support=support, seed=seed)
+            if variant == "both":
+                threshold = prompt_set.threshold
+                shown = examples if seed == seeds[0] else 0
+                result = replace(
+                    result,
+                    threshold=threshold,
+                    examples=test.examples(score, result, threshold.value, shown),
+                )
+            results.append(result)
+    return results
+
+
+Scorer = Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]]
+"""Places in a test set -> anomaly maps `(B, size, size)` in 0..1 and anomaly scores `(B,)`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestSet:
+    """The test images of a category and what is true of them.
+
+    Attributes:
+        category: whose they are; `category.test` lists them.
+        sizes: (width, height) of each.
+        masks: ground truth of each, or None unless every anomalous one has a mask.
+    """
+
+    __test__ = False
+
+    category: Category
+    sizes: tuple[tuple[int, int], ...]
+    masks: tuple[npt.NDArray[np.bool_], ...] | None
+
+    @classmethod
+    def read(cls, category: Category) -> TestSet:
+        """Read sizes and masks; DataError if there are no test images of one kind."""
+        if len({image.is_anomalous for image in category.test}) < 2:
+            raise DataError(
+                f"category {category.name} in {category.root} needs good and defective test images"
+                f" to be evaluated: add the missing kind"
+            )
+        sizes = tuple(read_image(image.path).size for image in category.test)
+        masks = tuple(_read_masks(category, sizes)) if category.has_masks else None
+        return cls(category=category, sizes=sizes, masks=masks)
+
+    def encode(self, backbone: FrozenCLIP, progress: Progress) -> ImageFeatures:
+        """Features of all of them, in order, on the CPU."""
+        parts = []
+        images = self.category.test
+        for start in range(0, len(images), _BATCH):
+            batch = [read_image(image.path) for image in images[start : start + _BATCH]]
+            features = backbone.encode_images(backbone.preprocess(batch))
+            parts.append(features.to(torch.device("cpu")))
+            progress("encode test images", start + len(batch), len(images))
+        return ImageFeatures.concatenate(parts)
+
+    def result(
+        self, score: Scorer, *, variant: str, support: Collection[Path], seed: int
+    ) -> Result:
+        """Score every test image outside the support set, and measure."""
+        kept = [i for i, image in enumerate(self.category.test) if image.path not in support]
+        maps, scores = [], []
+        for start in range(0, len(kept), _BATCH):
+            index = kept[start : start + _BATCH]
+            maps_BHW, scores_B = score(index)
+            scores += scores_B.tolist()
+            if self.masks is not None:
+                maps += [
+                    resize_map(map_HW, self.sizes[i]).numpy()
+                    for i, map_HW in zip(index, maps_BHW.cpu(), strict=True)
+                ]
+        images = [self.category.test[i] for i in kept]
+        is_anomalous = np.array([image.is_anomalous for image in images])
+        masks = [self.masks[i] for i in kept] if self.masks is not None else []
+        pixels = list(zip(maps, masks, strict=True))
+        pixel, overlap = pixel_auroc_and_aupro(maps, masks) if pixels else (None, None)
+        return Result(
+            variant=variant,
+            category=self.category.name,
+            shots=len(support),
+            seed=seed,
+            image_auroc=image_auroc(scores, is_anomalous),
+            pixel_auroc=pixel,
+            aupro=overlap,
+            scores=ImageScores(
+                variant=variant,
+                category=self.category.name,
+                seed=seed,
+                names=tuple(
+                    image.path.relative_to(self.category.root).as_posix() for image in images
+                ),
+                defect_types=tuple(image.defect_type for image in images),
+                score_I=np.asarray(scores, dtype=np.float64),
+                is_anomalous_I=is_anomalous,
+                normal_IH=np.stack([histogram(m, ~mask) for m, mask in pixels]) if pixels else None,
+                anomalous_IH=(
+                    np.stack([histogram(m, mask) for m, mask in pixels]) if pixels else None
+                ),
+            ),
+        )
+
+    def examples(
+        self, score: Scorer, result: Result, threshold: float, count: int
+    ) -> tuple[Example, ...]:
+        """`count` test images of each kind, as `examples.choose` picks them, with their maps."""
+        place = {
+            image.path.relative_to(self.category.root).as_posix(): i
+            for i, image in enumerate(self.category.test)
+        }
+        index = [place[name] for name in result.scores.names]
+        shown = []
+        for kind, chosen in choose(
+            result.scores.score_I, result.scores.is_anomalous_I, threshold, count
+        ):
+            maps_1HW, scores_1 = score([index[chosen]])
+            i = index[chosen]
+            shown.append(
+                Example(
+                    kind=kind,
+                    image=self.category.test[i],
+                    score=float(scores_1[0]),
+                    map_HW=resize_map(maps_1HW[0].cpu(), self.sizes[i]).numpy(),
+                )
+            )
+        return tuple(shown)
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """The results as a Markdown table: percent, mean and standard deviation over the seeds."""
+    lines = [
+        "| category | shots | variant | image AUROC | pixel AUROC | AUPRO |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, int, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.category, result.shots, result.variant), []).append(result)
+    for (category, shots, variant), group in groups.items():
+        cells = " | ".join(
+            percent([getattr(result, metric) for result in group]) for metric in METRICS
+        )
+        lines.append(f"| {category} | {shots} | {variant} | {cells} |")
+    return "\n".join(lines)
+
+
+def percent(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation in percent, for a table; "-" where nothing is defined."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "-"
+    spread = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{fmean(known):.1f}{spread}"
+
+
+def _read_masks(
+    category: Category, sizes: Sequence[tuple[int, int]]
+) -> list[npt.NDArray[np.bool_]]:
+    return [
+        np.zeros((size[1], size[0]), dtype=bool)
+        if image.mask is None or not image.is_anomalous
+        else read_mask(image.mask, size)
+        for image, size in zip(category.test, sizes, strict=True)
+    ]

@@ -1,0 +1,116 @@
+"""Judging a trial without a single test image: perturbation families that it never trained on.
+
+T lanes, F families, D draws, V clean views, N patch tokens, E joint width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+
+from apt_ray.anomalies.bank import SupportBank
+from apt_ray.anomalies.families import SELECTION
+from apt_ray.config import FitSettings
+from apt_ray.detection.rule import anomalous_probability, auroc, top_mean
+from apt_ray.errors import SettingsError
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.prompts.lanes import Lane, fold
+from apt_ray.prompts.trainer import PromptTrainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutValue:
+    """What a trial is worth, as AUROC in 0..1, higher is better.
+
+    Attributes:
+        value: mean over the lanes.
+        sd: standard deviation over the lanes (0 for a single lane).
+        pixel: its part that ranks patches, `value` is the mean of both parts.
+        image: its part that ranks images.
+        families: mean over the lanes for each perturbation family.
+        lanes: the value of each lane.
+    """
+
+    value: float
+    sd: float
+    pixel: float
+    image: float
+    families: dict[str, float]
+    lanes: tuple[float, ...]
+
+
+class HeldOutTrial:
+    """One setting of the hyperparameters, trained on every support seed and every fold at once.
+
+    A fold leaves one support image out of the training and is judged on perturbed copies of it. A
+    bank of a single image has one fold, judged on other crops and turns of that image.
+
+    Attributes:
+        steps_done: steps taken so far, of `settings.steps`.
+    """
+
+    def __init__(
+        self, backbone: FrozenCLIP, banks: Sequence[SupportBank], settings: FitSettings
+    ) -> None:
+        self._backbone = backbone
+        self._trainer = PromptTrainer(
+            backbone,
+            [fold(bank, image, settings) for bank in banks for image in range(bank.shots)],
+        )
+
+    @property
+    def steps_done(self) -> int:
+        return self._trainer.steps_done
+
+    def advance(self, steps: int) -> None:
+        """Train every lane for `steps` further steps."""
+        self._trainer.advance(steps)
+
+    def value(self) -> HeldOutValue:
+        """The held-out value of what was learned so far."""
+        return judge_folds(self._backbone, self._trainer.lanes, self._trainer.text_features())
+
+
+def judge_folds(
+    backbone: FrozenCLIP, folds: Sequence[Lane], text_TPE: torch.Tensor
+) -> HeldOutValue:
+    """The held-out value of text features that the lanes of `fold` have learned."""
+    value_2TF = torch.stack(
+        [_judge(backbone, lane, text_PE) for lane, text_PE in zip(folds, text_TPE, strict=True)], 1
+    )
+    value_TF = value_2TF.mean(0)
+    lanes = value_TF.nanmean(1).tolist()
+    pixel, image = value_2TF.flatten(1).nanmean(1).tolist()
+    return HeldOutValue(
+        value=fmean(lanes),
+        sd=stdev(lanes) if len(lanes) > 1 else 0.0,
+        pixel=pixel,
+        image=image,
+        families=dict(zip(SELECTION, value_TF.nanmean(0).tolist(), strict=True)),
+        lanes=tuple(lanes),
+    )
+
+
+def _judge(backbone: FrozenCLIP, lane: Lane, text_PE: torch.Tensor) -> torch.Tensor:
+    """AUROC over patches and over images, for each family: `(2, F)`."""
+    bank, image = lane.bank, _judged_image(lane)
+    if bank.selection is None:
+        raise SettingsError("encode the support sets with what judges trials (judged=True)")
+    device, constants = backbone.device, backbone.constants
+    tokens_FDNE = bank.selection.tokens_FSDNE[:, image].to(device).float()
+    clean_VNE = bank.judged_clean_SVNE[image].to(device).float()
+    p_FDN = anomalous_probability(tokens_FDNE, text_PE, constants)
+    labels_FDN = bank.selection.labels_FSDN[:, image].to(device)
+    patch_F = auroc(p_FDN.flatten(1), labels_FDN.flatten(1))
+    clean_V = top_mean(anomalous_probability(clean_VNE, text_PE, constants))
+    perturbed_FD = top_mean(p_FDN)
+    score_FX = torch.cat([perturbed_FD, clean_V.expand(len(p_FDN), -1)], 1)
+    label_X = torch.cat([torch.ones_like(perturbed_FD[0]), torch.zeros_like(clean_V)])
+    return torch.stack([patch_F, auroc(score_FX, label_X)])
+
+
+def _judged_image(lane: Lane) -> int:
+    """The image that a lane of `fold` was not shown; the only one if there is one."""
+    left_out = set(range(lane.bank.shots)) - set(lane.images)
+    return left_out.pop() if left_out else 0

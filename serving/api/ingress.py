@@ -1,0 +1,281 @@
+"""The HTTP routes of a category, which its own application and the root application share.
+
+The paths are written in full, so the same routes serve an application mounted at `/v1/<category>`
+and one mounted at `/`. Whether the service behind them is in this process or another makes no
+difference to what they answer.
+"""
+
+import asyncio
+import base64
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Annotated, Any, get_args
+
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from pydantic import WithJsonSchema
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from apt_ray.errors import ImageError
+from serving.api import problems
+from serving.api.access import INSPECT, Access, require
+from serving.api.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_files, unless_gone
+from serving.api.messages import (
+    CategoryReport,
+    Inspected,
+    InspectionReport,
+    InspectionReports,
+    Picture,
+    Service,
+)
+from serving.api.problems import Problem, ProblemError
+from serving.logs import logger
+from serving.settings import HttpLimits
+
+# nginx's code for it; the caller that closed the connection never sees it.
+_CLIENT_CLOSED_REQUEST = 499
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_REQUEST_BODY = {
+    "required": True,
+    "content": {
+        **dict.fromkeys(IMAGE_TYPES, _BINARY),
+        MULTIPART: {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "properties": {"image": {"type": "array", "items": _BINARY["schema"]}},
+            }
+        },
+    },
+}
+
+
+def problem_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of the problems that a route may answer with."""
+    return {
+        int(status): {
+            "description": status.phrase,
+            "content": {problems.MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+        }
+        for status in statuses
+    }
+
+
+COMMON_PROBLEMS = problem_responses(
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
+
+
+def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI:
+    """The API of categories that `service` answers for."""
+    api = FastAPI(
+        title="apt-ray",
+        summary="Finds defects in pictures of products.",
+        docs_url=None,  # FastAPI's pages load scripts from the internet; the console has its own
+        redoc_url=None,
+    )
+    api.add_middleware(_FullPaths)
+    problems.install(api)
+    authorized = [Depends(require(access, INSPECT))]
+
+    @api.post(
+        "/v1/{category}/inspect",
+        tags=["categories"],
+        summary="Inspect one image or several",
+        description="The body is a PNG, JPEG, BMP, TIFF or WebP file, raw or as a file of a"
+        " multipart form. Several files in one form give `{inspections: [...]}`, a report or a"
+        " problem for each, in order. With `Accept: image/png` the answer is the overlay of the one"
+        " image: what is unusual tinted and outlined.",
+        dependencies=authorized,
+        response_model=InspectionReport | InspectionReports,
+        openapi_extra={"requestBody": _REQUEST_BODY},
+        responses={
+            200: {"content": {"image/png": _BINARY}},
+            **COMMON_PROBLEMS,
+            **problem_responses(
+                HTTPStatus.BAD_REQUEST,
+                HTTPStatus.REQUEST_TIMEOUT,
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                HTTPStatus.TOO_MANY_REQUESTS,
+            ),
+        },
+    )
+    async def inspect(
+        category: str,
+        request: Request,
+        picture: Annotated[
+            Picture | None,
+            WithJsonSchema({"type": "string", "enum": get_args(Picture)}),  # a URL knows no null
+            Query(
+                alias="map",
+                description="Adds a picture to the answer: `png` the anomaly map (16-bit gray,"
+                " 65535 is 1.0), `overlay` the overlay.",
+            ),
+        ] = None,
+        timeout_ms: Annotated[
+            int | None,
+            WithJsonSchema({"type": "integer", "minimum": 1}),
+            Header(
+                alias="X-Timeout-Ms",
+                ge=1,
+                description="Milliseconds for which the answer is of use; after them, or when it is"
+                " plain that they will not do, the answer is 503. The fleet has its own limit.",
+            ),
+        ] = None,
+    ) -> Response:
+        request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+        started = time.monotonic()
+        seconds = min(http.timeout_s, (timeout_ms or 1000 * http.timeout_s) / 1000)
+        files = await read_image_files(request, http)
+        received = time.monotonic()
+        wants_overlay = _prefers_png(request.headers.get("accept", ""))
+        if wants_overlay and len(files) > 1:
+            raise problems.too_large("an overlay is of one image, and the form has several")
+
+        async def answer(data: bytes) -> Inspected:
+            return await _in_time(
+                service, category, data, "overlay" if wants_overlay else picture, seconds, started
+            )
+
+        try:
+            if len(files) == 1:
+                inspected = _completed(
+                    await unless_gone(request, answer(files[0])),
+                    request_id=request_id,
+                    receive_ms=1000 * (received - started),
+                )
+                return _overlay(inspected) if wants_overlay else _json(inspected.report)
+            found = await unless_gone(request, _each(answer, files))
+        except GoneError:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return _json(
+            InspectionReports(
+                inspections=[
+                    each
+                    if isinstance(each, Problem)
+                    else _completed(
+                        each, request_id=request_id, receive_ms=1000 * (received - started)
+                    ).report
+                    for each in found
+                ]
+            )
+        )
+
+    @api.get(
+        "/v1/{category}",
+        tags=["categories"],
+        summary="What answers for a category",
+        dependencies=authorized,
+        responses=COMMON_PROBLEMS,
+    )
+    async def describe(category: str) -> CategoryReport:
+        return await service.describe(category)
+
+    return api
+
+
+class _FullPaths:
+    """Undoes the route prefix that Serve mounts an application at; the routes contain it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["root_path"] = ""
+        await self._app(scope, receive, send)
+
+
+async def _in_time(
+    service: Service,
+    category: str,
+    data: bytes,
+    picture: Picture | None,
+    timeout_s: float,
+    since: float,
+) -> Inspected:
+    left = max(timeout_s - (time.monotonic() - since), 0.001)
+    try:
+        return await asyncio.wait_for(
+            service.inspect(category, data, picture=picture, timeout_s=left), left
+        )
+    except asyncio.TimeoutError:
+        raise problems.overloaded(
+            f"the image could not be inspected within {timeout_s:g} s"
+        ) from None
+
+
+async def _each(
+    answer: Callable[[bytes], Awaitable[Inspected]], files: list[bytes]
+) -> list[Inspected | Problem]:
+    """An answer for each image: what is wrong with one is no other's problem, but a category that
+    is unknown is that of all."""
+
+    async def one(data: bytes) -> Inspected | Problem:
+        try:
+            return await answer(data)
+        except ProblemError as error:
+            if error.problem.status == HTTPStatus.NOT_FOUND:
+                raise
+            return error.problem
+        except ImageError as error:
+            return problems.of_image(error).problem
+
+    return await asyncio.gather(*(one(data) for data in files))
+
+
+def _prefers_png(accept: str) -> bool:
+    media_types = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
+    return "image/png" in media_types and "application/json" not in media_types
+
+
+def _completed(inspected: Inspected, *, request_id: str, receive_ms: float) -> Inspected:
+    report = inspected.report
+    report.request_id = request_id
+    report.timings_ms.receive = round(receive_ms, 2)
+    if inspected.picture_png is not None:
+        report.map_png = base64.b64encode(inspected.picture_png).decode()
+    _log(report)
+    return inspected
+
+
+def _json(report: InspectionReport | InspectionReports) -> Response:
+    return Response(
+        report.model_dump_json(), media_type="application/json", headers={"Vary": "Accept"}
+    )
+
+
+def _overlay(inspected: Inspected) -> Response:
+    report = inspected.report
+    return Response(
+        inspected.picture_png,
+        media_type="image/png",
+        headers={
+            "Vary": "Accept",
+            "X-Anomaly-Score": f"{report.anomaly_score:.6f}",
+            "X-Threshold": f"{report.threshold:.6f}",
+            "X-Is-Anomalous": str(report.is_anomalous).lower(),
+            "X-Prompt-Set-Version": str(report.version),
+        },
+    )
+
+
+def _log(report: InspectionReport) -> None:
+    """Log what an image was found to be."""
+    logger.info(
+        "inspected",
+        extra={
+            "request": report.request_id,
+            "category": report.category,
+            "version": report.version,
+            "anomaly_score": round(report.anomaly_score, 6),
+            "is_anomalous": report.is_anomalous,
+            "timings_ms": report.timings_ms.model_dump(),
+        },
+    )

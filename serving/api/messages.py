@@ -1,0 +1,106 @@
+"""What the fleet answers, and what passes between its routes and its replicas."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, Field
+
+from serving.api.problems import Problem
+
+
+class RegionReport(BaseModel):
+    """One connected area above the threshold, in pixels of the image sent."""
+
+    x: int = Field(description="Left edge of its box.")
+    y: int = Field(description="Upper edge of its box.")
+    width: int
+    height: int
+    peak: float = Field(description="Highest value of the anomaly map in it, 0..1.")
+    area: int = Field(description="How many pixels are above the threshold.")
+
+
+class Timings(BaseModel):
+    """Where the time went, in milliseconds."""
+
+    receive: float = Field(description="Reading the request's body.")
+    decode: float = Field(description="Image file to pixels.")
+    queue: float = Field(description="Waiting for the batch that it was inspected in.")
+    inspect: float = Field(description="That batch's forward pass and scores.")
+    conclude: float = Field(description="The map at the size of the image, regions, the picture.")
+
+
+class InspectionReport(BaseModel):
+    """What an inspection found."""
+
+    category: str
+    version: int = Field(description="Version of the category's prompt set in the registry.")
+    backbone: str
+    anomaly_score: float = Field(description="0..1, higher is worse.")
+    threshold: float = Field(description="The anomaly score above which a part is anomalous.")
+    is_anomalous: bool = Field(description="The verdict.")
+    p_value: float | None = Field(
+        description="Share of good parts that look at least as unusual; null without calibration"
+        " images."
+    )
+    certified_false_alarm_rate: float | None = Field(
+        description="At most this share of good parts is called anomalous; null where the threshold"
+        " promises nothing."
+    )
+    regions: list[RegionReport] = Field(description="Where, worst first.")
+    request_id: str = ""
+    timings_ms: Timings
+    map_png: str | None = Field(
+        default=None, description="The picture asked for with ?map=, a PNG file in base64."
+    )
+
+
+class InspectionReports(BaseModel):
+    """What was found in several images, in the order in which they were sent."""
+
+    inspections: list[InspectionReport | Problem] = Field(
+        description="A report for each image, or the problem with it."
+    )
+
+
+class CategoryReport(BaseModel):
+    """What answers for a category."""
+
+    category: str
+    version: int = Field(description="Version of its prompt set in the registry.")
+    run_id: str = Field(description="The registry's run that made the version.")
+    backbone: str
+    fingerprint: str = Field(description="Digest of the backbone's weights and preprocessing.")
+    threshold: float
+    certified_false_alarm_rate: float | None
+    shots: int = Field(description="How many good images it was tuned on.")
+    trained_at: str = Field(description="When, ISO 8601, UTC.")
+    settings: dict[str, object] = Field(description="How it was tuned.")
+    metrics: dict[str, float] = Field(description="How well it does, measured at tuning time.")
+
+
+Picture = Literal["png", "overlay"]
+"""What may be drawn: the anomaly map, or the image with it tinted over."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspected:
+    """What a replica found in one image: the report, to be completed, and the picture asked for."""
+
+    report: InspectionReport
+    picture_png: bytes | None
+
+
+class Service(Protocol):
+    """What the routes of a category need: it runs in their process or is reached from it."""
+
+    async def describe(self, category: str) -> CategoryReport: ...
+
+    async def inspect(
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+    ) -> Inspected:
+        """Inspect an image file; whoever cancels this costs no forward pass.
+
+        Raises ImageError for bytes that are no acceptable image, ProblemError if it is not known or
+        cannot be inspected within `timeout_s`.
+        """
+        ...

@@ -1,0 +1,175 @@
+"""The root application: the list of categories, health, operation, the console and the API's docs.
+
+It runs without torch. Requests for categories that share a pool come through here and go on by
+handle, as do those for a category whose own application is not there yet or no more.
+"""
+
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+from starlette.staticfiles import StaticFiles
+
+from serving.api import problems, webhooks
+from serving.api.access import OPERATE, Access, require
+from serving.api.ingress import create_api, problem_responses
+from serving.api.pools import Control, Pools
+from serving.controller.orders import FleetStatus, State
+from serving.settings import HttpLimits
+
+READY = ("READY", "IDLE")
+"""States of a category that answers, the second after its pool has started a replica."""
+
+_CONSOLE = Path(__file__).parents[1] / "console"
+_PAGE_HEADERS = {
+    # Nothing but this server: no foreign script, no frame, no address to send pictures to.
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:;"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+class CategoryLink(BaseModel):
+    """A category that the fleet serves."""
+
+    category: str
+    inspect: str = Field(description="Where to POST an image of it.")
+    status: State = Field(
+        description="READY; LOADING while replicas differ from the registry; IDLE without any"
+        " replica until the next request; FAILED if the registry's version cannot be served."
+    )
+
+
+class CategoryList(BaseModel):
+    categories: list[CategoryLink]
+
+
+class Health(BaseModel):
+    status: str
+
+
+class AuditLog(BaseModel):
+    lines: list[dict[str, Any]] = Field(description="The last operations, oldest first.")
+
+
+def create_root_api(
+    pools: Pools, control: Control, *, http: HttpLimits, access: Access, webhook_secret: str
+) -> FastAPI:
+    """The API of the whole fleet.
+
+    Args:
+        pools: Answers for the categories.
+        control: The controller.
+        http: Limits of requests.
+        access: Who may ask.
+        webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
+    """
+    api = create_api(pools, http=http, access=access)
+    anyone = [Depends(require(access, None))]
+    operators = [Depends(require(access, OPERATE))]
+    refusals = problem_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+    unavailable = problem_responses(HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def status() -> FleetStatus:
+        try:
+            return await control.status()
+        except Exception as error:
+            raise problems.not_ready("the fleet's controller", reason=str(error)) from None
+
+    @api.get(
+        "/v1",
+        tags=["fleet"],
+        summary="The categories",
+        dependencies=anyone,
+        responses={**problem_responses(HTTPStatus.UNAUTHORIZED), **unavailable},
+    )
+    async def list_categories() -> CategoryList:
+        found = (await status()).categories
+        return CategoryList(
+            categories=[
+                CategoryLink(category=name, inspect=f"/v1/{name}/inspect", status=category.state)
+                for name, category in found.items()
+            ]
+        )
+
+    @api.get("/healthz", tags=["fleet"], summary="Whether the fleet answers at all")
+    async def healthz() -> Health:
+        return Health(status="ok")
+
+    @api.get(
+        "/readyz",
+        tags=["fleet"],
+        summary="Whether every category is ready to inspect",
+        responses=unavailable,
+    )
+    async def readyz() -> Health:
+        found = (await status()).categories
+        # A version that cannot be loaded leaves the one before it in service.
+        waiting = [
+            name
+            for name, category in found.items()
+            if category.state not in READY and not category.serving
+        ]
+        if waiting:
+            raise problems.not_ready(", ".join(waiting))
+        return Health(status="ok")
+
+    @api.get(
+        "/fleet/status",
+        tags=["operation"],
+        summary="What every category serves, and why not what it should",
+        dependencies=operators,
+        responses={**refusals, **unavailable},
+    )
+    async def fleet_status() -> FleetStatus:
+        return await status()
+
+    @api.get(
+        "/fleet/audit",
+        tags=["operation"],
+        summary="The last operations",
+        dependencies=operators,
+        responses={**refusals, **unavailable},
+    )
+    async def audit() -> AuditLog:
+        await status()
+        return AuditLog(lines=await control.audit_lines())
+
+    @api.post(
+        "/fleet/refresh",
+        tags=["operation"],
+        summary="Ask the registry now",
+        dependencies=operators,
+        responses={**refusals, **unavailable},
+    )
+    async def refresh() -> Health:
+        await status()
+        await control.wake("refresh")
+        return Health(status="ok")
+
+    @api.post("/webhooks/mlflow", include_in_schema=False)
+    async def webhook(request: Request) -> Health:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > webhooks.MAX_BYTES:
+                raise problems.too_large("the delivery is larger than any that MLflow sends")
+        delivery = webhooks.verify(request.headers, bytes(body), secret=webhook_secret)
+        await status()
+        await control.wake(f"webhook {delivery}")
+        return Health(status="ok")
+
+    @api.get("/", include_in_schema=False)
+    async def console() -> FileResponse:
+        return FileResponse(_CONSOLE / "index.html", headers=_PAGE_HEADERS)
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(_CONSOLE / "docs.html", headers=_PAGE_HEADERS)
+
+    api.mount("/console", StaticFiles(directory=_CONSOLE))
+    return api

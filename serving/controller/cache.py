@@ -1,0 +1,92 @@
+"""The local cache: what a replica last knew, for the time in which nobody answers.
+
+Files are written whole or not at all, so that replicas of one machine may share a folder. A version
+never changes, so its file is never out of date. Nothing is unpickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from apt_ray.config import Settings
+from serving.controller.orders import StoredVersion
+
+_KEPT = 3
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class Cache:
+    """A folder of prompt sets and of the last orders.
+
+    Args:
+        folder: Where; `~` is the user's home.
+        registry: Address of the registry that the versions are of: two never mix.
+
+    Writing fails silently (a full disk must not stop the fleet); what cannot be read is absent.
+    """
+
+    def __init__(self, folder: str, registry: str) -> None:
+        key = hashlib.sha256(registry.encode()).hexdigest()[:16]
+        self._folder = Path(folder).expanduser() / key
+
+    def put(self, stored: StoredVersion) -> None:
+        """Keep a version, and the last few of its category besides; once is enough."""
+        name = f"{stored.version}-{stored.run_id or 'unknown'}.safetensors"
+        path = self._folder / stored.category / name
+        with contextlib.suppress(OSError):
+            if path.exists():
+                return
+        self._write(path, stored.data)
+        with contextlib.suppress(OSError):
+            files = sorted(self._folder.glob(f"{stored.category}/*.safetensors"), key=_modified)
+            for file in files[:-_KEPT]:
+                file.unlink(missing_ok=True)
+
+    def get(self, category: str, version: int) -> StoredVersion | None:
+        with contextlib.suppress(OSError):
+            for file in self._folder.glob(f"{category}/{version}-*.safetensors"):
+                run_id = file.stem.partition("-")[2]
+                return StoredVersion(
+                    category=category, version=version, run_id=run_id, data=file.read_bytes()
+                )
+        return None
+
+    def forget(self, category: str, version: int) -> None:
+        """Remove a version's file, which proved to be damaged."""
+        with contextlib.suppress(OSError):
+            for file in self._folder.glob(f"{category}/{version}-*.safetensors"):
+                file.unlink(missing_ok=True)
+
+    def remember(self, name: str, settings: Settings) -> None:
+        """Keep settings under a name, for `recall`."""
+        self._write(self._folder / f"{name}.json", settings.model_dump_json().encode())
+
+    def recall(self, name: str, kind: type[AnySettings]) -> AnySettings | None:
+        """The settings last kept under a name."""
+        try:
+            return kind.model_validate(json.loads((self._folder / f"{name}.json").read_bytes()))
+        except (OSError, ValueError, ValidationError):
+            return None
+
+    def _write(self, path: Path, data: bytes) -> None:
+        unfinished = path.with_name(f".{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(unfinished, "xb", opener=partial(os.open, mode=0o600)) as file:
+                file.write(data)
+            unfinished.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,0 +1,350 @@
+"""The controller: the one process of the fleet that speaks to the registry.
+
+It asks for all aliases in one query per interval, or at once when it is woken, and tells each pool
+which version of which category to serve. Replicas and the root wait at `follow` and `routes` until
+something changes. It can lose whatever it knows: Serve hands a new one its plan, the replicas
+report again, and the last aliases lie in the local cache.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from pydantic import Field
+
+from apt_ray.config import Settings
+from apt_ray.errors import AptError
+from serving.controller.cache import Cache
+from serving.controller.orders import (
+    CategoryStatus,
+    FleetStatus,
+    Order,
+    Orders,
+    Plan,
+    ReplicaReport,
+    Routes,
+    State,
+    StoredVersion,
+)
+from serving.logs import audit
+from serving.settings import CategoryEntry
+
+if TYPE_CHECKING:
+    from apt_ray.registry import Registry
+
+WAIT_S = 10.0
+"""The longest that `follow` and `routes` wait; a replica is heard of at least this often."""
+
+_LOST_AFTER_S = 2.5 * WAIT_S
+_AUDIT_LINES = 200
+
+Found = TypeVar("Found", Orders, Routes)
+
+
+class Source(Protocol):
+    """The registry as the controller needs it; both may take seconds and raise RegistryError."""
+
+    def aliases(self) -> dict[str, dict[str, int]]: ...
+
+    def fetch(self, category: str, version: int) -> StoredVersion: ...
+
+
+class Aliases(Settings):
+    """The registry's aliases: category -> alias -> version."""
+
+    categories: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
+class Controller:
+    """Decides what every pool serves.
+
+    Args:
+        source: the registry.
+        cache: what is known when the registry is away.
+        poll_s: seconds between two queries.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        cache: Cache,
+        *,
+        poll_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
+        self._cache = cache
+        self._poll_s = poll_s
+        self._clock = clock
+        self._plan = Plan()
+        self._aliases = cache.recall("aliases", Aliases) or Aliases()
+        self._registry = "not asked yet"
+        self._polled_at: float | None = None
+        self._reports: dict[tuple[str, str], tuple[float, ReplicaReport]] = {}
+        self._changed = asyncio.Condition()
+        self._woken = asyncio.Event()
+        self._asked = asyncio.Event()
+        self._audit: deque[dict[str, object]] = deque(maxlen=_AUDIT_LINES)
+
+    async def plan(self, plan: Plan) -> None:
+        """Follow this plan from now on."""
+        if plan.revision != self._plan.revision:
+            before, after = _places(self._plan), _places(plan)
+            self._note(
+                "deploy",
+                revision=plan.revision,
+                by=plan.deployed_by,
+                added=sorted(set(after) - set(before)),
+                removed=sorted(set(before) - set(after)),
+                changed=sorted(n for n in set(before) & set(after) if before[n] != after[n]),
+                tokens=[token.name for token in plan.auth.tokens],
+            )
+        self._plan = plan
+        self._woken.set()
+        await self._announce()
+
+    async def poll_forever(self) -> None:
+        """Ask the registry again and again; ends only by being cancelled."""
+        while True:
+            self._woken.clear()
+            await self.poll()
+            self._asked.set()
+            try:
+                await asyncio.wait_for(self._woken.wait(), self._poll_s)
+            except asyncio.TimeoutError:
+                continue
+
+    async def poll(self) -> None:
+        """Ask the registry once. Without an answer, what it last said stays true."""
+        try:
+            found = await asyncio.to_thread(self._source.aliases)
+        except AptError as error:
+            if self._registry != str(error):
+                self._note("registry away", reason=str(error))
+            self._registry = str(error)
+            return
+        except Exception as error:
+            self._registry = f"the registry cannot be asked: {error!r}"
+            return
+        if self._registry != "ok":
+            self._note("registry answers", categories=len(found))
+        self._registry, self._polled_at = "ok", self._clock()
+        if found != self._aliases.categories:
+            self._note_moves(found)
+            self._aliases = Aliases(categories=found)
+            await asyncio.to_thread(self._cache.remember, "aliases", self._aliases)
+            await self._announce()
+
+    async def wake(self, reason: str) -> None:
+        """Ask the registry now instead of at the end of the interval."""
+        self._note("wake", reason=reason)
+        self._woken.set()
+
+    async def follow(
+        self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float = WAIT_S
+    ) -> Orders:
+        """What `pool` shall serve, once it differs from `report.orders` or `wait_s` have passed."""
+        await self._asked.wait()  # or the first orders of all would name no versions
+        key = (pool, replica)
+        known = self._reports.get(key)
+        self._note_swaps(pool, replica, known[1] if known else ReplicaReport(), report)
+        self._reports[key] = (self._clock(), report)
+        orders = await self._until(lambda: self._orders(pool), report.orders, wait_s)
+        self._reports[key] = (self._clock(), report)
+        return orders
+
+    async def routes(self, known: str, *, wait_s: float = WAIT_S) -> Routes:
+        """Where to ask for what, once it differs from `known` or `wait_s` have passed."""
+        return await self._until(self._routes, known, wait_s)
+
+    async def fetch(self, category: str, version: int) -> StoredVersion:
+        """A version's prompt set, from the cache or the registry. Raises RegistryError."""
+        stored = await asyncio.to_thread(self._cache.get, category, version)
+        if stored is None:
+            stored = await asyncio.to_thread(self._source.fetch, category, version)
+            await asyncio.to_thread(self._cache.put, stored)
+        return stored
+
+    async def status(self) -> FleetStatus:
+        """Everything at a glance."""
+        reports = self._live_reports()
+        pools: dict[str, tuple[str, ...]] = {}
+        for category, pool, _ in self._plan.places():
+            pools[category] = (*pools.get(category, ()), pool)
+        return FleetStatus(
+            revision=self._plan.revision,
+            deployed_by=self._plan.deployed_by,
+            registry=self._registry,
+            polled_s_ago=None if self._polled_at is None else self._clock() - self._polled_at,
+            categories={
+                category: self._status_of(category, pools[category], reports)
+                for category in sorted(pools)
+            },
+        )
+
+    async def audit_lines(self) -> list[dict[str, object]]:
+        """The last operations, oldest first."""
+        return list(self._audit)
+
+    def _status_of(
+        self,
+        category: str,
+        pools: tuple[str, ...],
+        reports: dict[tuple[str, str], ReplicaReport],
+    ) -> CategoryStatus:
+        # Every replica of every pool that shall serve it counts: only then may one pool go.
+        expected = [report for (pool, _), report in reports.items() if pool in pools]
+        serving = [
+            report.categories[category] for report in expected if category in report.categories
+        ]
+        versions = {served.version for served in serving if served.version is not None}
+        entry = self._plan.pools[pools[0]][category]
+        wanted = self._version(category, entry)
+        problems = [served.problem for served in serving if served.problem]
+        missing = len(expected) - sum(served.version is not None for served in serving)
+        problem = problems[0] if problems else None
+        if wanted is None:
+            problem = self._why_no_version(category, entry)
+        state: State
+        if problem:
+            state = "FAILED"
+        elif not expected:
+            state = "IDLE"
+        else:
+            state = "LOADING" if missing or versions != {wanted} else "READY"
+        return CategoryStatus(
+            state=state,
+            pools=pools,
+            wanted=wanted,
+            serving=tuple(sorted(versions)),
+            replicas=sum(served.version is not None for served in serving),
+            from_cache=any(served.source == "cache" for served in serving),
+            problem=problem,
+        )
+
+    def _version(self, category: str, entry: CategoryEntry) -> int | None:
+        if entry.version is not None:
+            return entry.version
+        return self._aliases.categories.get(category, {}).get(entry.alias)
+
+    def _why_no_version(self, category: str, entry: CategoryEntry) -> str:
+        if self._registry != "ok":
+            return self._registry
+        known = self._aliases.categories.get(category)
+        if known is None:
+            return f"the registry has no category {category!r}: tune it, or drop it from the fleet"
+        return (
+            f"the registry has no alias {entry.alias!r} for {category}; it has"
+            f" {', '.join(known) or 'none'}: set one, or name another in the fleet file"
+        )
+
+    def _orders(self, pool: str) -> Orders:
+        return Orders(
+            categories={
+                category: Order(
+                    version=self._version(category, entry),
+                    decision=entry.decision,
+                    region_of_interest=entry.region_of_interest,
+                )
+                for category, entry in self._plan.pools.get(pool, {}).items()
+            },
+            auth=self._plan.auth,
+        )
+
+    def _routes(self) -> Routes:
+        pools: dict[str, tuple[str, ...]] = {}
+        for category, pool, _ in self._plan.places():
+            # A category that moves is asked for at the pool that it shares: its own has a way of
+            # its own in.
+            others = pools.get(category, ())
+            pools[category] = (*others, pool) if pool == category else (pool, *others)
+        return Routes(pools=pools, auth=self._plan.auth)
+
+    async def _until(self, current: Callable[[], Found], known: str, wait_s: float) -> Found:
+        """`current()` once its etag is not `known`, or after `wait_s`."""
+        deadline = self._clock() + wait_s
+        async with self._changed:
+            while (now := current()).etag == known and (left := deadline - self._clock()) > 0:
+                try:
+                    await asyncio.wait_for(self._changed.wait(), left)
+                except asyncio.TimeoutError:
+                    break
+        return now
+
+    async def _announce(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _live_reports(self) -> dict[tuple[str, str], ReplicaReport]:
+        now = self._clock()
+        self._reports = {
+            key: (heard_at, report)
+            for key, (heard_at, report) in self._reports.items()
+            if now - heard_at < _LOST_AFTER_S and key[0] in self._plan.pools
+        }
+        return {key: report for key, (_, report) in self._reports.items()}
+
+    def _note(self, operation: str, **fields: object) -> None:
+        self._audit.append(audit(operation, **fields))
+
+    def _note_moves(self, found: dict[str, dict[str, int]]) -> None:
+        for category, _, entry in self._plan.places():
+            before = self._version(category, entry)
+            after = found.get(category, {}).get(entry.alias)
+            if entry.version is None and before != after:
+                self._note(
+                    "alias moved", category=category, alias=entry.alias, before=before, after=after
+                )
+
+    def _note_swaps(
+        self, pool: str, replica: str, before: ReplicaReport, after: ReplicaReport
+    ) -> None:
+        if before.categories == after.categories:
+            return
+        for category in sorted(set(before.categories) | set(after.categories)):
+            old, new = before.categories.get(category), after.categories.get(category)
+            if old == new:
+                continue
+            self._note(
+                "serve",
+                pool=pool,
+                replica=replica,
+                category=category,
+                before=old.version if old else None,
+                after=new.version if new else None,
+                problem=new.problem if new else None,
+            )
+
+
+class RegistrySource:
+    """The registry, imported only where it is used: MLflow takes seconds."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._tracking_uri = tracking_uri
+
+    def aliases(self) -> dict[str, dict[str, int]]:
+        return self._registry().aliases()
+
+    def fetch(self, category: str, version: int) -> StoredVersion:
+        prompt_set, registered = self._registry().load(category, str(version))
+        return StoredVersion(
+            category=category,
+            version=registered.version,
+            run_id=registered.run_id,
+            data=prompt_set.to_bytes(),
+        )
+
+    def _registry(self) -> "Registry":
+        from apt_ray.registry import Registry
+
+        return Registry(self._tracking_uri)
+
+
+def _places(plan: Plan) -> dict[str, str]:
+    """Category -> where and how the plan serves it."""
+    return {
+        category: f"{pool} {entry.model_dump_json()}" for category, pool, entry in plan.places()
+    }

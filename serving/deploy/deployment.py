@@ -1,0 +1,364 @@
+"""Deploying a fleet: one at a time, growing before shrinking, waiting until it serves."""
+
+import copy
+import getpass
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
+
+from apt_ray.errors import FleetError, SettingsError
+from apt_ray.registry import Registry
+from serving.app import CONTROLLER, pool_application
+from serving.controller.orders import CategoryStatus, FleetStatus, Plan
+from serving.deploy.cluster import Cluster
+from serving.deploy.plan import (
+    IMPORT_PATH,
+    HttpAddress,
+    check_capacity,
+    check_exposure,
+    pools_of,
+    serve_config,
+)
+from serving.settings import CategoryEntry, Fleet
+
+_POLL_S = 0.5
+
+Progress = Callable[[str], None]
+Config = dict[str, Any]
+
+
+def deploy(
+    fleet: Fleet,
+    *,
+    cluster: Cluster,
+    registry: Registry,
+    tracking_uri: str,
+    address: HttpAddress,
+    timeout_s: float,
+    progress: Progress,
+) -> list[str]:
+    """Make the cluster serve exactly this fleet and wait until it does; its categories.
+
+    Applications that do not change are left alone, those that the fleet no longer has are removed.
+    A category that moves to another pool is served by both until the new one is ready.
+
+    Raises:
+        FleetError: The fleet must not or cannot be deployed so, a category cannot be served, or
+            another deploy came first; what was deployed is left in place, so that it can be looked
+            at.
+        RegistryError: The registry does not answer.
+    """
+    check_exposure(fleet, address)
+    entries = resolve(fleet, registry)
+    pools = pools_of(fleet, entries)
+    capacity = cluster.capacity()
+    check_capacity(pools, capacity)
+    if any(pool.settings.num_gpus for pool in pools) and not capacity.gpus:
+        progress("the cluster has no GPU: replicas use CPUs only")
+    details = cluster.serve_details()
+    _check_owner(details)
+    before = _deployed_plan(details)
+    revision = before.revision + 1
+    config = serve_config(
+        fleet,
+        pools,
+        revision=revision,
+        deployed_by=f"{getpass.getuser()}@{socket.gethostname()}",
+        tracking_uri=tracking_uri,
+        address=address,
+        gpus=capacity.gpus > 0,
+    )
+    _check_http(details, config["http_options"])
+    for line in _changes(details, config):
+        progress(line)
+    waiting = _Waiting(cluster, revision, timeout_s=timeout_s, progress=progress)
+    moved = _moved(before, _plan(config))
+    first = _grown(details, before, config, moved) if moved else config
+    with cluster.claimed(revision):
+        cluster.deploy(first)
+    if moved:
+        progress(f"moving to other pools: {', '.join(moved)}")
+        waiting.until_serving(first)
+        cluster.deploy(config)
+    waiting.until_serving(config)
+    return sorted(entries)
+
+
+def take_down(cluster: Cluster) -> int:
+    """Stop serving; how many applications that ended. FleetError if others' are among them."""
+    details = cluster.serve_details()
+    _check_owner(details)
+    cluster.shut_down_serve()
+    return len(details.applications)
+
+
+def resolve(fleet: Fleet, registry: Registry) -> dict[str, CategoryEntry]:
+    """The categories of the fleet file; for `all` those that have a champion now.
+
+    Raises FleetError, before anything is deployed, if the registry does not have one of them.
+    """
+    aliases = registry.aliases()
+    if isinstance(fleet.categories, dict):
+        for name, entry in fleet.categories.items():
+            if entry.version is not None or entry.alias not in aliases.get(name, {}):
+                registry.resolve(name, entry.reference)  # it exists, or the error says what does
+        return fleet.categories
+    champions = sorted(name for name, known in aliases.items() if "champion" in known)
+    if not champions:
+        raise FleetError(
+            f"the registry at {registry.address} has no category with a champion: tune one first,"
+            " for example with `ray job submit --working-dir . -- python tuning/search.py --data"
+            " DIR`"
+        )
+    return {name: CategoryEntry() for name in champions}
+
+
+def describe_status(details: ServeInstanceDetails, status: FleetStatus | None) -> list[str]:
+    """The fleet's state, one application a line, then one category a line."""
+    lines = []
+    for name, application in sorted(details.applications.items()):
+        replicas = [
+            f"{len(deployment.replicas)} of {deployment.target_num_replicas} replicas"
+            for deployment in application.deployments.values()
+        ]
+        parts = [f"{name:28}", f"{application.status.value:14}", *replicas, _cause(application)]
+        lines.append("  ".join(part for part in parts if part))
+    if status is None:
+        return lines
+    lines.append(f"revision {status.revision}, deployed by {status.deployed_by}")
+    lines.append(f"registry: {status.registry}")
+    return lines + [
+        f"{name:28}  {_describe_category(category)}" for name, category in status.categories.items()
+    ]
+
+
+def _describe_category(status: CategoryStatus) -> str:
+    parts = [
+        f"{status.state:8}",
+        f"version {', '.join(map(str, status.serving)) or '-'} of {status.wanted or '?'}",
+        f"{status.replicas} replicas",
+        f"pool {', '.join(status.pools)}",
+        "from the local cache" if status.from_cache else "",
+        status.problem or "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _plan(config: Config) -> Plan:
+    return Plan.parse(_controller(config)["user_config"])
+
+
+def _controller(config: Config) -> Config:
+    applications: list[Config] = config["applications"]
+    (controller,) = [each for each in applications if each["name"] == CONTROLLER]
+    deployment: Config = controller["deployments"][0]
+    return deployment
+
+
+def _deployed(details: ServeInstanceDetails) -> dict[str, Config]:
+    """Application -> its configuration, in plain values."""
+    return {
+        # Serve copies the logging of the whole into each application.
+        name: application.deployed_app_config.model_dump(
+            mode="json", exclude_unset=True, exclude={"logging_config"}
+        )
+        for name, application in details.applications.items()
+        if application.deployed_app_config is not None
+    }
+
+
+def _deployed_plan(details: ServeInstanceDetails) -> Plan:
+    """The plan that Serve runs; an empty one without a fleet, or with one of another version."""
+    try:
+        return _plan({"applications": list(_deployed(details).values())})
+    except (ValueError, SettingsError):
+        return Plan()
+
+
+def _moved(before: Plan, after: Plan) -> list[str]:
+    """Categories that are in both plans, but in none of the same pools."""
+
+    def places(plan: Plan) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for category, pool, _ in plan.places():
+            found.setdefault(category, set()).add(pool)
+        return found
+
+    old, new = places(before), places(after)
+    return sorted(name for name in set(old) & set(new) if not old[name] & new[name])
+
+
+def _grown(details: ServeInstanceDetails, before: Plan, config: Config, moved: list[str]) -> Config:
+    """The new configuration with the old one's pools still there, and no new way in yet."""
+    grown = copy.deepcopy(config)
+    after = _plan(config)
+    pools = {
+        name: {**before.pools.get(name, {}), **after.pools.get(name, {})}
+        for name in sorted(set(before.pools) | set(after.pools))
+    }
+    union = after.model_copy(update={"pools": pools})
+    _controller(grown)["user_config"] = union.to_config()
+    new = {application["name"]: application for application in grown["applications"]}
+    for name, application in _deployed(details).items():
+        if name not in new:
+            grown["applications"].append(application)
+    for category in moved:
+        # Its own application gets its address when it is ready; until then the root hands on.
+        if own := new.get(pool_application(category)):
+            own["route_prefix"] = None
+    return grown
+
+
+def _check_owner(details: ServeInstanceDetails) -> None:
+    """FleetError if Serve runs what is not a fleet's."""
+    foreign = sorted(
+        name
+        for name, application in details.applications.items()
+        if application.deployed_app_config is None
+        or not application.deployed_app_config.import_path.startswith(IMPORT_PATH)
+    )
+    if foreign:
+        raise FleetError(
+            f"Serve of this cluster also runs {', '.join(foreign)}, which would be deleted: remove"
+            " them (`serve shutdown`), or use another cluster"
+        )
+
+
+def _check_http(details: ServeInstanceDetails, wanted: Mapping[str, Any]) -> None:
+    """FleetError if Serve's HTTP server runs with other options, which only a restart changes."""
+    if not details.proxies:
+        return
+    present = {name: getattr(details.http_options, name) for name in wanted}
+    different = [name for name in wanted if present[name] != wanted[name]]
+    if different:
+        raise FleetError(
+            "Serve's HTTP server runs with other options ("
+            + ", ".join(f"{name} {present[name]}, not {wanted[name]}" for name in different)
+            + ") and must be restarted to change them: `python -m serving.fleet down`, then deploy"
+        )
+
+
+def _changes(details: ServeInstanceDetails, config: Config) -> list[str]:
+    """What the configuration will do, one application a line."""
+    present = _deployed(details)
+    wanted = {application["name"]: application for application in config["applications"]}
+    lines = []
+    for name, application in wanted.items():
+        if name not in present:
+            change = "new"
+        else:
+            change = "unchanged" if present[name] == application else "changed"
+        if name != CONTROLLER:  # it changes with every deploy: its lines are the categories
+            lines.append(f"{name}: {change}")
+    lines += [f"{name}: removed" for name in sorted(set(present) - set(wanted))]
+    before, after = _deployed_plan(details), _plan(config)
+    old = {(category, pool): entry for category, pool, entry in before.places()}
+    new = {(category, pool): entry for category, pool, entry in after.places()}
+    for place in sorted(set(old) | set(new)):
+        if old.get(place) != new.get(place):
+            verb = "added to" if place not in old else "removed from"
+            verb = "changed in" if place in old and place in new else verb
+            lines.append(f"{place[0]}: {verb} pool {place[1]}")
+    return lines
+
+
+class _Waiting:
+    """Waits for what is deployed, as long as it is this deploy's."""
+
+    def __init__(
+        self, cluster: Cluster, revision: int, *, timeout_s: float, progress: Progress
+    ) -> None:
+        self._cluster = cluster
+        self._revision = revision
+        self._timeout_s = timeout_s
+        self._progress = progress
+        self._started = time.monotonic()
+        self._ready: set[str] = set()
+
+    def until_serving(self, config: Config) -> None:
+        """Return once all applications run, HTTP is served and every category is as planned.
+
+        FleetError if one fails, if none ends in time, or if another deploy took over.
+        """
+        names = {application["name"] for application in config["applications"]}
+        categories = {category for category, _, _ in _plan(config).places()}
+        while True:
+            details = self._cluster.serve_details()
+            self._check_revision(details)
+            for name in sorted(names):
+                self._look_at(name, details)
+            removed = set(details.applications) <= names
+            served = details.proxies and all(
+                proxy.status.value == "HEALTHY" for proxy in details.proxies.values()
+            )
+            status = self._cluster.fleet_status() if names <= self._ready else None
+            if status and status.revision == self._revision:
+                late = self._look_at_categories(status, categories)
+                if not late and removed and served:
+                    return
+            if time.monotonic() - self._started > self._timeout_s:
+                raise FleetError(_overdue(details, names - self._ready, self._timeout_s))
+            time.sleep(_POLL_S)
+
+    def _check_revision(self, details: ServeInstanceDetails) -> None:
+        plan = _deployed_plan(details)
+        if plan.revision != self._revision:
+            raise FleetError(
+                f"another deploy, revision {plan.revision} by {plan.deployed_by}, has taken the"
+                f" place of this one, revision {self._revision}: look at `python -m serving.fleet"
+                " status`, then deploy again"
+            )
+
+    def _look_at(self, name: str, details: ServeInstanceDetails) -> None:
+        application = details.applications.get(name)
+        status = application.status.value if application else "NOT_STARTED"
+        if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise FleetError(
+                f"{name} cannot be served: {_cause(application) or status}\n(the whole message:"
+                " Ray's dashboard, or `serve status`)"
+            )
+        if status == "RUNNING" and name not in self._ready:
+            self._ready.add(name)
+            self._progress(f"{name}: ready after {time.monotonic() - self._started:.0f} s")
+
+    def _look_at_categories(self, status: FleetStatus, categories: set[str]) -> list[str]:
+        """Those that are not as planned yet; FleetError if one cannot be."""
+        late = []
+        for name in sorted(categories):
+            category = status.categories.get(name)
+            if category is None or category.state == "LOADING":
+                late.append(name)
+            elif category.state == "FAILED":
+                kept = ", ".join(f"version {version}" for version in category.serving)
+                raise FleetError(
+                    f"{name} cannot be served as the fleet file says: {category.problem}"
+                    f"{f' ({kept} keeps serving)' if kept else ''}"
+                )
+        return late
+
+
+def _overdue(details: ServeInstanceDetails, names: set[str], timeout_s: float) -> str:
+    reasons = [
+        f"{name}: {_cause(details.applications[name]) or 'no reason given'}"
+        for name in sorted(names & set(details.applications))
+    ]
+    what = "; ".join(reasons) or "HTTP is not served yet"
+    return (
+        f"the fleet is not ready after {timeout_s:g} s ({what}): it may still become so (`python -m"
+        " serving.fleet status`); give it more time with --timeout, or look at Ray's dashboard"
+    )
+
+
+def _cause(application: ApplicationDetails) -> str:
+    """What an application's messages come down to: the last error that they name, or their end."""
+    messages = [
+        application.message,
+        *(deployment.message for deployment in application.deployments.values()),
+    ]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
+    return (errors or lines or [""])[-1]

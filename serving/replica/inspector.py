@@ -1,0 +1,327 @@
+"""The replica's engine: backbones, prompt sets of many categories, images inspected in batches.
+
+Four kinds of threads: the event loop receives and answers, a pool decodes and resizes image files
+and draws pictures, one thread owns the model, and loaders (see `follower`) bring new versions. A
+new version replaces the old one between two batches. Nothing on the way of an image asks the
+registry or waits for a lock.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from apt_ray.detection.detector import Inspection
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.errors import ImageError
+from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
+from serving.api import problems
+from serving.api.messages import (
+    CategoryReport,
+    Inspected,
+    InspectionReport,
+    Picture,
+    RegionReport,
+    Timings,
+)
+from serving.api.problems import ProblemError
+from serving.controller.orders import Order, StoredVersion
+from serving.replica.batching import Batcher
+from serving.replica.metrics import Meter
+from serving.replica.served import ServedCategory, build, self_test
+from serving.settings import QUEUES_OF_SHARED_POOL, Batching
+
+# Decoding is memory-bound: more threads than this gain nothing and multiply the pixels in flight.
+_DECODERS = 2
+_SMOOTHING = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """An image on its way to the model; `queued_at` is of `time.monotonic`."""
+
+    served: ServedCategory
+    pixels_1CHW: torch.Tensor
+    size: tuple[int, int]
+    image: Image.Image | None
+    queued_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Result:
+    served: ServedCategory
+    map_SS: torch.Tensor
+    score: float
+    started_at: float
+    ended_at: float
+
+
+class Inspector:
+    """Serves the categories of one pool from memory.
+
+    Args:
+        limits: of an image.
+        batching: threads, batches and queues.
+        device: where the backbones run.
+        shared: whether several categories share the replica.
+        meter: counts; None where nothing does.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: ImageLimits,
+        batching: Batching,
+        device: Literal["cpu", "cuda"] = "cpu",
+        shared: bool = False,
+        meter: Meter | None = None,
+    ) -> None:
+        self._limits = limits
+        self._device = device
+        self._meter = meter
+        self._max_waiting = batching.max_queue
+        self._max_waiting_in_all = batching.max_queue * (QUEUES_OF_SHARED_POOL if shared else 1)
+        self._served: dict[str, ServedCategory] = {}
+        self._backbones: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
+        self._loading = threading.Lock()
+        self._waiting: Counter[str] = Counter()
+        self._seconds_per_image = 0.0
+        self._decoders = ThreadPoolExecutor(
+            _DECODERS, "decode", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        # Ray gives a replica one OpenMP thread whatever its num_cpus; the setting decides instead.
+        self._model = ThreadPoolExecutor(
+            1, "model", initializer=torch.set_num_threads, initargs=(batching.threads,)
+        )
+        self._batcher: Batcher[_Job, _Result] = Batcher(
+            self._run, executor=self._model, max_batch_size=batching.max_batch_size
+        )
+
+    def load(self, category: str, order: Order, stored: StoredVersion) -> None:
+        """Serve a version from now on; blocks while it is read and tested.
+
+        Raises PromptSetError or BackboneError if it cannot be loaded, FleetError if it fails its
+        test or cannot decide as ordered; then what was served before still is.
+        """
+        try:
+            source = f"version {stored.version} of {category}"
+            prompt_set = PromptSet.from_bytes(stored.data, source=source)
+            backbone = self._backbone(prompt_set)
+            served = build(
+                prompt_set, order, backbone, version=stored.version, run_id=stored.run_id
+            )
+            self._model.submit(self_test, served, prompt_set).result()
+        except Exception:
+            if self._meter:
+                self._meter.loaded(category, stored.version, succeeded=False)
+            raise
+        self._served[category] = served
+        if self._meter:
+            self._meter.loaded(category, stored.version, succeeded=True)
+
+    def drop(self, category: str) -> None:
+        """Serve a category no more; images of it that wait already are still inspected."""
+        self._served.pop(category, None)
+
+    def serves(self) -> dict[str, Order]:
+        """What is served, by category."""
+        return {category: served.order for category, served in self._served.items()}
+
+    async def describe(self, category: str) -> CategoryReport:
+        return self._find(category).about
+
+    async def inspect(
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+    ) -> Inspected:
+        """Inspect an image file; see `Service.inspect`."""
+        received_at = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            served = self._find(category)
+            with self._admitted(category, timeout_s):
+                job = await loop.run_in_executor(
+                    self._decoders, self._decode, served, data, picture == "overlay"
+                )
+                result = await self._batcher.submit(category, job)
+            conclude = partial(self._conclude, job, result, picture, received_at)
+            if picture is None and result.score <= _threshold(result):
+                return conclude()  # no map at the size of the image
+            return await loop.run_in_executor(self._decoders, conclude)
+        except (ImageError, ProblemError) as error:
+            if self._meter:
+                problem = error if isinstance(error, ProblemError) else problems.of_image(error)
+                self._meter.refused(category, problem.problem.type.rpartition(":")[2])
+            raise
+
+    def _find(self, category: str) -> ServedCategory:
+        try:
+            return self._served[category]
+        except KeyError:
+            raise problems.not_ready(category) from None
+
+    @contextmanager
+    def _admitted(self, category: str, timeout_s: float) -> Iterator[None]:
+        """Takes a place in the queue, or refuses at once what would wait in vain."""
+        in_all, own = self._waiting.total(), self._waiting[category]
+        wait_s = in_all * self._seconds_per_image
+        retry_after_s = max(1, math.ceil(wait_s))
+        if in_all >= self._max_waiting_in_all:
+            raise problems.overloaded(
+                f"{in_all} images are waiting for this replica already", retry_after_s=retry_after_s
+            )
+        if own >= self._max_waiting:
+            raise problems.too_many(
+                f"{own} images of {category} are waiting for this replica already",
+                retry_after_s=retry_after_s,
+            )
+        if wait_s > timeout_s:
+            raise problems.overloaded(
+                f"the image would wait about {wait_s:.1f} s, and {timeout_s:.1f} s are left",
+                retry_after_s=retry_after_s,
+            )
+        self._count(category, +1)
+        try:
+            yield
+        finally:
+            self._count(category, -1)
+
+    def _count(self, category: str, change: int) -> None:
+        self._waiting[category] += change
+        if self._meter:
+            self._meter.queue(category, self._waiting[category])
+
+    def _decode(self, served: ServedCategory, data: bytes, keep_image: bool) -> _Job:
+        image = decode_image(data, limits=self._limits)
+        return _Job(
+            served=served,
+            pixels_1CHW=served.detector.backbone.preprocess([image]),
+            size=image.size,
+            image=image if keep_image else None,
+            queued_at=time.monotonic(),
+        )
+
+    @torch.inference_mode()
+    def _run(self, jobs: list[_Job]) -> list[_Result | Exception]:
+        """One forward pass for all categories, then a score for each."""
+        started_at = time.monotonic()
+        groups: dict[int, list[int]] = defaultdict(list)
+        # A version that came while the image waited is the one that answers.
+        now = [self._newest(job) for job in jobs]
+        for index, served in enumerate(now):
+            groups[id(served.detector.backbone)].append(index)
+        found: list[tuple[torch.Tensor, float]] = [(torch.empty(0), math.nan)] * len(jobs)
+        for indices in groups.values():
+            backbone = now[indices[0]].detector.backbone
+            features = backbone.encode_images(torch.cat([jobs[i].pixels_1CHW for i in indices]))
+            rows: dict[int, list[int]] = defaultdict(list)
+            for row, index in enumerate(indices):
+                rows[id(now[index])].append(row)
+            for some in rows.values():
+                detector = now[indices[some[0]]].detector
+                maps_BSS, scores_B = detector.score(
+                    features if len(some) == len(indices) else features[some]
+                )
+                for row, map_SS, score in zip(some, maps_BSS.cpu(), scores_B.tolist(), strict=True):
+                    found[indices[row]] = (map_SS, score)
+        ended_at = time.monotonic()
+        each = (ended_at - started_at) / len(jobs)
+        before = self._seconds_per_image or each
+        self._seconds_per_image = before + _SMOOTHING * (each - before)
+        if self._meter:
+            self._meter.batch(len(jobs))
+        return [
+            _Result(
+                served=served, map_SS=map_SS, score=score, started_at=started_at, ended_at=ended_at
+            )
+            for served, (map_SS, score) in zip(now, found, strict=True)
+        ]
+
+    def _newest(self, job: _Job) -> ServedCategory:
+        newest = self._served.get(job.served.about.category, job.served)
+        # Pixels were made for the size that the old version's backbone sees.
+        same = newest.detector.backbone is job.served.detector.backbone
+        return newest if same else job.served
+
+    def _conclude(
+        self, job: _Job, result: _Result, picture: Picture | None, received_at: float
+    ) -> Inspected:
+        about, threshold = result.served.about, result.served.detector.prompt_set.threshold
+        inspection: Inspection | None = None
+        if picture is not None or result.score > threshold.value:
+            inspection = result.served.detector.conclude(result.map_SS, result.score, job.size)
+        drawn = _draw(inspection, job.image, picture) if inspection and picture else None
+        timings = Timings(
+            receive=0.0,
+            decode=round(1000 * (job.queued_at - received_at), 2),
+            queue=round(1000 * (result.started_at - job.queued_at), 2),
+            inspect=round(1000 * (result.ended_at - result.started_at), 2),
+            conclude=round(1000 * (time.monotonic() - result.ended_at), 2),
+        )
+        report = InspectionReport(
+            category=about.category,
+            version=about.version,
+            backbone=about.backbone,
+            anomaly_score=result.score,
+            threshold=threshold.value,
+            is_anomalous=result.score > threshold.value,
+            p_value=threshold.p_value(result.score),
+            certified_false_alarm_rate=about.certified_false_alarm_rate,
+            regions=[
+                RegionReport(
+                    x=region.x,
+                    y=region.y,
+                    width=region.width,
+                    height=region.height,
+                    peak=region.peak,
+                    area=region.area,
+                )
+                for region in (inspection.regions if inspection else ())
+            ],
+            timings_ms=timings,
+        )
+        if self._meter:
+            self._meter.inspected(
+                about.category,
+                about.version,
+                score=report.anomaly_score,
+                is_anomalous=report.is_anomalous,
+                ms=timings.model_dump(exclude={"receive"}),
+            )
+        return Inspected(report=report, picture_png=drawn)
+
+    def _backbone(self, prompt_set: PromptSet) -> FrozenCLIP:
+        """The backbone of a prompt set, which all categories that were fitted to it share."""
+        with self._loading:
+            backbone = self._backbones.get(prompt_set.fingerprint)
+            if backbone is None:
+                backbone = load_backbone(prompt_set.backbone, device=self._device)
+                self._backbones[backbone.fingerprint] = backbone
+            return backbone
+
+
+def _threshold(result: _Result) -> float:
+    return result.served.detector.prompt_set.threshold.value
+
+
+def _draw(inspection: Inspection, image: Image.Image | None, picture: Picture) -> bytes:
+    if picture == "png" or image is None:
+        return encode_png(_gray16(inspection.anomaly_map))
+    return encode_png(draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold))
+
+
+def _gray16(map_HW: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray(np.rint(map_HW * 65535).astype(np.uint16))

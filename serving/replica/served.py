@@ -1,0 +1,117 @@
+"""One category as a replica serves it: the detector of one version, tested before it serves."""
+
+import base64
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apt_ray.detection.calibration import Threshold, calibrate
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.errors import FleetError
+from apt_ray.features.clip import FrozenCLIP
+from serving.api.messages import CategoryReport
+from serving.controller.orders import Order
+from serving.regions import mask_of_box, mask_of_png
+from serving.settings import Decision, RegionOfInterest
+
+# What other processors, threads and batch sizes may change in a score; damage changes it by more.
+_PROBE_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedCategory:
+    """A version of a category, ready to inspect.
+
+    Attributes:
+        order: what it was built for.
+        detector: inspects, by the fleet file's decision.
+        about: what callers are told.
+    """
+
+    order: Order
+    detector: Detector
+    about: CategoryReport
+
+
+def build(
+    prompt_set: PromptSet, order: Order, backbone: FrozenCLIP, *, version: int, run_id: str
+) -> ServedCategory:
+    """The category as ordered.
+
+    Raises PromptSetError if the prompt set is another backbone's, FleetError if the decision asks
+    for what the version's calibration cannot give.
+    """
+    decided = decide(prompt_set, order.decision)
+    interest = order.region_of_interest
+    detector = Detector(backbone, decided, region_of_interest=_mask(interest) if interest else None)
+    return ServedCategory(order=order, detector=detector, about=_describe(decided, version, run_id))
+
+
+def self_test(served: ServedCategory, prompt_set: PromptSet) -> None:
+    """FleetError if a fixed picture does not score as it did when the prompt set was fitted."""
+    plain = Detector(served.detector.backbone, prompt_set)  # a region of interest changes scores
+    score = plain.probe_score()
+    expected = prompt_set.provenance.probe_score
+    name = f"version {served.order.version} of {prompt_set.category}"
+    if not math.isfinite(score):
+        raise FleetError(f"{name} scores a picture {score}: it is damaged; fit the category again")
+    if expected is not None and abs(score - expected) > _PROBE_TOLERANCE:
+        raise FleetError(
+            f"{name} scores its test picture {score:.4f}, not {expected:.4f} as when it was fitted:"
+            " the prompt set or the backbone is damaged; fit the category again"
+        )
+
+
+def decide(prompt_set: PromptSet, decision: Decision) -> PromptSet:
+    """The prompt set with the fleet file's threshold in place of its own, if it gives one."""
+    threshold = prompt_set.threshold
+    if decision.threshold is not None:
+        threshold = threshold.model_copy(
+            update={"value": decision.threshold, "certified_false_alarm_rate": None}
+        )
+    elif decision.false_alarm_rate is not None:
+        threshold = _recalibrate(prompt_set, decision.false_alarm_rate)
+    provenance = prompt_set.provenance.model_copy(update={"threshold": threshold})
+    return replace(prompt_set, provenance=provenance)
+
+
+def _recalibrate(prompt_set: PromptSet, false_alarm_rate: float) -> Threshold:
+    threshold = prompt_set.threshold
+    if threshold.source == "calibration images":
+        recalibrated = calibrate(threshold.scores, false_alarm_rate)
+        if recalibrated.certified:
+            return recalibrated
+        found = f"only {len(threshold.scores)}"
+    else:
+        found = "no"
+    raise FleetError(
+        f"{prompt_set.category} cannot be held to a false-alarm rate of {false_alarm_rate:g}: its"
+        f" prompt set has {found} calibration images, {math.ceil(1 / false_alarm_rate) - 1} are"
+        " needed; fit it again with more good images, or give a threshold in the fleet file"
+    )
+
+
+def _mask(interest: RegionOfInterest) -> NDArray[np.bool_]:
+    if interest.mask_png is not None:
+        return mask_of_png(base64.b64decode(interest.mask_png))
+    assert interest.box is not None
+    return mask_of_box(interest.box)
+
+
+def _describe(prompt_set: PromptSet, version: int, run_id: str) -> CategoryReport:
+    return CategoryReport(
+        category=prompt_set.category,
+        version=version,
+        run_id=run_id,
+        backbone=prompt_set.backbone.name,
+        fingerprint=prompt_set.fingerprint,
+        threshold=prompt_set.threshold.value,
+        certified_false_alarm_rate=prompt_set.threshold.certified_false_alarm_rate,
+        shots=prompt_set.provenance.shots,
+        trained_at=prompt_set.provenance.created,
+        settings=prompt_set.settings.model_dump(mode="json"),
+        metrics=prompt_set.metrics,
+    )

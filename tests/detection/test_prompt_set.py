@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from apt_ray.data.folders import Category
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.errors import PromptSetError
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.images import read_image
+
+
+def test_saved_and_loaded_prompt_sets_give_bit_identical_maps(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "set.safetensors"
+    prompt_set.save(path)
+    loaded = PromptSet.load(path)
+    assert loaded.provenance == prompt_set.provenance
+    images = [read_image(image.path) for image in category.test[:3]]
+    before = Detector(backbone, prompt_set).inspect(images)
+    after = Detector(backbone, loaded).inspect(images)
+    for first, second in zip(before, after, strict=True):
+        assert (first.anomaly_map == second.anomaly_map).all()
+        assert first.anomaly_score == second.anomaly_score
+    assert loaded.to_bytes() == prompt_set.to_bytes()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_is_missing_cut_short_or_foreign_is_refused(
+    prompt_set: PromptSet, tmp_path: Path
+) -> None:
+    with pytest.raises(PromptSetError, match="cannot read"):
+        PromptSet.load(tmp_path / "missing.safetensors")
+    data = prompt_set.to_bytes()
+    for rubbish in (b"", b"rubbish", data[:100], data[:-10], b"\xff" * 64):
+        with pytest.raises(PromptSetError, match="damaged"):
+            PromptSet.from_bytes(rubbish)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(PromptSetError, match="not a prompt set"):
+        PromptSet.load(foreign)
+
+
+def _rewrite(prompt_set: PromptSet, path: Path, **changes: object) -> Path:
+    """The prompt set as another version, or a vandal, would have written it."""
+    prompt_set.save(path)
+    tensors = load_file(path)
+    header = prompt_set.provenance.model_dump(mode="json")
+    for name, value in changes.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        else:
+            header[name] = value
+    save_file(tensors, path, {"apt-ray": json.dumps(header)})
+    return path
+
+
+def test_another_format_version_is_refused_by_its_number(
+    prompt_set: PromptSet, tmp_path: Path
+) -> None:
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", format_version=99)
+    with pytest.raises(PromptSetError, match="format 99"):
+        PromptSet.load(path)
+
+
+def test_unknown_fields_are_refused(prompt_set: PromptSet, tmp_path: Path) -> None:
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", novelty=1)
+    with pytest.raises(PromptSetError, match="novelty"):
+        PromptSet.load(path)
+
+
+@pytest.mark.parametrize("name", ["text_features", "meta_features", "contexts"])
+def test_tensors_that_do_not_fit_together_are_refused(
+    prompt_set: PromptSet, tmp_path: Path, name: str
+) -> None:
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", **{name: torch.zeros(3, 5)})
+    with pytest.raises(PromptSetError, match="do not fit together"):
+        PromptSet.load(path)
+
+
+def test_values_that_are_no_numbers_are_refused(prompt_set: PromptSet, tmp_path: Path) -> None:
+    broken = torch.full_like(prompt_set.text_features, torch.nan)
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", text_features=broken)
+    with pytest.raises(PromptSetError, match="do not fit together"):
+        PromptSet.load(path)

@@ -1,0 +1,127 @@
+"""The registry away, its artifacts tampered with, and what waits or is cached on disk."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
+from apt_ray.errors import PromptSetError, RegistryError, RegistryUnavailableError
+from apt_ray.registry import Registry
+from tests.registry.registering import make_prompt_set, register
+
+
+@dataclass
+class Switch:
+    """An MLflow server that can be away."""
+
+    folder: Path
+    port: int
+    server: Server | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def on(self) -> None:
+        self.server = launch_mlflow(self.folder, port=self.port)
+        self.server.wait_until_ready("/health")
+
+    def off(self) -> None:
+        if self.server is not None:
+            self.server.terminate()
+            self.server.wait_until_ended()
+            self.server = None
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Switch]:
+    switch = Switch(tmp_path_factory.mktemp("away") / "mlflow", free_ports(1)[0])
+    yield switch
+    switch.off()
+
+
+def test_what_could_not_be_registered_waits_and_is_registered_once(
+    switch: Switch, tmp_path: Path
+) -> None:
+    registry = Registry(switch.url)
+    pending = tmp_path / "pending"
+    for seed in (0, 1):
+        with pytest.raises(RegistryUnavailableError, match="--register-pending"):
+            registry.register(
+                make_prompt_set("waiting", seed=seed),
+                pictures={"support_images": Image.new("RGB", (8, 8))},
+                trials=[{"trial": seed}],
+                tags={"ray.job_id": "7"},
+                pending=pending,
+            )
+    assert len(list(pending.iterdir())) == 2
+    with pytest.raises(RegistryUnavailableError):
+        list(registry.register_pending(pending))
+    assert len(list(pending.iterdir())) == 2
+
+    switch.on()
+    first = next(registry.register_pending(pending))
+    assert (first.version, first.tags["ray.job_id"]) == (1, "7")
+    # Killed after the registration, before its folder was removed: it is not registered again.
+    assert [one.version for one in registry.register_pending(pending)] in ([1, 2], [2])
+    assert list(pending.iterdir()) == []
+    assert registry.versions("waiting") == [2, 1]
+    loaded, _ = registry.load("waiting", "2")
+    assert loaded.settings.seed == 1
+
+    switch.off()
+    again = make_prompt_set("waiting", seed=2)
+    for _ in range(2):
+        with pytest.raises(RegistryUnavailableError):
+            registry.register(
+                again, pictures={}, trials=[], submission="search/waiting", pending=pending
+            )
+    assert len(list(pending.iterdir())) == 1
+    switch.on()
+    resumed = registry.register(again, pictures={}, trials=[], submission="search/waiting")
+    assert resumed.version == 3
+    assert [one.version for one in registry.register_pending(pending)] == [3]
+    assert registry.versions("waiting") == [3, 2, 1]
+
+    (pending / "rubbish").mkdir()
+    with pytest.raises(RegistryError, match="rubbish is not a version that waits"):
+        list(registry.register_pending(pending))
+
+
+@pytest.fixture
+def registry(mlflow_server: str) -> Registry:
+    return Registry(mlflow_server)
+
+
+def replace_artifact(mlflow_server: str, run_id: str, data: bytes, folder: Path) -> None:
+    path = folder / "prompt_set.safetensors"
+    path.write_bytes(data)
+    MlflowClient(mlflow_server).log_artifact(run_id, str(path), "version")
+
+
+def test_a_changed_artifact_is_refused_although_it_can_be_read(
+    registry: Registry, mlflow_server: str, tmp_path: Path
+) -> None:
+    registered = register(registry, make_prompt_set("tampered"))
+    other = make_prompt_set("tampered", seed=1)
+    replace_artifact(mlflow_server, registered.run_id, other.to_bytes(), tmp_path)
+    with pytest.raises(PromptSetError, match="is not the file that was registered"):
+        registry.load("tampered")
+
+
+def test_what_is_not_for_this_category_or_backbone_is_refused(
+    registry: Registry, mlflow_server: str
+) -> None:
+    registered = register(registry, make_prompt_set("theirs"))
+    client = MlflowClient(mlflow_server)
+    client.create_registered_model("apt-ours")
+    client.create_model_version("apt-ours", f"runs:/{registered.run_id}/version", registered.run_id)
+    with pytest.raises(PromptSetError, match="holds a prompt set of theirs"):
+        registry.load("ours", "1")
+    with pytest.raises(PromptSetError, match="another backbone"):
+        registry.load("theirs", fingerprint="00")
+    registry.load("theirs", fingerprint="f1" * 32)

@@ -1,0 +1,241 @@
+"""Promotion, history and the way back, against a real MLflow server."""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from apt_ray.data.folders import Category
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.errors import RegistryConflictError, RegistryError
+from apt_ray.registry import Registry, promote, roll_back
+from apt_ray.registry.mlflow import moves
+from apt_ray.validation import versions
+from apt_ray.validation.versions import compare_prompt_sets
+from serving import fleet
+from tests.registry.registering import make_prompt_set, register, spoilt
+
+
+@pytest.fixture
+def registry(mlflow_server: str) -> Registry:
+    return Registry(mlflow_server)
+
+
+@pytest.fixture(autouse=True)
+def _quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "SEEDS", 2)
+
+
+@pytest.fixture
+def pictures(category: Category) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The support set of the shared prompt set, and other normal pictures."""
+    support = category.support_set(3, seed=0)
+    return support, tuple(path for path in category.good if path not in support)[:2]
+
+
+def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
+    registry: Registry,
+    mlflow_server: str,
+    prompt_set: PromptSet,
+    pictures: tuple[tuple[Path, ...], tuple[Path, ...]],
+) -> None:
+    support, others = pictures
+    good = prompt_set.with_category("contest")
+    register(registry, spoilt(good), support=support, held_out=others)
+    register(registry, good, support=support, held_out=others)
+    parts: list[tuple[int, int]] = []
+    promotion = promote(
+        registry,
+        "contest",
+        compare=partial(compare_prompt_sets, progress=lambda *part: parts.append(part)),
+    )
+    assert promotion.verdict == "promoted"
+    assert promotion.comparison is not None
+    assert promotion.comparison.difference > 0.1
+    assert promotion.comparison.images == 2
+    assert parts[-1] == (14, 14)
+    champion = registry.resolve("contest")
+    assert champion.version == 2
+    assert champion.tags["verdict"] == "promoted"
+    assert champion.tags["held_out_values"].endswith(" of version 1")
+    assert champion.tags["difference"].startswith("+0.")
+    client = MlflowClient(mlflow_server)
+    page = client.get_model_version("apt-contest", "2").description
+    assert page.count("### Promotion: version 2 of contest against champion 1: promoted") == 1
+    assert "| scratch&emsp; |" in page
+    (report,) = client.list_artifacts(champion.run_id, "reports")
+    assert "| all |" in Path(client.download_artifacts(champion.run_id, report.path)).read_text()
+
+    register(registry, spoilt(good), support=support, held_out=others)
+    promotion = promote(registry, "contest")
+    assert (promotion.verdict, promotion.move) == ("kept", None)
+    assert registry.champions()["contest"] == 2
+    assert registry.resolve("contest", "3").tags["verdict"] == "kept"
+    # The very same prompt set is no better than itself.
+    register(registry, good, support=support, held_out=others)
+    assert promote(registry, "contest").verdict == "kept"
+
+    forced = promote(registry, "contest", force="the line was rebuilt")
+    assert (forced.verdict, registry.champions()["contest"]) == ("kept", 4)
+    assert registry.history("contest").moves[-1].why.startswith("forced: the line was rebuilt (")
+    assert registry.resolve("contest").tags["forced"] == "the line was rebuilt"
+
+
+def test_without_pictures_in_neither_support_set_a_person_decides(
+    registry: Registry,
+    prompt_set: PromptSet,
+    pictures: tuple[tuple[Path, ...], tuple[Path, ...]],
+) -> None:
+    support, others = pictures
+    for _ in range(2):
+        register(registry, prompt_set.with_category("bare"), support=support)
+    promotion = promote(registry, "bare")
+    assert promotion.verdict == "uncomparable"
+    assert "--data" in promotion.why
+    assert registry.champions()["bare"] == 1
+    # Pictures of the support set do not count, others do.
+    assert promote(registry, "bare", normal=support).verdict == "uncomparable"
+    assert promote(registry, "bare", normal=(*support, *others)).verdict == "kept"
+    register(registry, prompt_set.with_category("bare"))
+    promotion = promote(registry, "bare", normal=others)
+    assert promotion.verdict == "uncomparable"
+    assert "version 3 does not say" in promotion.why
+
+
+@pytest.fixture
+def served(registry: Registry) -> Callable[[str, int], None]:
+    """Registers versions of a category and lets each serve in turn."""
+
+    def serve(category: str, versions: int) -> None:
+        for seed in range(versions):
+            registry.register(make_prompt_set(category, seed=seed), pictures={}, trials=[])
+            if seed:
+                promote(registry, category, force=f"turn {seed + 1}")
+
+    return serve
+
+
+def test_each_roll_back_goes_one_further(
+    registry: Registry, mlflow_server: str, served: Callable[[str, int], None]
+) -> None:
+    served("back", 4)
+    assert [move.target for move in registry.history("back").moves] == [1, 2, 3, 4]
+    move = roll_back(registry, "back", why="rejects good parts")
+    assert (move.source, move.target, move.why) == (4, 3, "rejects good parts")
+    client = MlflowClient(mlflow_server)
+    client.delete_model_version("apt-back", "2")
+    assert roll_back(registry, "back").target == 1  # version 2 is no more
+    assert registry.champions()["back"] == 1
+    with pytest.raises(RegistryError, match="nothing to roll back to"):
+        roll_back(registry, "back")
+    promote(registry, "back", "4", force="again")
+    assert roll_back(registry, "back").target == 1
+    page = client.get_registered_model("apt-back").description.replace("&emsp;", "")
+    assert "| rollback | 4 → 3 | rejects good parts |" in page
+
+
+def test_a_move_by_hand_is_seen_and_can_be_undone(
+    registry: Registry, mlflow_server: str, served: Callable[[str, int], None]
+) -> None:
+    served("hand", 2)
+    client = MlflowClient(mlflow_server)
+    client.set_registered_model_alias("apt-hand", "champion", "1")
+    last = registry.history("hand").moves[-1]
+    assert (last.action, last.source, last.target) == ("by hand", 2, 1)
+    assert roll_back(registry, "hand").target == 2
+    actions = [move.action for move in registry.history("hand").moves]
+    assert actions == ["first", "promote", "by hand", "rollback"]
+    assert [move.number for move in registry.history("hand").moves] == [1, 2, 3, 4]
+
+
+def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(
+    registry: Registry, served: Callable[[str, int], None]
+) -> None:
+    served("race", 1)
+    for seed in (1, 2, 3):
+        registry.register(make_prompt_set("race", seed=seed), pictures={}, trials=[])
+    seen = registry.history("race")
+    outcomes: list[object] = []
+    start = threading.Barrier(3)
+
+    def attempt(version: int) -> None:
+        start.wait()
+        try:
+            outcomes.append(registry.move(seen, version, action="promote", why="mine"))
+        except RegistryConflictError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=attempt, args=(version,)) for version in (2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (won,) = [outcome for outcome in outcomes if isinstance(outcome, moves.Move)]
+    told = [str(outcome) for outcome in outcomes if isinstance(outcome, RegistryConflictError)]
+    assert len(told) == 2
+    assert all("look at the history" in message for message in told)
+    assert registry.champions()["race"] == won.target
+    assert [move.target for move in registry.history("race").moves] == [1, won.target]
+    # What was seen before is stale for ever.
+    with pytest.raises(RegistryConflictError, match=f"made version {won.target} the champion"):
+        registry.move(seen, 3, action="promote", why="late")
+
+
+def test_a_move_that_died_halfway_holds_up_nobody_for_long(
+    registry: Registry,
+    mlflow_server: str,
+    served: Callable[[str, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served("died", 2)
+    client = MlflowClient(mlflow_server)
+    client.create_registered_model("moving-apt-died-3-0", description="ann@host is moving it")
+    with pytest.raises(RegistryConflictError, match="ann@host"):
+        roll_back(registry, "died")
+    monkeypatch.setattr(moves, "_ABANDONED_S", 0.0)
+    assert roll_back(registry, "died").target == 1
+    left = client.search_registered_models("name LIKE 'moving-%'")
+    assert [model.name for model in left if "died" in model.name] == []
+
+
+def test_diff_names_what_differs(registry: Registry, served: Callable[[str, int], None]) -> None:
+    served("diff", 1)
+    registry.register(make_prompt_set("diff", seed=7), pictures={}, trials=[])
+    differences = {name: (left, right) for name, left, right in registry.diff("diff")}
+    assert differences["seed"] == ("0", "7")
+    assert differences["version"] == ("1", "2")
+    assert "sha256" in differences
+    assert "context_length" not in differences
+
+
+def test_the_verbs_of_the_fleet_print_what_was_decided(
+    mlflow_server: str,
+    served: Callable[[str, int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    served("verbs", 2)
+
+    def run(*arguments: str) -> str:
+        assert fleet.main([*arguments, "--mlflow", mlflow_server]) == 0
+        return capsys.readouterr().out
+
+    assert run("rollback", "verbs", "--reason", "too strict") == "verbs: version 2 -> 1\n"
+    rows = run("history", "verbs").splitlines()
+    assert len(rows) == 4
+    assert rows[-1].split()[-6:] == ["rollback", "2", "->", "1", "too", "strict"]
+    assert [line for line in run("diff", "verbs").splitlines() if line.startswith("seed ")]
+    report = run("promote", "verbs", "--force", "--reason", "it was right")
+    assert "against champion 1: uncomparable" in report
+    assert "Promoted in any case: it was right" in report
+    assert run("prune", "verbs", "--keep", "1", "--days", "0") == "verbs: version 1\n"
+
+    assert fleet.main(["promote", "verbs", "--version", "1", "--mlflow", mlflow_server]) == 3
+    assert "uncomparable" in capsys.readouterr().out
+    assert fleet.main(["rollback", "absent", "--mlflow", mlflow_server]) == 1
+    assert "no category 'absent'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fleet.main(["promote", "verbs", "--force"])
+    assert "--reason" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""A fleet on a real cluster, used through the commands and HTTP alone."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from urllib.request import Request
+
+import httpx
+import pytest
+
+from apt_ray.data.folders import Category
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.devtools.local_stack import LocalStack, fetch, free_ports
+from apt_ray.errors import AptError
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.images import read_image
+from tests.serving.fleets import Deployed, Load
+
+TAIL = {"pools": {"tail": {}}, "defaults": {"autoscaling": {"max_replicas": 1}}}
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) -> Iterator[Deployed]:
+    """A category of its own that calls everything a defect, and one in a shared pool."""
+    folder = tmp_path_factory.mktemp("fleet")
+    stack = LocalStack(folder / "stack")
+    stack.start()
+    try:
+        fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder)
+        fleet.register(prompt_set, "blister", "washer")
+        done = fleet.deploy(
+            TAIL | {"categories": {"blister": {"threshold": 0}, "washer": {"pool": "tail"}}}
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{fleet.url}/v1/washer/inspect" in done.stdout
+        yield fleet
+    finally:
+        stack.stop()
+
+
+@pytest.mark.timeout(600)
+def test_a_fleet_on_a_real_cluster(
+    deployed: Deployed, backbone: FrozenCLIP, prompt_set: PromptSet, category: Category
+) -> None:
+    path = next(image.path for image in category.test if image.is_anomalous)
+    picture = path.read_bytes()
+    (expected,) = Detector(backbone, prompt_set).inspect([read_image(path)])
+
+    # Each category answers as the detector does, by its own decision, wherever its pool is.
+    for name, threshold in (("blister", 0.0), ("washer", prompt_set.threshold.value)):
+        answer = deployed.inspect(name, picture)
+        assert (answer["category"], answer["version"]) == (name, 1)
+        assert answer["threshold"] == pytest.approx(threshold)
+        assert answer["anomaly_score"] == pytest.approx(expected.anomaly_score, abs=1e-4)
+        assert answer["is_anomalous"] == (expected.anomaly_score > threshold)
+    for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/console.js"):
+        assert fetch(Request(deployed.url + page))
+    for name, content, status in (
+        ("screw", picture, 404),
+        ("blister", bytes(21 * 2**20), 413),
+        ("washer", bytes(21 * 2**20), 413),
+        ("blister", picture[:30], 400),
+        ("washer", picture[:30], 400),
+    ):
+        response = httpx.post(f"{deployed.url}/v1/{name}/inspect", content=content, trust_env=False)
+        assert response.status_code == status
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.json()["remedy"]
+
+    # The registry decides on versions: a moved alias is followed and taken back under requests.
+    before = deployed.replicas()
+    with Load(deployed.url, ("blister", "washer"), picture, per_second=4) as load:
+        deployed.register(prompt_set, "blister", "washer", champion=True)
+        for name in ("blister", "washer"):
+            assert load.wait_for(name, 2) < 15
+        deployed.promote("washer", 1)
+        assert load.wait_for("washer", 1) < 15
+        # Bounds, decisions and tokens change without a new process.
+        fleet = {
+            "categories": {
+                "blister": {"autoscaling": {"target_ongoing_requests": 8}},
+                "washer": {"pool": "tail", "threshold": 0.25},
+            }
+        }
+        done = deployed.deploy(TAIL | fleet)
+    assert done.returncode == 0, done.stderr
+    assert load.failed() == []
+    assert "root: unchanged" in done.stderr
+    assert "washer: changed in pool tail" in done.stderr
+    assert deployed.replicas() == before
+    assert deployed.inspect("washer", picture)["threshold"] == 0.25
+
+    # What cannot be served is reported with its reason; what was there keeps serving.
+    bad = {"blister": {}, "washer": {"pool": "tail", "false_alarm_rate": 0.1}}
+    done = deployed.deploy(TAIL | {"categories": bad})
+    assert done.returncode == 1
+    assert "washer cannot be held to a false-alarm rate of 0.1" in done.stderr
+    assert "version 1 keeps serving" in done.stderr
+    assert deployed.inspect("washer", picture)["threshold"] == 0.25
+    status = deployed.run("status")
+    assert "FAILED" in status.stdout
+    states = {link["category"]: link["status"] for link in deployed.get("/v1")["categories"]}
+    assert states == {"blister": "READY", "washer": "FAILED"}
+    operations = {line["operation"] for line in deployed.get("/fleet/audit")["lines"]}
+    assert {"deploy", "alias moved", "serve"} <= operations
+
+    _check_metrics(deployed)
+
+    # HTTP options are fixed while the server runs.
+    moved = deployed.run("deploy", str(deployed.folder / "fleet.yaml"), "--http-port", "1")
+    assert moved.returncode == 1
+    assert f"port {deployed.port}, not 1" in moved.stderr
+
+    done = deployed.run("down")
+    assert done.returncode == 0, done.stderr
+    assert "stopped 4 applications" in done.stdout
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(deployed.url, trust_env=False)
+
+
+def _check_metrics(deployed: Deployed) -> None:
+    """Ray's agent exports what the replicas count."""
+    assert deployed.stack.ray_folder is not None
+    targets = deployed.stack.ray_folder / "prom_metrics_service_discovery.json"
+    exported = ""
+    for group in json.loads(targets.read_text()):
+        for target in group["targets"]:
+            # Every Ray of a machine has its autoscaler at the same port: another one may hold it,
+            # or may just have ended.
+            with suppress(AptError):
+                exported += fetch(Request(f"http://{target}/metrics")).decode()
+    for name in ("requests_total", "rejects_total", "stage_seconds_bucket", "anomaly_score_sum"):
+        assert f"ray_apt_{name}" in exported
+    line = next(
+        line
+        for line in exported.splitlines()
+        if "apt_requests_total" in line and 'category="washer"' in line and 'outcome="ok"' in line
+    )
+    assert 'version="1"' in line or 'version="2"' in line

@@ -1,0 +1,141 @@
+"""Each kind of error as curl shows it.
+
+`python -m tests.serving.transcripts docs/errors.md` writes it.
+"""
+
+import asyncio
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+
+from apt_ray.images import decode_image
+from serving.api import problems
+from serving.api.access import Access
+from serving.api.ingress import create_api
+from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.settings import Auth, HttpLimits
+from tests.tuning.mutations import png_that_claims
+
+URL = "http://127.0.0.1:8000"
+
+_TOKEN = "the-token-of-line-3"
+_LIMITS = HttpLimits(max_bytes=1000, max_pixels=1000, timeout_s=0.2)
+_GIF = b"GIF89a"
+_LARGE = png_that_claims(20_000, 20_000)
+
+
+class _Scene:
+    """A service that decodes as a replica does and then has one trouble after the other."""
+
+    async def describe(self, category: str) -> CategoryReport:
+        raise problems.unknown_category(category, ["bottle", "screw"])
+
+    async def inspect(
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+    ) -> Inspected:
+        if category == "flooded":
+            raise problems.too_many(
+                "16 images of flooded are waiting for this replica already", retry_after_s=2
+            )
+        if category == "busy":
+            raise problems.overloaded(
+                "64 images are waiting for this replica already", retry_after_s=3
+            )
+        if category == "new":
+            raise problems.not_ready("new")
+        if category == "broken":
+            raise RuntimeError("what is wrong inside stays inside")
+        if category == "nut":
+            raise problems.unknown_category(category, ["bottle", "screw"])
+        decode_image(data, limits=_LIMITS.image)
+        raise AssertionError("every picture here is bad")
+
+
+def _api(*, tokens: bool) -> FastAPI:
+    digest = hashlib.sha256(_TOKEN.encode()).hexdigest()
+    token = {"name": "line-3", "sha256": digest, "scopes": ["inspect:screw"]}
+    auth = {"tokens": [token]} if tokens else {}
+    return create_api(_Scene(), http=_LIMITS, access=Access(Auth.parse(auth)))
+
+
+_CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
+    ("not an image", "--data-binary @notes.txt", "bottle", b"hello", {}, False),
+    ("a damaged image", "--data-binary @half.png", "bottle", b"\x89PNG\r\n\x1a\n", {}, False),
+    ("no token", "--data-binary @part.png", "bottle", b"", {}, True),
+    (
+        "an unknown token",
+        "-H 'Authorization: Bearer ...' --data-binary @part.png",
+        "bottle",
+        b"",
+        {"Authorization": "Bearer ..."},
+        True,
+    ),
+    (
+        "a token for something else",
+        "-H 'Authorization: Bearer '$TOKEN --data-binary @part.png",
+        "bottle",
+        b"",
+        {"Authorization": f"Bearer {_TOKEN}"},
+        True,
+    ),
+    ("an unknown category", "--data-binary @part.png", "nut", b"BM", {}, False),
+    ("too many bytes", "--data-binary @film.png", "bottle", bytes(1001), {}, False),
+    ("too many pixels", "--data-binary @huge.png", "bottle", _LARGE, {}, False),
+    ("another kind of file", "--data-binary @part.gif", "bottle", _GIF, {}, False),
+    (
+        "another content type",
+        "-H 'Content-Type: application/json' -d '{}'",
+        "bottle",
+        b"{}",
+        {"Content-Type": "application/json"},
+        False,
+    ),
+    (
+        "a wrong parameter",
+        "-H 'X-Timeout-Ms: soon' --data-binary @part.png",
+        "bottle",
+        b"",
+        {"X-Timeout-Ms": "soon"},
+        False,
+    ),
+    ("one category too many at once", "--data-binary @part.png", "flooded", b"BM", {}, False),
+    ("all too many at once", "--data-binary @part.png", "busy", b"BM", {}, False),
+    ("a category that is not ready", "--data-binary @part.png", "new", b"BM", {}, False),
+    ("a fault of the fleet's own", "--data-binary @part.png", "broken", b"BM", {}, False),
+]
+
+
+def transcripts() -> str:
+    """All of them, as Markdown."""
+    parts = ["# Each kind of error, as curl shows it\n"]
+    for title, options, category, body, headers, tokens in _CASES:
+        response = asyncio.run(_ask(_api(tokens=tokens), category, body, headers))
+        shown = {
+            name: value
+            for name, value in response.headers.items()
+            if name in ("content-type", "retry-after", "www-authenticate")
+        }
+        parts.append(
+            f"## {title[0].upper()}{title[1:]}\n\n```console\n"
+            f"$ curl -i {options} {URL}/v1/{category}/inspect\n"
+            f"HTTP/1.1 {response.status_code} {response.reason_phrase}\n"
+            + "".join(f"{name}: {value}\n" for name, value in sorted(shown.items()))
+            + f"\n{json.dumps(response.json(), indent=2)}\n```\n"
+        )
+    return "\n".join(parts)
+
+
+async def _ask(
+    served: FastAPI, category: str, body: bytes, headers: dict[str, str]
+) -> httpx.Response:
+    transport = httpx.ASGITransport(served, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url=URL) as client:
+        return await client.post(f"/v1/{category}/inspect", content=body, headers=headers)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(transcripts())

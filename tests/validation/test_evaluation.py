@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from apt_ray.config import FitSettings
+from apt_ray.data.folders import Category, find_categories
+from apt_ray.errors import DataError
+from apt_ray.features.clip import FrozenCLIP
+from apt_ray.validation.evaluation import Result, evaluate, format_table
+from apt_ray.validation.intervals import by_defect_type
+from tests.validation.test_intervals import scores
+
+QUICK = FitSettings(steps=2)
+
+
+def test_every_seed_is_reported_in_three_ways(backbone: FrozenCLIP, category: Category) -> None:
+    results = evaluate(category, backbone=backbone, shots=2, seeds=(0, 1), settings=QUICK)
+    assert [(result.seed, result.variant) for result in results] == [
+        (seed, variant) for seed in (0, 1) for variant in ("prompts", "reference", "both")
+    ]
+    for result in results:
+        for value in (result.image_auroc, result.pixel_auroc, result.aupro):
+            assert value is not None
+            assert 0 <= value <= 1
+        figures = by_defect_type(result.scores)
+        defective = [image for image in category.test if image.is_anomalous]
+        assert sum(one.images for one in figures) == len(defective)
+        # Every defective image counts once, so the whole is the mean weighted by the images.
+        mean = sum(one.images * one.image_auroc for one in figures) / len(defective)
+        assert mean == pytest.approx(result.image_auroc)
+
+
+def _plain_category(root: Path, category: Category, masks: bool = False) -> Category:
+    """Good and defective images side by side, without masks; support and test share `good`."""
+    for kind, paths in {
+        "good": category.good[:4],
+        "defective": [image.path for image in category.test if image.is_anomalous][:2],
+    }.items():
+        (root / category.name / kind).mkdir(parents=True)
+        for path in paths:
+            Image.open(path).save(root / category.name / kind / path.name)
+    (found,) = find_categories(root)
+    return found
+
+
+def test_without_masks_there_are_no_pixel_metrics_and_support_images_are_not_tested(
+    backbone: FrozenCLIP, category: Category, tmp_path: Path
+) -> None:
+    plain = _plain_category(tmp_path, category)
+    results = evaluate(plain, backbone=backbone, shots=2, seeds=(0,), settings=QUICK)
+    assert all(result.pixel_auroc is None and result.aupro is None for result in results)
+    assert all(result.image_auroc is not None for result in results)
+    with pytest.raises(DataError, match="undefined without normal images"):
+        evaluate(plain, backbone=backbone, shots=4, seeds=(0,), settings=QUICK)
+
+
+def test_a_mask_of_another_size_is_named(
+    backbone: FrozenCLIP, category: Category, tmp_path: Path
+) -> None:
+    _plain_category(tmp_path, category)
+    folder = tmp_path / category.name / "ground_truth" / "defective"
+    folder.mkdir(parents=True)
+    for path in (tmp_path / category.name / "defective").iterdir():
+        Image.new("L", (7, 5), 255).save(folder / f"{path.stem}_mask.png")
+    (with_masks,) = find_categories(tmp_path)
+    with pytest.raises(DataError, match=r"_mask\.png is 7 x 5"):
+        evaluate(with_masks, backbone=backbone, shots=2, seeds=(0,), settings=QUICK)
+
+
+def test_a_category_without_test_images_is_refused(
+    backbone: FrozenCLIP, category: Category, tmp_path: Path
+) -> None:
+    Image.open(category.good[0]).save(tmp_path / "one.png")
+    (only_good,) = find_categories(tmp_path)
+    with pytest.raises(DataError, match="needs good and defective test images"):
+        evaluate(only_good, backbone=backbone, shots=1, seeds=(0,), settings=QUICK)
+
+
+def test_the_table_gives_percent_mean_and_deviation_and_a_dash_where_nothing_exists() -> None:
+    results = [
+        Result(
+            variant="both",
+            category="tile",
+            shots=4,
+            seed=seed,
+            image_auroc=value,
+            pixel_auroc=None,
+            aupro=None,
+            scores=scores(seed, 1.0),
+        )
+        for seed, value in enumerate((0.5, 0.7))
+    ]
+    assert format_table(results).splitlines()[-1] == "| tile | 4 | both | 60.0 ± 14.1 | - | - |"
+
+
+def test_real_images_go_through(backbone: FrozenCLIP, real_data: Path) -> None:
+    """Gray images of many sizes; a few of each kind, since every one takes its time."""
+    (tile,) = find_categories(real_data, ["magnetic_tile"])
+    good = [image for image in tile.test if not image.is_anomalous][:5]
+    bad = [image for image in tile.test if image.defect_type == "blowhole"][:5]
+    few = Category(name=tile.name, root=tile.root, good=tile.good, test=(*good, *bad))
+    (prompts, reference, both) = evaluate(
+        few, backbone=backbone, shots=2, seeds=(0,), settings=QUICK
+    )
+    assert {prompts.variant, reference.variant, both.variant} == {"prompts", "reference", "both"}
+    assert both.aupro is not None
