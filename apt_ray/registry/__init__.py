@@ -7,18 +7,12 @@ version holds, `moves` how a champion changes.
 This is the only package that imports MLflow, an import of seconds; keep it out of trials.
 """
 
+from apt_ray.registry.history import History, Move
 from apt_ray.registry.mlflow.client import Registry
-from apt_ray.registry.mlflow.moves import History, Move
-from apt_ray.registry.mlflow.pending import default_pending
-from apt_ray.registry.names import (
-    CANDIDATE,
-    CHAMPION,
-    EXPERIMENT,
-    TRIALS_EXPERIMENT,
-    LoggedTrial,
-    RegisteredVersion,
-)
+from apt_ray.registry.mlflow.names import EXPERIMENT, TRIALS_EXPERIMENT
+from apt_ray.registry.pending import default_pending
 from apt_ray.registry.promotion import Promotion, promote, roll_back
+from apt_ray.registry.protocol import CANDIDATE, CHAMPION, LoggedTrial, RegisteredVersion
 from apt_ray.registry.retention import Pruned, prune
 
 __all__ = [

@@ -12,10 +12,10 @@ from PIL import Image
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError
 from apt_ray.images import read_image
+from apt_ray.registry.contents import DATA, HELD_OUT, file_sha256
+from apt_ray.registry.history import Move
 from apt_ray.registry.mlflow.client import Registry
-from apt_ray.registry.mlflow.contents import file_sha256
-from apt_ray.registry.mlflow.moves import Move
-from apt_ray.registry.names import CANDIDATE, DATA, HELD_OUT, RegisteredVersion
+from apt_ray.registry.protocol import CANDIDATE, RegisteredVersion
 from apt_ray.validation.versions import (
     MAX_FAMILY_LOSS,
     MIN_STANDARD_ERRORS,

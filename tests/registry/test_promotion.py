@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryConflictError, RegistryError
-from apt_ray.registry import Registry, promote, roll_back
+from apt_ray.registry import Move, Registry, promote, roll_back
 from apt_ray.registry.mlflow import moves
 from apt_ray.validation import versions
 from apt_ray.validation.versions import compare_prompt_sets
@@ -173,7 +173,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(
         thread.start()
     for thread in threads:
         thread.join()
-    (won,) = [outcome for outcome in outcomes if isinstance(outcome, moves.Move)]
+    (won,) = [outcome for outcome in outcomes if isinstance(outcome, Move)]
     told = [str(outcome) for outcome in outcomes if isinstance(outcome, RegistryConflictError)]
     assert len(told) == 2
     assert all("look at the history" in message for message in told)

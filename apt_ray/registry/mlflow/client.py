@@ -18,30 +18,14 @@ from apt_ray.errors import (
     RegistryError,
     RegistryUnavailableError,
 )
-from apt_ray.registry.mlflow import pending as waiting_room
+from apt_ray.registry import pending as waiting_room
+from apt_ray.registry.contents import DIRECTORY, PROMPT_SET, Record, sha256, write_version
+from apt_ray.registry.history import Action, History, Move
 from apt_ray.registry.mlflow.connection import Connection
-from apt_ray.registry.mlflow.contents import Record, sha256, write_version
-from apt_ray.registry.mlflow.moves import (
-    Action,
-    History,
-    Move,
-    move_champion,
-    read_history,
-    set_alias,
-)
+from apt_ray.registry.mlflow.moves import move_champion, read_history, set_alias
+from apt_ray.registry.mlflow.names import EXPERIMENT, MODEL_PREFIX, TRIALS_EXPERIMENT, model_name
 from apt_ray.registry.mlflow.page import describe_category, describe_version, with_report
-from apt_ray.registry.names import (
-    CANDIDATE,
-    CHAMPION,
-    DIRECTORY,
-    EXPERIMENT,
-    MODEL_PREFIX,
-    PROMPT_SET,
-    TRIALS_EXPERIMENT,
-    LoggedTrial,
-    RegisteredVersion,
-    model_name,
-)
+from apt_ray.registry.protocol import CANDIDATE, CHAMPION, LoggedTrial, RegisteredVersion
 
 _PAGE = 1000
 _SUBMISSION = "submission"

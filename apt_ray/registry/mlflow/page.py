@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlencode
 
-from apt_ray.registry.mlflow.contents import Record, picture_path
-from apt_ray.registry.mlflow.moves import Move
-from apt_ray.registry.names import CANDIDATE, CHAMPION
+from apt_ray.registry.contents import Record, picture_path
+from apt_ray.registry.history import Move
+from apt_ray.registry.protocol import CANDIDATE, CHAMPION
 
 _SHOWN_MOVES = 10
 _SPACE = "&emsp;"

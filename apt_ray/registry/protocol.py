@@ -1,23 +1,10 @@
-"""What things are called in MLflow."""
+"""What a registry is asked and what it answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
-EXPERIMENT = "apt-ray"
-TRIALS_EXPERIMENT = "apt-ray-trials"
-
-DIRECTORY = "version"
-"""The one directory of artifacts of a version: registration keeps no other (mlflow#18581)."""
-
-PROMPT_SET = "prompt_set.safetensors"
-TRIALS = "trials.csv"
-DATA = "data.json"
-PICTURES = "pictures"
-HELD_OUT = "held_out"
-
-MODEL_PREFIX = "apt-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +33,3 @@ class LoggedTrial:
     settings: Mapping[str, object]
     metrics: Mapping[str, Sequence[tuple[int, float]]]
     status: str
-
-
-def model_name(category: str) -> str:
-    """The name of a category's registered model."""
-    return f"{MODEL_PREFIX}{category}"
