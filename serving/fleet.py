@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def _deploy_command(arguments: argparse.Namespace) -> None:
     fleet = Fleet.read(arguments.file)
     # Ray and MLflow take seconds to import: not for --help or a misspelt file.
-    from apt_ray.registry import Registry
+    from apt_ray.registry import open_registry
     from serving.deploy.cluster import Cluster
     from serving.deploy.deployment import deploy
     from serving.deploy.plan import HttpAddress, check_exposure
@@ -42,7 +42,7 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
     address = HttpAddress(host=arguments.host, port=arguments.http_port)
     check_exposure(fleet, address)
     tracking_uri = arguments.mlflow or os.environ.get("MLFLOW_TRACKING_URI", "")
-    registry = Registry(tracking_uri)
+    registry = open_registry(tracking_uri)
     registry.check()
     categories = deploy(
         fleet,
@@ -156,9 +156,9 @@ def _prune_command(arguments: argparse.Namespace) -> None:
 
 
 def _registry(arguments: argparse.Namespace) -> "Registry":
-    from apt_ray.registry import Registry
+    from apt_ray.registry import open_registry
 
-    return Registry(arguments.mlflow)
+    return open_registry(arguments.mlflow)
 
 
 def _show_progress(done: int, total: int) -> None:

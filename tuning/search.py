@@ -78,12 +78,12 @@ def _search(
             }
         )
 
-    from apt_ray.registry import Registry
+    from apt_ray.registry import open_registry
     from tuning.progress import say
     from tuning.results import closing_table
     from tuning.runner import Search, SearchStopped
 
-    registry = Registry(options.mlflow)
+    registry = open_registry(options.mlflow)
     registry.check()
     _connect(options.ray_address)
     provenance = _provenance()
@@ -129,12 +129,12 @@ def _search(
 
 def _register_pending(options: argparse.Namespace) -> int:
     """Register what earlier searches found while the registry was away."""
-    from apt_ray.registry import Registry, default_pending
+    from apt_ray.registry import default_pending, open_registry
 
     pending = default_pending()
     count = 0
     try:
-        for version in Registry(options.mlflow).register_pending(pending):
+        for version in open_registry(options.mlflow).register_pending(pending):
             print(f"{version.category}: registered version {version.version}", flush=True)
             count += 1
     except AptError as error:

@@ -1,7 +1,11 @@
 """How the champion of a category came to be that: one move of the alias at a time."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Literal
+
+from apt_ray.errors import RegistryConflictError
 
 Action = Literal["first", "promote", "rollback", "by hand"]
 
@@ -43,7 +47,32 @@ class History:
     champion: int | None
     candidate: int | None
     moves: tuple[Move, ...]
-    run_id: str | None
+
+    @classmethod
+    def of(
+        cls,
+        category: str,
+        *,
+        champion: int | None,
+        candidate: int | None,
+        recorded: Sequence[Move],
+    ) -> "History":
+        """The history of a category whose registry remembers these moves."""
+        moves = list(recorded)
+        last = moves[-1].target if moves else None
+        if champion is not None and champion != last:
+            moves.append(
+                Move(
+                    number=0,
+                    at="",
+                    who="",
+                    action="by hand",
+                    source=last,
+                    target=champion,
+                    why="the alias was moved in MLflow itself",
+                )
+            )
+        return cls(category=category, champion=champion, candidate=candidate, moves=tuple(moves))
 
     @property
     def recorded(self) -> int:
@@ -62,3 +91,41 @@ class History:
                 served = [version for version in served if version != move.target]
                 served.append(move.target)
         return served[-2::-1]
+
+    def followed_by(
+        self, target: int, *, seen: "History", action: Action, who: str, why: str
+    ) -> list[Move]:
+        """What is to be recorded if `target` becomes the champion now: moves by hand, then this.
+
+        Raises:
+            RegistryConflictError: The champion was moved since `seen` was read.
+        """
+        if (self.recorded, self.champion) != (seen.recorded, seen.champion):
+            raise self.conflict()
+        made = Move(
+            number=0,
+            at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            who=who,
+            action=action,
+            source=self.champion,
+            target=target,
+            why=why,
+        )
+        unrecorded = [move for move in self.moves if not move.number]
+        return [
+            replace(move, number=number)
+            for number, move in enumerate([*unrecorded, made], self.recorded + 1)
+        ]
+
+    def conflict(self) -> RegistryConflictError:
+        """For whoever decided on an earlier history than this."""
+        last = self.moves[-1] if self.moves else None
+        what = (
+            f"{last.who} made version {last.target} the champion at {last.at} ({last.why})"
+            if last and last.number
+            else f"the champion is version {self.champion} now"
+        )
+        return RegistryConflictError(
+            f"the champion of {self.category} was moved in the meantime: {what}; nothing was"
+            " changed: look at the history, then decide again"
+        )

@@ -14,8 +14,7 @@ from apt_ray.errors import RegistryError
 from apt_ray.images import read_image
 from apt_ray.registry.contents import DATA, HELD_OUT, file_sha256
 from apt_ray.registry.history import Move
-from apt_ray.registry.mlflow.client import Registry
-from apt_ray.registry.protocol import CANDIDATE, RegisteredVersion
+from apt_ray.registry.protocol import CANDIDATE, RegisteredVersion, Registry
 from apt_ray.validation.versions import (
     MAX_FAMILY_LOSS,
     MIN_STANDARD_ERRORS,

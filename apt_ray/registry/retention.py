@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 
 from apt_ray.errors import SettingsError
 from apt_ray.registry.history import History
-from apt_ray.registry.mlflow.client import Registry
+from apt_ray.registry.protocol import Registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

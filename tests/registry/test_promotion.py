@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryConflictError, RegistryError
-from apt_ray.registry import Move, Registry, promote, roll_back
+from apt_ray.registry import Move, Registry, open_registry, promote, roll_back
 from apt_ray.registry.mlflow import moves
 from apt_ray.validation import versions
 from apt_ray.validation.versions import compare_prompt_sets
@@ -21,7 +21,7 @@ from tests.registry.registering import make_prompt_set, register, spoilt
 
 @pytest.fixture
 def registry(mlflow_server: str) -> Registry:
-    return Registry(mlflow_server)
+    return open_registry(mlflow_server)
 
 
 @pytest.fixture(autouse=True)
