@@ -55,6 +55,8 @@ def test_the_registry_is_imported_without_mlflow() -> None:
         ("-m", "apt_ray", "inspect"),
         ("-m", "apt_ray", "evaluate"),
         ("-m", "apt_ray", "sample"),
+        ("-m", "apt_ray", "registry"),
+        ("-m", "apt_ray", "registry", "promote"),
         ("-m", "apt_ray.devtools.demo"),
         ("tuning/search.py",),
         ("-m", "serving.fleet"),

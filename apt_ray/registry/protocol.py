@@ -136,7 +136,7 @@ class Registry(Protocol):
                 kept = waiting_room.keep(folder, place, pending)
                 raise type(error)(
                     f"{error}. The version is kept in {kept}: once the registry is back, run"
-                    " `python tuning/search.py --register-pending`"
+                    " `apt-ray registry pending`"
                 ) from error
 
     def register_pending(self, pending: Path) -> Iterator[RegisteredVersion]:

@@ -50,7 +50,7 @@ def test_what_could_not_be_registered_waits_and_is_registered_once(
     registry = open_registry(switch.url)
     pending = tmp_path / "pending"
     for seed in (0, 1):
-        with pytest.raises(RegistryUnavailableError, match="--register-pending"):
+        with pytest.raises(RegistryUnavailableError, match="apt-ray registry pending"):
             registry.register(
                 make_prompt_set("waiting", seed=seed),
                 pictures={"support_images": Image.new("RGB", (8, 8))},

@@ -44,8 +44,8 @@ Finds defects in pictures of **{category}**. Each version is a prompt set that a
 few good pictures.
 
 - `{CHAMPION}` is the version that serves, `{CANDIDATE}` the newest one.
-- To let the candidate serve: `python -m serving.fleet promote {category}`
-- To go back: `python -m serving.fleet rollback {category}`
+- To let the candidate serve: `apt-ray registry promote {category}`
+- To go back: `apt-ray registry rollback {category}`
 - To inspect a picture, ask the fleet:
   `curl --data-binary @part.png http://FLEET/v1/{category}/inspect`
 - To load it in Python: `mlflow.pyfunc.load_model("models:/apt-{category}@{CHAMPION}")`
