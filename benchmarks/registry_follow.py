@@ -2,7 +2,7 @@
 
 A fleet that polls at its default interval is asked again and again while the champion of its
 category moves to and fro, at a random time after the last poll. A webhook spares this wait: see
-`tests/test_fleet_changes.py`.
+`tests/serving/test_changes.py`.
 """
 
 import argparse

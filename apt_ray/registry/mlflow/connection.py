@@ -61,8 +61,11 @@ class Connection:
             ) from error
 
     def get(self, endpoint: str, parameters: dict[str, str]) -> Any:
-        """The JSON of one GET request, without retries: MLflow's client parses a thousand models
-        in a second, this in a fiftieth of that."""
+        """The JSON of one GET request, without retries.
+
+        It spares the caller CPU time: MLflow's client takes 0.35 s to list a thousand models, this
+        0.05 s (docs/registry.md).
+        """
         try:
             response = http_request(
                 get_default_host_creds(self.uri),
