@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_ray.errors import AptError
+from apt_ray.files import Location
 from serving.settings import Fleet
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _promote_command(arguments: argparse.Namespace) -> int:
     from apt_ray.registry import promote
     from apt_ray.validation.versions import compare_prompt_sets
 
-    normal: Sequence[Path] = ()
+    normal: Sequence[Location] = ()
     if arguments.data is not None:
         (found,) = find_categories(arguments.data, [arguments.category])
         normal = found.good

@@ -31,6 +31,7 @@ from apt_ray.config import NOISE_LADDER
 from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.files import Location
 
 VIEWS = 4
 """Clean views of each support image: itself and its mirror images."""
@@ -294,7 +295,7 @@ def default_cache_folder() -> Path:
 
 def bank_key(
     fingerprint: str,
-    support: Sequence[Path],
+    support: Sequence[Location],
     *,
     seed: int,
     strengths: Sequence[float] = NOISE_LADDER,

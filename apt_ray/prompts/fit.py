@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,7 @@ from apt_ray.detection.reference import ReferenceMemory, encode_turns
 from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import Lane, fold
 from apt_ray.prompts.trainer import PromptTrainer
@@ -31,11 +31,11 @@ _PROGRESS_EVERY = 5
 
 def fit(
     category: str,
-    support: Sequence[Path],
+    support: Sequence[Location],
     settings: FitSettings | None = None,
     *,
     backbone: FrozenCLIP,
-    calibration: Sequence[Path] = (),
+    calibration: Sequence[Location] = (),
     bank: SupportBank | None = None,
     metrics: dict[str, float] | None = None,
     progress: Progress | None = None,

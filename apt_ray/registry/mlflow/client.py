@@ -18,6 +18,7 @@ from apt_ray.errors import (
     RegistryError,
     RegistryUnavailableError,
 )
+from apt_ray.files import Location
 from apt_ray.registry.mlflow import pending as waiting_room
 from apt_ray.registry.mlflow.connection import Connection
 from apt_ray.registry.mlflow.contents import Record, sha256, write_version
@@ -105,8 +106,8 @@ class Registry:
         pictures: Mapping[str, Image.Image],
         trials: Sequence[Mapping[str, object]],
         tags: Mapping[str, str] = {},
-        support: Sequence[Path] = (),
-        held_out: Sequence[Path] = (),
+        support: Sequence[Location] = (),
+        held_out: Sequence[Location] = (),
         promote: bool = True,
         submission: str | None = None,
         pending: Path | None = None,
