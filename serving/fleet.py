@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_ray.errors import AptError
-from apt_ray.files import Location
+from apt_ray.files import Location, location
 from serving.settings import Fleet
 
 if TYPE_CHECKING:
@@ -194,9 +194,9 @@ def _add_registry_commands(commands: "argparse._SubParsersAction[argparse.Argume
     )
     promote.add_argument(
         "--data",
-        type=Path,
+        type=location,
         metavar="DIR",
-        help="folder of categories with more good pictures to compare on",
+        help="folder of categories with more good pictures to compare on, or s3://bucket/prefix",
     )
     promote.add_argument(
         "--force", action="store_true", help="promote whatever the verdict is; needs --reason"
