@@ -3,6 +3,7 @@
 AptError
 ├── SettingsError              a setting outside its range
 ├── DataError                  a folder or file of pictures that cannot be used
+├── WriteError                 a file or folder that cannot be written
 ├── ImageError                 bytes that are not an acceptable image
 │   ├── ImageTooLargeError     more bytes or pixels than allowed
 │   └── UnsupportedImageError  a file type that is not accepted
@@ -25,6 +26,10 @@ class SettingsError(AptError):
 
 class DataError(AptError):
     """A folder or file of pictures cannot be used."""
+
+
+class WriteError(AptError):
+    """A file or folder cannot be written; what was there before is unharmed."""
 
 
 class ImageError(AptError):

@@ -1,4 +1,4 @@
-"""The door to where pictures lie: local folders, or S3 under `s3://bucket/prefix`.
+"""The door to files: pictures in local folders or in S3, and whatever is written, whole.
 
 Credentials, region and endpoint of S3 come from where boto3 looks for them: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_PROFILE, a role of the machine.
@@ -9,15 +9,19 @@ requests, not 2), reads one in seven requests and a copy on disk, and leaves err
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
-from apt_ray.errors import DataError
+from apt_ray.errors import DataError, WriteError
 
 _SCHEME = "s3://"
 _ATTEMPTS = 4
@@ -48,6 +52,57 @@ def read_file(path: Location) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+@contextmanager
+def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """A place to write a file or folder to, which becomes `path` once the block ends well.
+
+    Until then, and if it does not, whatever was at `path` stays; what was half written is removed.
+    Any number of writers may write the same file: the last to end wins. Folders on the way are
+    made. A link stays and leads to the new file; a pipe or device, such as /dev/stdout, is written
+    to directly. The disk is not waited for, which takes 40 times as long and would help only
+    against a loss of power: whoever reads a file that this spoils finds it damaged.
+
+    Args:
+        private: the folder, where it is made here, is for its owner alone.
+
+    Raises:
+        WriteError: the block raised OSError, or the file cannot be put in its place.
+    """
+    target = Path(os.path.realpath(path))
+    unfinished = target.parent / f".{uuid.uuid4().hex}.part"
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            yield path
+        else:
+            target.parent.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
+            yield unfinished
+            unfinished.replace(target)
+    except OSError as error:
+        is_blocked = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a file is where a folder should be" if is_blocked else error.strerror or error
+        raise WriteError(
+            f"cannot write {path} ({reason}): make room, mend its permissions, or choose another"
+            f" place"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> None:
+    """Write a file as `writing` does, text in UTF-8; a private one only its owner may read."""
+    data = content.encode() if isinstance(content, str) else content
+    opener = partial(os.open, mode=0o600 if private else 0o666)
+    with writing(path, private=private) as place, open(place, "wb", opener=opener) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, as `write_whole` does."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 @dataclass(frozen=True, order=True, slots=True)

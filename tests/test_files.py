@@ -4,11 +4,13 @@ import hashlib
 import os
 import pickle
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 import boto3
@@ -17,10 +19,20 @@ from moto.server import ThreadedMotoServer
 
 from apt_ray.data.folders import Category, find_categories, support_hash
 from apt_ray.devtools.local_stack import free_ports
-from apt_ray.errors import DataError
-from apt_ray.files import Location, S3Path, location, read_file, s3_client
+from apt_ray.errors import DataError, WriteError
+from apt_ray.files import (
+    Location,
+    S3Path,
+    location,
+    read_file,
+    s3_client,
+    write_json,
+    write_whole,
+    writing,
+)
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import TestSet
+from tests.disks import full_disk
 
 BUCKET = "pictures"
 RCLONE = Path(sys.executable).parent / "rclone"
@@ -335,6 +347,175 @@ def test_a_broken_transfer_is_begun_again_and_never_half_read(
     finally:
         s3_client.cache_clear()
         proxy.close()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Files are written by somebody whom permissions hold, also where root runs the tests."""
+    before = os.geteuid()
+    os.seteuid(65534 if before == 0 else before)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_file_is_written_with_its_folders_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "file"
+    with umask(0o027):
+        for content, expected in ((b"one", b"one"), ("zwei\u00df", b"zwei\xc3\x9f"), ("", b"")):
+            write_whole(file, content)
+            assert file.read_bytes() == expected
+    write_json(tmp_path / "file.json", {"a": [1]})
+    assert (tmp_path / "file.json").read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
+    assert (mode(file), mode(file.parent)) == (0o640, 0o750)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "file", "file.json"]
+
+
+def test_a_private_file_is_its_owners_alone(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "file"
+    with umask(0):
+        write_whole(file, b"x", private=True)
+        assert (mode(file), mode(file.parent)) == (0o600, 0o700)
+        file.chmod(0o644)
+        write_whole(file, b"y", private=True)
+    assert (file.read_bytes(), mode(file)) == (b"y", 0o600)
+
+
+def _begin_file(place: Path) -> None:
+    place.write_bytes(b"new")
+
+
+def _begin_folder(place: Path) -> None:
+    (place / "new").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("begin", [_begin_file, _begin_folder, id])
+def test_what_is_not_finished_leaves_all_as_it_was(
+    tmp_path: Path, begin: Callable[[Path], None], error: type[BaseException]
+) -> None:
+    write_whole(tmp_path / "file", b"old")
+
+    def break_off() -> None:
+        with writing(tmp_path / "file") as place:
+            begin(place)
+            raise error
+
+    with pytest.raises(WriteError if error is OSError else error):
+        break_off()
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_appears_whole_and_replaces_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "folder"
+    with writing(folder) as place:
+        (place / "b").mkdir(parents=True)
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    with pytest.raises(WriteError, match="not empty"), writing(folder) as place:
+        (place / "c").mkdir(parents=True)
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_link_stays_and_leads_to_what_is_new(tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "target"
+    link.symlink_to(target)
+    for content in (b"new", b"newer"):
+        write_whole(link, content)
+        assert link.readlink() == target
+        assert target.read_bytes() == content
+
+
+def test_pipes_and_devices_are_written_to(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    write_whole(Path(f"/dev/fd/{writer}"), b"into the pipe")
+    assert os.read(reader, 100) == b"into the pipe"
+    os.close(reader)
+    os.close(writer)
+    write_whole(Path("/dev/null"), b"x")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(WriteError, match=r"cannot write /dev/full \(No space left"):
+        write_whole(Path("/dev/full"), b"x")
+
+
+def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, b"old")
+    with full_disk(1000), pytest.raises(WriteError, match=r"cannot write .*too large\): make room"):
+        write_whole(file, bytes(2000))
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+REMEDY = "make room, mend its permissions, or choose another place"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file/x", "a file is where a folder should be"),
+        ("file/more/x", "a file is where a folder should be"),
+        ("folder", "Is a directory"),
+    ],
+)
+def test_a_place_that_is_something_else_is_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError) as raised:
+        write_whole(tmp_path / name, b"x")
+    assert str(raised.value) == f"cannot write {tmp_path / name} ({reason}): {REMEDY}"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("name", ["x", "folder/x"])
+def test_a_folder_that_is_closed_is_named(tmp_path: Path, name: str) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    with pytest.raises(WriteError) as raised, nobody():
+        write_whole(closed / name, b"x")
+    assert str(raised.value) == f"cannot write {closed / name} (Permission denied): {REMEDY}"
+
+
+WRITE_OFTEN = """
+import sys
+from pathlib import Path
+from apt_ray.files import write_whole
+
+for _ in range(200):
+    write_whole(Path(sys.argv[1]), sys.argv[2] * 100_000)
+"""
+
+
+def test_of_many_writers_one_wins(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "-" * 100_000)
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITE_OFTEN, file, letter]) for letter in "abc"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        content = file.read_text()
+        seen.add(content[0])
+        assert content == content[0] * 100_000
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert seen & set("abc")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def _wait_for(port: int) -> None:
