@@ -23,8 +23,8 @@ from typing import Any
 from apt_ray.cli.flags import add_backbone_flags, given_backbone
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
-from apt_ray.errors import AptError, SettingsError
-from apt_ray.files import location
+from apt_ray.errors import AptError, SettingsError, WriteError
+from apt_ray.files import location, write_json
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
 from tuning.space import DEFAULT_SPACE, read_space
 
@@ -104,6 +104,7 @@ def _search(
     say(f"{len(search.tuned)} of {len(categories)} categories registered in {seconds:.0f} s")
     for category, reason in search.failures.items():
         say(f"not registered: {category}: {reason}")
+    status = 1 if search.failures else 0
     if options.summary:
         summary = {
             "search": name,
@@ -118,13 +119,16 @@ def _search(
                 for category, reason in search.failures.items()
             ],
         }
-        options.summary.parent.mkdir(parents=True, exist_ok=True)
-        options.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        try:
+            write_json(options.summary, summary)
+        except WriteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
     if is_stopped:
         # Threads may still wait for a registry or a fit; nothing that they do is needed any more.
         sys.stdout.flush()
         os._exit(143)
-    return 1 if search.failures else 0
+    return status
 
 
 def _register_pending(options: argparse.Namespace) -> int:

@@ -281,7 +281,16 @@ def test_a_stopped_search_registers_the_best_so_far_within_ten_seconds(
 ) -> None:
     running.start(
         *("--shots", "2", "--seeds", "0", "--max-steps", "400", "--data", sample_data),
-        *("--categories", "blister", "--trials", "3", "--live-trials", "1"),
+        *(
+            "--categories",
+            "blister",
+            "--trials",
+            "3",
+            "--live-trials",
+            "1",
+            "--summary",
+            "/dev/full",
+        ),
     )
     running.wait_for(lambda: running.reports("blister") >= 1)
     running.process.send_signal(signal.SIGTERM)
@@ -293,6 +302,7 @@ def test_a_stopped_search_registers_the_best_so_far_within_ten_seconds(
     assert version.tags["search_status"] == "cut off"
     assert CHAMPION not in version.aliases
     assert "--resume" in running.log()
+    assert "error: cannot write /dev/full (No space left on device)" in running.log()
 
 
 @pytest.mark.slow
