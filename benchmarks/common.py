@@ -1,6 +1,5 @@
 """What several benchmarks share."""
 
-import json
 import statistics
 import threading
 import time
@@ -20,6 +19,7 @@ from apt_ray.data.folders import find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.features.torchvision_guard import import_open_clip
+from apt_ray.files import write_json
 from apt_ray.images import read_image
 from tuning.space import DEFAULT_SPACE, distributions
 
@@ -102,7 +102,7 @@ def write_rows(rows: Sequence[Row], file: Path | None) -> None:
             f" | {row['unit']} |"
         )
     if file:
-        file.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(file, rows)
 
 
 def random_weights(name: str, folder: Path) -> BackboneSpec:

@@ -13,7 +13,6 @@ any moment. Every file is written whole or not at all. No PyTorch here, trials i
 import json
 import re
 import shutil
-import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any, Literal
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from apt_ray.config import Settings
-from apt_ray.errors import SettingsError
+from apt_ray.errors import SettingsError, WriteError
+from apt_ray.files import write_whole
 from tuning.calls import RungResult
 
 Status = Literal["running", "finished", "stopped early", "failed"]
@@ -154,7 +154,7 @@ class SearchStore:
                     raise OSError(f"{free:.0f} MiB are free, a search needs {_ROOM_MIB}")
             self.write(_PROBE, b"")
             self.remove(_PROBE)
-        except OSError as error:
+        except (OSError, WriteError) as error:
             raise SettingsError(
                 f"cannot write to the storage {self.storage} ({error}): make room, mend its"
                 " permissions, or choose another with --storage"
@@ -212,19 +212,11 @@ class SearchStore:
         """Write a file whole or not at all."""
         files, root = self._files
         target = f"{root}/{path}"
-        if not isinstance(files, LocalFileSystem):
-            with files.open_output_stream(target) as stream:
-                stream.write(content)
+        if isinstance(files, LocalFileSystem):
+            write_whole(Path(target), content)
             return
-        files.create_dir(target.rpartition("/")[0], recursive=True)
-        unfinished = f"{target}.{uuid.uuid4().hex[:8]}"
-        try:
-            with files.open_output_stream(unfinished) as stream:
-                stream.write(content)
-            files.move(unfinished, target)
-        except OSError:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        with files.open_output_stream(target) as stream:
+            stream.write(content)
 
     def remove(self, path: str) -> None:
         """Remove a file if it is there."""

@@ -28,10 +28,10 @@ from apt_ray.anomalies.noise import add_noise, patch_labels
 from apt_ray.anomalies.object_mask import object_masks
 from apt_ray.anomalies.regions import move_onto, random_regions
 from apt_ray.config import NOISE_LADDER
-from apt_ray.errors import DataError
+from apt_ray.errors import DataError, WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
-from apt_ray.files import Location
+from apt_ray.files import Location, writing
 
 VIEWS = 4
 """Clean views of each support image: itself and its mirror images."""
@@ -254,8 +254,6 @@ class BankCache:
 
     def save(self, key: str, bank: SupportBank) -> None:
         """Write a bank, whole or not at all."""
-        path = self._path(key)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {
             "region": bank.region,
             "object_mask": bank.object_mask,
@@ -263,14 +261,10 @@ class BankCache:
             "selection": bank.selection and bank.selection.names,
         }
         tensors = {name: tensor.contiguous() for name, tensor in _flatten(bank).items()}
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, unfinished, {"apt-ray": json.dumps(metadata)})
-            unfinished.replace(path)
+        with suppress(OSError, WriteError, SafetensorError):
+            with writing(self._path(key)) as place:
+                save_file(tensors, place, {"apt-ray": json.dumps(metadata)})
             self._make_room()
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.safetensors"

@@ -1,4 +1,4 @@
-"""What the commands share: their parsers' flags, progress bars, files of results.
+"""What the commands share: their parsers' flags, progress bars.
 
 Heavy modules are imported inside the functions, so that `--help` answers at once.
 """
@@ -6,11 +6,9 @@ Heavy modules are imported inside the functions, so that `--help` answers at onc
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -96,9 +94,3 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
             shown.update(done - shown.n)
 
         yield show
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON; folders on the way are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -16,10 +16,9 @@ from apt_ray.cli.common import (
     backbone,
     count,
     settings,
-    write_json,
 )
 from apt_ray.errors import AptError
-from apt_ray.files import location
+from apt_ray.files import location, write_json
 
 if TYPE_CHECKING:
     from apt_ray.validation.evaluation import Result

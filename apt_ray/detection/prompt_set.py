@@ -11,7 +11,6 @@ patches, D width.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from apt_ray.config import BackboneSpec, FitSettings, Settings
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.errors import PromptSetError
+from apt_ray.files import write_whole
 
 FORMAT_VERSION = 1
 
@@ -159,14 +159,8 @@ class PromptSet:
         )
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(self.to_bytes())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Write the file whole or not at all; WriteError if it cannot be written."""
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> PromptSet:

@@ -12,7 +12,6 @@ Shapes: X pictures of a bank, N patches, P prompts, E joint width.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -39,6 +38,7 @@ from apt_ray.detection.rule import (
 from apt_ray.features.builtin.apt_mini import FOLDER, load_builtin
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.files import write_json
 from apt_ray.pretraining.defects import HELD_OUT_DEFECTS, TRAINING_DEFECTS
 from apt_ray.pretraining.generator import Pairs, generate
 from apt_ray.pretraining.losses import participation_ratio
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(format_report(report))
     if options.json is not None:
         result = {**asdict(report), "gates": report.gates()}
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

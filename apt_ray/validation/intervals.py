@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import logit
 
 from apt_ray.errors import DataError
+from apt_ray.files import writing
 from apt_ray.validation.metrics import image_auroc
 
 METRICS = ("image_auroc", "pixel_auroc")
@@ -227,7 +228,7 @@ def change_over_seeds(
 
 
 def save_scores(path: Path, scores: Sequence[ImageScores]) -> None:
-    """Write them as one compressed `.npz` without pickled objects."""
+    """Write them as one compressed `.npz` without pickled objects; WriteError if that fails."""
     arrays = {}
     for number, one in enumerate(scores):
         arrays[f"{number}/key"] = np.array([one.variant, one.category, str(one.seed)])
@@ -238,8 +239,7 @@ def save_scores(path: Path, scores: Sequence[ImageScores]) -> None:
         if one.normal_IH is not None and one.anomalous_IH is not None:
             arrays[f"{number}/normal_IH"] = one.normal_IH
             arrays[f"{number}/anomalous_IH"] = one.anomalous_IH
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with writing(path) as place, place.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 

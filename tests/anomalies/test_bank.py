@@ -21,6 +21,7 @@ from apt_ray.data.folders import Category
 from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
+from tests.disks import full_disk
 
 
 def test_a_bank_holds_every_draw_of_every_image(backbone: FrozenCLIP, bank: SupportBank) -> None:
@@ -160,7 +161,11 @@ def test_a_damaged_bank_counts_as_none_and_a_full_disk_does_no_harm(
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     assert cache.load("key") is None
-    BankCache(Path("/proc/none")).save("key", bank)
+    for folder in (Path("/proc/none"), file):
+        BankCache(folder).save("key", bank)
+    with full_disk(1000):
+        BankCache(tmp_path / "new").save("key", bank)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_banks_used_least_recently_make_room(bank: SupportBank, tmp_path: Path) -> None:

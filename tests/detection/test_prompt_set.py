@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from apt_ray.data.folders import Category
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import PromptSetError
+from apt_ray.errors import PromptSetError, WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
 
@@ -28,6 +28,12 @@ def test_saved_and_loaded_prompt_sets_give_bit_identical_maps(
         assert first.anomaly_score == second.anomaly_score
     assert loaded.to_bytes() == prompt_set.to_bytes()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_place_that_takes_no_file_is_named(prompt_set: PromptSet, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot write .*choose another place"):
+        prompt_set.save(tmp_path / "file" / "set.safetensors")
 
 
 def test_a_file_that_is_missing_cut_short_or_foreign_is_refused(

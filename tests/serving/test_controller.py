@@ -238,4 +238,7 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
         cache.put(dataclasses.replace(stored, version=version))
     assert cache.get("nut", 8) is not None
     assert len(list(tmp_path.glob("*/nut/*"))) == 3
-    Cache("/proc/nowhere", "registry").put(stored)  # a folder that cannot be written is no error
+    # A folder that cannot be written is no error.
+    for folder in ("/proc/nowhere", str(file)):
+        Cache(folder, "registry").put(stored)
+        Cache(folder, "registry").remember("orders", Orders())

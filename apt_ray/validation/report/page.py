@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
@@ -17,8 +16,8 @@ from PIL import Image
 from scipy import ndimage
 
 from apt_ray.config import FitSettings
-from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
+from apt_ray.files import write_whole
 from apt_ray.images import draw_overlay, read_image, read_mask
 from apt_ray.validation.evaluation import METRICS, Result, percent
 from apt_ray.validation.examples import Example
@@ -73,20 +72,11 @@ def write_report(
 ) -> Path:
     """Write `folder/index.html` about an evaluation; returns its path.
 
-    Scripts, styles and pictures are all inside; nothing is fetched when it is read. DataError if it
-    cannot be written.
+    Scripts, styles and pictures are all inside; nothing is fetched when it is read. WriteError if
+    it cannot be written.
     """
-    page = _page(results, backbone, settings)
     path = folder / "index.html"
-    part = path.with_name(f"{path.name}.part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)  # noqa: PTH105 (atomic, and says so)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path} ({error.strerror}): give --report a folder that can be written"
-        ) from error
+    write_whole(path, _page(results, backbone, settings))
     return path
 
 
