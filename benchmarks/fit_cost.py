@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt_ray.anomalies.bank import encode_support
 from apt_ray.config import FitSettings, Precision
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.batches import draw_batches
 from apt_ray.prompts.fit import fit
 from apt_ray.prompts.guidance import meta_features
@@ -85,7 +85,7 @@ def main() -> None:
     write_rows(rows, options.json)
 
 
-def _parts_of_a_step(backbone: FrozenCLIP, lanes: list[Lane]) -> dict[str, Callable[[], object]]:
+def _parts_of_a_step(backbone: Backbone, lanes: list[Lane]) -> dict[str, Callable[[], object]]:
     """A step of all lanes in its parts, on tensors of the step's own sizes."""
     settings = lanes[0].settings
     generators = [torch.Generator().manual_seed(lane.seed) for lane in lanes]
@@ -122,7 +122,7 @@ def _parts_of_a_step(backbone: FrozenCLIP, lanes: list[Lane]) -> dict[str, Calla
     }
 
 
-def _ceiling(backbone: FrozenCLIP, repeats: int) -> float:
+def _ceiling(backbone: Backbone, repeats: int) -> float:
     """Operations a second of a large product of matrices of the backbone's precision."""
     device, dtype = backbone.device, getattr(torch, backbone.spec.precision)
     a, b = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from apt_ray.anomalies.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import AptError, SettingsError
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.lanes import Lane, LaneState, fold
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
@@ -89,7 +89,7 @@ class Engine:
 
     def __init__(
         self,
-        backbone: FrozenCLIP,
+        backbone: Backbone,
         load_banks: LoadBanks,
         *,
         limits: EngineLimits | None = None,

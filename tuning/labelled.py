@@ -12,7 +12,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from apt_ray.data.folders import Category
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import METRICS, TestSet
 from apt_ray.validation.intervals import ImageScores
@@ -22,7 +22,7 @@ _SHOWN = 4
 
 
 def report_labelled(
-    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, *, support: Collection[Path]
+    backbone: Backbone, prompt_set: PromptSet, category: Category, *, support: Collection[Path]
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:
     """Metrics `test.*` in 0..1 and pictures; nothing where there are no good and defective ones."""
     if len({image.is_anomalous for image in category.held_out(support)}) < 2:
@@ -67,7 +67,7 @@ def _draw_scores(scores: ImageScores, threshold: float) -> Image.Image:
 
 
 def _draw_extremes(
-    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, scores: ImageScores
+    backbone: Backbone, prompt_set: PromptSet, category: Category, scores: ImageScores
 ) -> Image.Image:
     """The defects that score highest and lowest, and the good parts that score highest."""
     order = np.argsort(scores.score_I)

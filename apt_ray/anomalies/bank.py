@@ -29,8 +29,7 @@ from apt_ray.anomalies.object_mask import object_masks
 from apt_ray.anomalies.regions import move_onto, random_regions
 from apt_ray.config import NOISE_LADDER
 from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 
 VIEWS = 4
 """Clean views of each support image: itself and its mirror images."""
@@ -126,7 +125,7 @@ class SupportBank:
 
 
 def encode_support(
-    backbone: FrozenCLIP,
+    backbone: ImageEncoder,
     images: Sequence[Image.Image],
     *,
     seed: int,

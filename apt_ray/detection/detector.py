@@ -27,8 +27,7 @@ from apt_ray.detection.rule import (
     top_mean,
 )
 from apt_ray.errors import PromptSetError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import Backbone, ImageFeatures
 
 MAX_REGIONS = 20
 """The most regions that one inspection reports, worst first."""
@@ -76,7 +75,7 @@ class Inspection:
 
 def score_features(
     features: ImageFeatures,
-    backbone: FrozenCLIP,
+    backbone: Backbone,
     *,
     text_PE: torch.Tensor,
     memory: ReferenceMemory,
@@ -117,7 +116,7 @@ class Detector:
 
     def __init__(
         self,
-        backbone: FrozenCLIP,
+        backbone: Backbone,
         prompt_set: PromptSet,
         *,
         region_of_interest: npt.NDArray[np.bool_] | None = None,
@@ -202,7 +201,7 @@ def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def _probe_features(backbone: FrozenCLIP) -> ImageFeatures:
+def _probe_features(backbone: Backbone) -> ImageFeatures:
     """Encoded once: a replica of a long tail tests hundreds of prompt sets."""
     return backbone.encode_images(backbone.preprocess([_probe_picture(backbone.input_size)]))
 

@@ -17,8 +17,7 @@ from apt_ray.detection.detector import Detector, score_features
 from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory, encode_turns
 from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import Lane, fold
 from apt_ray.prompts.trainer import PromptTrainer
@@ -34,7 +33,7 @@ def fit(
     support: Sequence[Path],
     settings: FitSettings | None = None,
     *,
-    backbone: FrozenCLIP,
+    backbone: Backbone,
     calibration: Sequence[Path] = (),
     bank: SupportBank | None = None,
     metrics: dict[str, float] | None = None,

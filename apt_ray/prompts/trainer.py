@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from apt_ray.detection.rule import anomalous_probability, auroc
 from apt_ray.errors import SettingsError
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.batches import draw_batches
 from apt_ray.prompts.guidance import (
     ROUND,
@@ -52,7 +52,7 @@ class PromptTrainer:
         meta_T2E: each lane's meta-prompt, normal and anomalous.
     """
 
-    def __init__(self, backbone: FrozenCLIP, lanes: Sequence[Lane] = ()) -> None:
+    def __init__(self, backbone: Backbone, lanes: Sequence[Lane] = ()) -> None:
         self._backbone = backbone
         self._start_2E = meta_features(backbone)
         self.lanes: tuple[Lane, ...] = ()
@@ -296,7 +296,7 @@ class PromptTrainer:
         )
 
 
-def _initial_state(lane: Lane, backbone: FrozenCLIP, meta_2E: torch.Tensor) -> LaneState:
+def _initial_state(lane: Lane, backbone: Backbone, meta_2E: torch.Tensor) -> LaneState:
     generator = torch.Generator().manual_seed(lane.seed)
     shape = (*_shape(lane), backbone.token_width)
     contexts_PLC = backbone.token_std * torch.randn(shape, generator=generator)
@@ -329,7 +329,7 @@ def _pad(values_PLC: torch.Tensor, prompts: int, length: int) -> torch.Tensor:
     return F.pad(values_PLC, (0, 0, 0, missing[0], 0, missing[1]))
 
 
-def _check(lane: Lane, backbone: FrozenCLIP) -> None:
+def _check(lane: Lane, backbone: Backbone) -> None:
     if lane.settings.context_length > backbone.max_context_length:
         raise SettingsError(
             f"context_length {lane.settings.context_length} is too long for {backbone.spec.name}:"

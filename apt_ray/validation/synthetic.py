@@ -14,7 +14,7 @@ from apt_ray.anomalies.families import SELECTION
 from apt_ray.config import FitSettings
 from apt_ray.detection.rule import anomalous_probability, auroc, top_mean
 from apt_ray.errors import SettingsError
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.lanes import Lane, fold
 from apt_ray.prompts.trainer import PromptTrainer
 
@@ -51,7 +51,7 @@ class HeldOutTrial:
     """
 
     def __init__(
-        self, backbone: FrozenCLIP, banks: Sequence[SupportBank], settings: FitSettings
+        self, backbone: Backbone, banks: Sequence[SupportBank], settings: FitSettings
     ) -> None:
         self._backbone = backbone
         self._trainer = PromptTrainer(
@@ -72,9 +72,7 @@ class HeldOutTrial:
         return judge_folds(self._backbone, self._trainer.lanes, self._trainer.text_features())
 
 
-def judge_folds(
-    backbone: FrozenCLIP, folds: Sequence[Lane], text_TPE: torch.Tensor
-) -> HeldOutValue:
+def judge_folds(backbone: Backbone, folds: Sequence[Lane], text_TPE: torch.Tensor) -> HeldOutValue:
     """The held-out value of text features that the lanes of `fold` have learned."""
     value_2TF = torch.stack(
         [_judge(backbone, lane, text_PE) for lane, text_PE in zip(folds, text_TPE, strict=True)], 1
@@ -92,7 +90,7 @@ def judge_folds(
     )
 
 
-def _judge(backbone: FrozenCLIP, lane: Lane, text_PE: torch.Tensor) -> torch.Tensor:
+def _judge(backbone: Backbone, lane: Lane, text_PE: torch.Tensor) -> torch.Tensor:
     """AUROC over patches and over images, for each family: `(2, F)`."""
     bank, image = lane.bank, _judged_image(lane)
     if bank.selection is None:

@@ -27,7 +27,8 @@ from PIL import Image
 from apt_ray.detection.detector import Inspection
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ImageError
-from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.clip import load_backbone
+from apt_ray.features.protocol import Backbone
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
 from serving.api import problems
 from serving.api.messages import (
@@ -96,7 +97,7 @@ class Inspector:
         self._max_waiting = batching.max_queue
         self._max_waiting_in_all = batching.max_queue * (QUEUES_OF_SHARED_POOL if shared else 1)
         self._served: dict[str, ServedCategory] = {}
-        self._backbones: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
+        self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._loading = threading.Lock()
         self._waiting: Counter[str] = Counter()
         self._seconds_per_image = 0.0
@@ -303,7 +304,7 @@ class Inspector:
             )
         return Inspected(report=report, picture_png=drawn)
 
-    def _backbone(self, prompt_set: PromptSet) -> FrozenCLIP:
+    def _backbone(self, prompt_set: PromptSet) -> Backbone:
         """The backbone of a prompt set, which all categories that were fitted to it share."""
         with self._loading:
             backbone = self._backbones.get(prompt_set.fingerprint)

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from apt_ray.config import FitSettings
 from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.images import draw_overlay, read_image, read_mask
 from apt_ray.validation.evaluation import METRICS, Result, percent
 from apt_ray.validation.examples import Example
@@ -68,7 +68,7 @@ def write_report(
     folder: Path,
     results: Sequence[Result],
     *,
-    backbone: FrozenCLIP,
+    backbone: Backbone,
     settings: FitSettings,
 ) -> Path:
     """Write `folder/index.html` about an evaluation; returns its path.
@@ -90,7 +90,7 @@ def write_report(
     return path
 
 
-def _page(results: Sequence[Result], backbone: FrozenCLIP, settings: FitSettings) -> str:
+def _page(results: Sequence[Result], backbone: Backbone, settings: FitSettings) -> str:
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
         groups.setdefault((result.category, result.shots), []).append(result)
