@@ -14,6 +14,8 @@ BUILTIN = "builtin"
 
 Precision = Literal["float32", "bfloat16"]
 
+NoiseRegion = Literal["random", "everywhere"]
+
 SomeSettings = TypeVar("SomeSettings", bound="Settings")
 
 
@@ -135,7 +137,7 @@ class FitSettings(Settings):
         description="What noise is added to: pixels, patch tokens (then relative to their"
         " length), or either in turn.",
     )
-    region: Literal["random", "object"] = Field(
+    region: NoiseRegion = Field(
         default="random", description="Where noise falls: in random regions, or everywhere."
     )
     object_mask: bool = Field(
@@ -163,6 +165,12 @@ class FitSettings(Settings):
     false_alarm_rate: float = Field(
         default=0.05, gt=0, lt=1, description="Share of good parts that may be rejected."
     )
+
+    @field_validator("region", mode="before")
+    @classmethod
+    def _older_name(cls, value: Any) -> Any:
+        """Prompt sets written by version 0.1 say "object" for "everywhere"."""
+        return "everywhere" if value == "object" else value
 
     @field_validator("noise_strength")
     @classmethod

@@ -29,7 +29,8 @@ import torch
 from ray import tune
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
-from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.anomalies.spec import BankSpec
+from apt_ray.config import NOISE_LADDER, BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.features.clip import FrozenCLIP, load_backbone
@@ -201,7 +202,16 @@ def _load_once(spec: BackboneSpec) -> FrozenCLIP:
 
 
 def _encode(spec: BackboneSpec, support: Sequence[Path], seed: int) -> SupportBank:
-    return encode_support(_load_once(spec), [read_image(path) for path in support], seed=seed)
+    backbone = _load_once(spec)
+    made_from = BankSpec.of(
+        FitSettings(),
+        support,
+        fingerprint=backbone.fingerprint,
+        seed=seed,
+        strengths=NOISE_LADDER,
+        judged=True,
+    )
+    return encode_support(backbone, [read_image(path) for path in support], made_from)
 
 
 def _train(
@@ -237,7 +247,10 @@ def _ordinary_trial(config: Mapping[str, Any]) -> None:
     lanes = []
     for seed, support in given["supports"].items():
         images = [read_image(path) for path in support]
-        bank = encode_support(backbone, images, seed=seed, strengths=[settings.noise_strength])
+        made_from = BankSpec.of(
+            settings, support, fingerprint=backbone.fingerprint, seed=seed, judged=True
+        )
+        bank = encode_support(backbone, images, made_from)
         lanes += [fold(bank, image, settings) for image in range(bank.shots)]
     trainers = [PromptTrainer(backbone, [lane]) for lane in lanes]
     for rung in range(1, RUNGS + 1):

@@ -1,15 +1,17 @@
-"""Encoders whose features are known: no weights, no torch module, a test says what they see."""
+"""Stand-ins whose behaviour is known: encoders without weights, and specs of banks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import BackboneSpec
 from apt_ray.features.constants import BackboneConstants
 from apt_ray.features.pixels import to_pixels
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 
 _WORDS = ("a", "an", "normal", "anomalous", "defect", "damage", "part", "surface")
 
@@ -67,3 +69,9 @@ class FakeBackbone:
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         return torch.stack([F.normalize(self.embed_words(text).mean(0), dim=-1) for text in texts])
+
+
+def bank_spec(encoder: ImageEncoder, images: int, **fields: Any) -> BankSpec:
+    """The spec of a bank of so many images that lie in no file, all that judges trials included."""
+    known = {"seed": 0, "judged": True, "support": [f"image {place}" for place in range(images)]}
+    return BankSpec.parse({"fingerprint": encoder.fingerprint, **known, **fields})

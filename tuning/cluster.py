@@ -16,7 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from apt_ray.anomalies.bank import BankCache, SupportBank, bank_key, encode_support
+from apt_ray.anomalies.bank import BankCache, SupportBank, encode_support
+from apt_ray.anomalies.spec import BankSpec, file_digests
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
@@ -249,16 +250,24 @@ def encode_bank(
     cache: Path | None,
 ) -> tuple[SupportBank, int]:
     """The bank of one support set and its shots; DataError if a picture cannot be read."""
-    where: Any = {"region": name.region, "object_mask": name.object_mask}
-    key = bank_key(fingerprint, support, seed=seed, **where)
+    spec = BankSpec.parse(
+        {
+            "fingerprint": fingerprint,
+            "support": file_digests(support),
+            "seed": seed,
+            "region": name.region,
+            "object_mask": name.object_mask,
+            "judged": True,
+        }
+    )
     kept = None if cache is None else BankCache(cache)
-    bank = None if kept is None else kept.load(key)
+    bank = None if kept is None else kept.load(spec)
     if bank is None:
         images = [read_image(path) for path in support]
         with _resident.lent(backbone) as loaded:
-            bank = encode_support(loaded, images, seed=seed, **where)
+            bank = encode_support(loaded, images, spec)
         if kept is not None:
-            kept.save(key, bank)
+            kept.save(bank)
     return bank, bank.shots
 
 

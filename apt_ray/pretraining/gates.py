@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
@@ -173,7 +174,13 @@ def _measure_kinds(
 
 def _learn(backbone: FrozenCLIP, surface: str, seed: int, test_pairs: int) -> LearnedFigures:
     good, test = _product(surface, seed, test_pairs, backbone.input_size)
-    bank = encode_support(backbone, good, seed=seed, strengths=_STRENGTHS)
+    spec = BankSpec(
+        fingerprint=backbone.fingerprint,
+        support=tuple(f"{surface} {seed} {place}" for place in range(len(good))),
+        seed=seed,
+        strengths=tuple(_STRENGTHS),
+    )
+    bank = encode_support(backbone, good, spec)
     features = backbone.encode_in_batches(test.query_P3HW)
 
     def best(texts: Sequence[Tensor]) -> float:

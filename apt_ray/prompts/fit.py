@@ -10,6 +10,7 @@ import torch
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.families import harmless_copies
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import support_hash
 from apt_ray.detection.calibration import Threshold, calibrate, estimate
@@ -60,15 +61,9 @@ def fit(
         )
     settings = settings or FitSettings()
     images = [read_image(path) for path in support]
-    bank = bank or encode_support(
-        backbone,
-        images,
-        seed=settings.seed,
-        strengths=[settings.noise_strength],
-        region=settings.region,
-        object_mask=settings.object_mask,
-        judged=False,
-    )
+    if bank is None:
+        spec = BankSpec.of(settings, support, fingerprint=backbone.fingerprint)
+        bank = encode_support(backbone, images, spec)
     bank = bank.to(backbone.device)
     everything = Lane(
         settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=settings.seed

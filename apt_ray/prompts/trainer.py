@@ -335,15 +335,4 @@ def _check(lane: Lane, backbone: Backbone) -> None:
             f"context_length {lane.settings.context_length} is too long for {backbone.spec.name}:"
             f" choose at most {backbone.max_context_length}"
         )
-    if lane.settings.noise_strength not in lane.bank.noisy_SDNE:
-        raise SettingsError(
-            f"the anomaly bank holds no noise of strength {lane.settings.noise_strength}, only"
-            f" {tuple(lane.bank.noisy_SDNE)}: encode the support set with it"
-        )
-    asked = (lane.settings.region, lane.settings.object_mask)
-    held = (lane.bank.region, lane.bank.object_mask)
-    if asked != held:
-        raise SettingsError(
-            f"the anomaly bank was encoded with (region, object_mask) = {held}, not {asked}:"
-            f" encode the support set with these settings"
-        )
+    lane.bank.spec.check(lane.settings)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import anomaly_maps, fuse, reference_probability, top_mean
@@ -90,11 +91,7 @@ class Support:
             lambda: encode_support(
                 self.backbone,
                 self.images,
-                seed=self.seed,
-                strengths=[self.settings.noise_strength],
-                region=self.settings.region,
-                object_mask=self.settings.object_mask,
-                judged=False,
+                BankSpec.of(self.settings, self.paths, fingerprint=self.backbone.fingerprint),
             ),
         )
 

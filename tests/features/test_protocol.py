@@ -14,7 +14,7 @@ from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.fit import fit
-from tests.fakes import FakeBackbone
+from tests.fakes import FakeBackbone, bank_spec
 
 
 def plain(colour: tuple[int, int, int], size: int = 16) -> Image.Image:
@@ -53,7 +53,9 @@ def test_a_memory_knows_how_far_a_colour_is() -> None:
 
 
 def test_a_bank_is_what_the_encoder_sees_of_perturbed_images() -> None:
-    bank = encode_support(FakeBackbone(), [plain((128, 128, 128))] * 2, seed=0, strengths=(0.3,))
+    encoder = FakeBackbone()
+    gray = [plain((128, 128, 128))] * 2
+    bank = encode_support(encoder, gray, bank_spec(encoder, 2, strengths=(0.3,)))
     assert bank.shots == 2
     assert bank.clean_SVNE.shape[2:] == (16, 4)
     clean_E = bank.clean_SVNE[0, 0, 0].float()

@@ -169,7 +169,7 @@ def test_banks_make_room_for_one_another(backbone: FrozenCLIP, bank: SupportBank
 
     limits = EngineLimits(bank_mib=bank.nbytes // 2**20 + 1)
     engine = Engine(backbone, load, limits=limits)
-    a, b = (BankName("washer", region, True) for region in ("random", "object"))
+    a, b = (BankName("washer", region, True) for region in ("random", "everywhere"))
     for name in (a, a, b, a):
         engine.banks(name)
     engine.close()

@@ -163,7 +163,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     space = tmp_path / "space.yaml"
     space.write_text(
         "context_length: {low: 2, high: 16}\nnoise_strength: {choices: [0.1, 0.3]}\n"
-        "region: {choices: [random, object]}\n"
+        "region: {choices: [random, everywhere]}\n"
     )
     register(registry, before, support=tuple(pictures[-2:]))
     submitted = subprocess.run(
@@ -216,7 +216,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     )
     assert winner["steps"] == found.settings.steps == 8
     assert all(winner[name] == washer["settings"][name] for name in read_space(space))
-    assert {trial["region"] for trial in washer["trials"]} == {"random", "object"}
+    assert {trial["region"] for trial in washer["trials"]} == {"random", "everywhere"}
     # One for each seed and region.
     assert len(list((tmp_path / "banks").glob("*.safetensors"))) == 4
 

@@ -8,6 +8,7 @@ from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import fold
 from apt_ray.validation.synthetic import HeldOutTrial
+from tests.fakes import bank_spec
 
 
 def test_a_fold_never_trains_on_the_image_that_judges_it(bank: SupportBank) -> None:
@@ -43,7 +44,9 @@ def test_rungs_give_the_same_result_as_one_run(backbone: FrozenCLIP, bank: Suppo
 
 
 def test_a_single_support_image_can_be_judged(backbone: FrozenCLIP, category: Category) -> None:
-    one = encode_support(backbone, [read_image(category.good[0])], seed=0, strengths=[0.3])
+    one = encode_support(
+        backbone, [read_image(category.good[0])], bank_spec(backbone, 1, strengths=(0.3,))
+    )
     trial = HeldOutTrial(backbone, [one], FitSettings(steps=2))
     trial.advance(2)
     assert trial.value().sd == 0
