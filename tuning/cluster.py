@@ -109,8 +109,7 @@ class EngineActor:
             backbone=backbone,
             calibration=job.calibration,
             bank=self._engine.banks(job.bank)[0],
-            metrics=dict(job.metrics),
-        )
+        ).with_metrics(job.metrics)
         images = [read_image(path) for path in job.support]
         pictures = {
             "support_images": draw_support(backbone, prompt_set, images),

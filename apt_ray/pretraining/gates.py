@@ -39,6 +39,7 @@ from apt_ray.detection.rule import (
 )
 from apt_ray.features.builtin.apt_mini import FOLDER, load_builtin
 from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.pixels import to_image
 from apt_ray.features.protocol import ImageFeatures
 from apt_ray.pretraining.defects import HELD_OUT_DEFECTS, TRAINING_DEFECTS
 from apt_ray.pretraining.generator import Pairs, generate
@@ -250,10 +251,7 @@ def _product(
         defect_rate=0.5,
         product_seeds_P=torch.full((count,), _SEED + seed),
     )
-    good = [
-        Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-        for picture in pairs.reference_P3HW[:_SHOTS]
-    ]
+    good = [to_image(picture_3HW) for picture_3HW in pairs.reference_P3HW[:_SHOTS]]
     return good, pairs[_SHOTS:]
 
 

@@ -14,9 +14,10 @@ from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import support_hash
 from apt_ray.detection.calibration import Threshold, calibrate, estimate
-from apt_ray.detection.detector import Detector, score_features
+from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory, encode_turns
+from apt_ray.detection.rule import RULE_VERSION, ScoreRule
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import read_image
@@ -37,7 +38,6 @@ def fit(
     backbone: Backbone,
     calibration: Sequence[Path] = (),
     bank: SupportBank | None = None,
-    metrics: dict[str, float] | None = None,
     progress: Progress | None = None,
 ) -> PromptSet:
     """Fit the prompt set of one category.
@@ -49,7 +49,6 @@ def fit(
         backbone: the frozen backbone.
         calibration: further normal images; with enough of them the false-alarm rate is certified.
         bank: the support set already encoded, where the caller has it.
-        metrics: figures to be kept with the prompt set.
         progress: called with (optimisation steps done, steps in all).
 
     Raises:
@@ -88,18 +87,12 @@ def fit(
         return ReferenceMemory.of(turns, settings.reference_size)
 
     memory = memory_of(list(range(bank.shots)))
+    rule = ScoreRule.of(backbone, settings)
 
     def scores(
         features: ImageFeatures, text_PE: torch.Tensor, memory: ReferenceMemory
     ) -> list[float]:
-        _, scores_B = score_features(
-            features,
-            backbone,
-            text_PE=text_PE,
-            memory=memory,
-            reference_weight=settings.reference_weight,
-            cls_weight=settings.cls_weight,
-        )
+        _, scores_B = rule.score(features, text_PE, memory)
         values: list[float] = scores_B.tolist()
         return values
 
@@ -123,6 +116,7 @@ def fit(
 
     fitted = PromptSet(
         provenance=Provenance(
+            rule_version=RULE_VERSION,
             library_version=version("apt-ray"),
             category=category,
             backbone=backbone.spec,
@@ -133,7 +127,6 @@ def fit(
             support_names=tuple(path.name for path in support),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
-            metrics=metrics or {},
         ),
         text_features=text_TPE[0].cpu(),
         contexts=trainer.contexts()[0].cpu(),

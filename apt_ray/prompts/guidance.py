@@ -74,6 +74,9 @@ def remove_conflict(
 ) -> torch.Tensor:
     """Gradient surgery: take out of `gradient` the part that points against `guide`.
 
+    The projection is that of PCGrad (Yu et al., arXiv 2001.06782), one way only, as ProGrad aligns
+    prompts with general knowledge (Zhu et al., arXiv 2205.14865).
+
     Per lane, over all its contexts together: with `c = <g, h>`, if `c < 0` and `|h|^2 > 1e-12`,
     then `g - weight * c / |h|^2 * h`; else `g`. Weight 0 changes nothing, 1 leaves `<g, h> = 0`.
     """

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from apt_ray.detection.rule import anomalous_probability, auroc
+from apt_ray.auroc import auroc_of_rows
+from apt_ray.detection.rule import anomalous_probability
 from apt_ray.errors import SettingsError
 from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.batches import draw_batches
@@ -237,13 +238,14 @@ class PromptTrainer:
             tokens = guidance.tokens_FSDNE[:, images].to(self._backbone.device).float()
             labels_FX = guidance.labels_FSDN[:, images].to(self._backbone.device).flatten(1)
             before, after = (
-                auroc(
+                auroc_of_rows(
                     anomalous_probability(tokens, meta_2E, self._backbone.constants).flatten(1),
                     labels_FX,
                 ).nanmean()
                 for meta_2E in (self.meta_T2E[row], moved_2E)
             )
-            self.meta_T2E[row] = torch.where(after > before, moved_2E, self.meta_T2E[row])
+            if after > before:
+                self.meta_T2E[row] = moved_2E
 
     def _largest(self, rows: Iterable[int]) -> tuple[int, int]:
         """Most prompts and longest context of the lanes in `rows`."""

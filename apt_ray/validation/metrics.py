@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from apt_ray.auroc import auroc
 from apt_ray.errors import DataError, SettingsError
 
 AnyArray = NDArray[Any]
@@ -93,12 +94,9 @@ def _aupro(normal: AnyArray, scores: AnyArray, weights: Floats, max_fpr: float) 
 
 
 def _auroc(normal: AnyArray, anomalous: AnyArray, unit: str) -> float:
-    """Mann-Whitney: the share of (normal, anomalous) pairs in the right order; `normal` is sorted
-    already."""
+    """`normal` is sorted already; `anomalous` is sorted here."""
     anomalous = _sorted_scores(anomalous, f"anomalous {unit}")
-    below = np.searchsorted(normal, anomalous, side="left").sum(dtype=np.int64)
-    not_above = np.searchsorted(normal, anomalous, side="right").sum(dtype=np.int64)
-    return (int(below) + int(not_above)) / (2 * normal.size * anomalous.size)
+    return auroc(normal, anomalous)
 
 
 def _sorted_scores(scores: AnyArray, what: str) -> AnyArray:

@@ -11,8 +11,9 @@ import torch
 
 from apt_ray.anomalies.bank import SupportBank
 from apt_ray.anomalies.families import SELECTION
+from apt_ray.auroc import auroc_of_rows
 from apt_ray.config import FitSettings
-from apt_ray.detection.rule import anomalous_probability, auroc, top_mean
+from apt_ray.detection.rule import anomalous_probability, top_mean
 from apt_ray.errors import SettingsError
 from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.lanes import Lane, fold
@@ -100,12 +101,12 @@ def _judge(backbone: Backbone, lane: Lane, text_PE: torch.Tensor) -> torch.Tenso
     clean_VNE = bank.judged_clean_SVNE[image].to(device).float()
     p_FDN = anomalous_probability(tokens_FDNE, text_PE, constants)
     labels_FDN = bank.selection.labels_FSDN[:, image].to(device)
-    patch_F = auroc(p_FDN.flatten(1), labels_FDN.flatten(1))
+    patch_F = auroc_of_rows(p_FDN.flatten(1), labels_FDN.flatten(1))
     clean_V = top_mean(anomalous_probability(clean_VNE, text_PE, constants))
     perturbed_FD = top_mean(p_FDN)
     score_FX = torch.cat([perturbed_FD, clean_V.expand(len(p_FDN), -1)], 1)
     label_X = torch.cat([torch.ones_like(perturbed_FD[0]), torch.zeros_like(clean_V)])
-    return torch.stack([patch_F, auroc(score_FX, label_X)])
+    return torch.stack([patch_F, auroc_of_rows(score_FX, label_X)])
 
 
 def _judged_image(lane: Lane) -> int:

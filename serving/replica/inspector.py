@@ -70,6 +70,10 @@ class _Result:
     started_at: float
     ended_at: float
 
+    @property
+    def is_anomalous(self) -> bool:
+        return self.served.detector.prompt_set.threshold.rejects(self.score)
+
 
 class Inspector:
     """Serves the categories of one pool from memory.
@@ -159,7 +163,7 @@ class Inspector:
                 )
                 result = await self._batcher.submit(category, job)
             conclude = partial(self._conclude, job, result, picture, received_at)
-            if picture is None and result.score <= _threshold(result):
+            if picture is None and not result.is_anomalous:
                 return conclude()  # no map at the size of the image
             return await loop.run_in_executor(self._decoders, conclude)
         except (ImageError, ProblemError) as error:
@@ -262,7 +266,7 @@ class Inspector:
     ) -> Inspected:
         about, threshold = result.served.about, result.served.detector.prompt_set.threshold
         inspection: Inspection | None = None
-        if picture is not None or result.score > threshold.value:
+        if picture is not None or result.is_anomalous:
             inspection = result.served.detector.conclude(result.map_SS, result.score, job.size)
         drawn = _draw(inspection, job.image, picture) if inspection and picture else None
         timings = Timings(
@@ -278,7 +282,7 @@ class Inspector:
             backbone=about.backbone,
             anomaly_score=result.score,
             threshold=threshold.value,
-            is_anomalous=result.score > threshold.value,
+            is_anomalous=result.is_anomalous,
             p_value=threshold.p_value(result.score),
             certified_false_alarm_rate=about.certified_false_alarm_rate,
             regions=[
@@ -312,10 +316,6 @@ class Inspector:
                 backbone = load_backbone(prompt_set.backbone, device=self._device)
                 self._backbones[backbone.fingerprint] = backbone
             return backbone
-
-
-def _threshold(result: _Result) -> float:
-    return result.served.detector.prompt_set.threshold.value
 
 
 def _draw(inspection: Inspection, image: Image.Image | None, picture: Picture) -> bytes:
