@@ -107,7 +107,7 @@ class PoolReplica:
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         from serving.replica.follower import Follower  # with torch: for these replicas only
         from serving.replica.inspector import Inspector
-        from serving.replica.metrics import Meter
+        from serving.replica.meter import Meter
 
         self._args = args
         self._access = Access(Auth())

@@ -21,7 +21,7 @@ from apt_ray.detection.rule import RULE_VERSION, ScoreRule
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import read_image
-from apt_ray.prompts.lanes import Lane, fold
+from apt_ray.prompts.lanes import Lane, folds
 from apt_ray.prompts.trainer import PromptTrainer
 
 Progress = Callable[[int, int], None]
@@ -70,8 +70,8 @@ def fit(
     # Scores of left-out images need prompts that never saw them: the folds train beside the real
     # one.
     needs_folds = not calibration and bank.shots > 1
-    folds = [fold(bank, image, settings) for image in range(bank.shots)] if needs_folds else []
-    trainer = PromptTrainer(backbone, [everything, *folds])
+    without_one = folds([bank], settings) if needs_folds else []
+    trainer = PromptTrainer(backbone, [everything, *without_one])
     while trainer.steps_done < settings.steps:
         trainer.advance(min(_PROGRESS_EVERY, settings.steps - trainer.steps_done))
         if progress is not None:

@@ -9,15 +9,12 @@ from statistics import fmean, stdev
 
 import torch
 
-from apt_ray.anomalies.bank import SupportBank
 from apt_ray.anomalies.families import SELECTION
 from apt_ray.auroc import auroc_of_rows
-from apt_ray.config import FitSettings
 from apt_ray.detection.rule import anomalous_probability, top_mean
 from apt_ray.errors import SettingsError
 from apt_ray.features.protocol import Backbone
-from apt_ray.prompts.lanes import Lane, fold
-from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.prompts.lanes import Lane
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,38 +36,6 @@ class HeldOutValue:
     image: float
     families: dict[str, float]
     lanes: tuple[float, ...]
-
-
-class HeldOutTrial:
-    """One setting of the hyperparameters, trained on every support seed and every fold at once.
-
-    A fold leaves one support image out of the training and is judged on perturbed copies of it. A
-    bank of a single image has one fold, judged on other crops and turns of that image.
-
-    Attributes:
-        steps_done: steps taken so far, of `settings.steps`.
-    """
-
-    def __init__(
-        self, backbone: Backbone, banks: Sequence[SupportBank], settings: FitSettings
-    ) -> None:
-        self._backbone = backbone
-        self._trainer = PromptTrainer(
-            backbone,
-            [fold(bank, image, settings) for bank in banks for image in range(bank.shots)],
-        )
-
-    @property
-    def steps_done(self) -> int:
-        return self._trainer.steps_done
-
-    def advance(self, steps: int) -> None:
-        """Train every lane for `steps` further steps."""
-        self._trainer.advance(steps)
-
-    def value(self) -> HeldOutValue:
-        """The held-out value of what was learned so far."""
-        return judge_folds(self._backbone, self._trainer.lanes, self._trainer.text_features())
 
 
 def judge_folds(backbone: Backbone, folds: Sequence[Lane], text_TPE: torch.Tensor) -> HeldOutValue:

@@ -42,7 +42,7 @@ from serving.api.messages import (
 from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.batching import Batcher
-from serving.replica.metrics import Meter
+from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
 from serving.settings import QUEUES_OF_SHARED_POOL, Batching
 
