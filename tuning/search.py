@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_ray.cli.flags import add_backbone_flags, given_backbone
+from apt_ray.cli.registry import register_pending
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError, SettingsError
@@ -78,12 +79,12 @@ def _search(
             }
         )
 
-    from apt_ray.registry import Registry
+    from apt_ray.registry import open_registry
     from tuning.progress import say
     from tuning.results import closing_table
     from tuning.runner import Search, SearchStopped
 
-    registry = Registry(options.mlflow)
+    registry = open_registry(options.mlflow)
     registry.check()
     _connect(options.ray_address)
     provenance = _provenance()
@@ -128,20 +129,12 @@ def _search(
 
 
 def _register_pending(options: argparse.Namespace) -> int:
-    """Register what earlier searches found while the registry was away."""
-    from apt_ray.registry import Registry, default_pending
-
-    pending = default_pending()
-    count = 0
+    """`apt-ray registry pending`, by the name that it has here."""
     try:
-        for version in Registry(options.mlflow).register_pending(pending):
-            print(f"{version.category}: registered version {version.version}", flush=True)
-            count += 1
+        return register_pending(options.mlflow)
     except AptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{count} versions registered; none waits in {pending}")
-    return 0
 
 
 def _planned(store: Any, time_budget_s: float | None) -> tuple[SearchSettings, str, list[Category]]:
@@ -407,8 +400,8 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument(
         "--register-pending",
         action="store_true",
-        help="search nothing; register what earlier searches on this machine found while the"
-        " registry was away",
+        help="search nothing; the same as `apt-ray registry pending`: register what earlier"
+        " searches on this machine found while the registry was away",
     )
     cluster.add_argument(
         "--summary", type=Path, metavar="FILE", help="write what was found to this JSON file"

@@ -30,7 +30,15 @@ from PIL import Image
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import DataError, RegistryError
 from apt_ray.images import encode_png, read_image
-from apt_ray.registry.names import DATA, DIRECTORY, HELD_OUT, PICTURES, PROMPT_SET, TRIALS
+
+DIRECTORY = "version"
+"""The one directory of artifacts of a version: registration keeps no other (mlflow#18581)."""
+
+PROMPT_SET = "prompt_set.safetensors"
+TRIALS = "trials.csv"
+DATA = "data.json"
+PICTURES = "pictures"
+HELD_OUT = "held_out"
 
 MAX_HELD_OUT = 8
 """The most normal pictures that a version keeps for promotions."""
