@@ -99,7 +99,7 @@ def _search(command: Command) -> int:
 
     from apt_ray.registry import Registry
     from tuning.progress import say
-    from tuning.results import closing_table
+    from tuning.report.tables import closing_table
     from tuning.runner import Search, SearchStopped
 
     registry = Registry(options.mlflow)
