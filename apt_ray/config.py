@@ -1,7 +1,8 @@
 """The frozen, validated settings: which backbone, and how one prompt set is fitted."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -38,11 +39,26 @@ class Settings(BaseModel):
             raise SettingsError(f"invalid settings: {problems}") from None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """How a setting is spelt on the command line, where that is not plainly its name.
+
+    It stands in the field's annotation: `steps: Annotated[int, Flag(names=("--max-steps",))]`.
+
+    Attributes:
+        names: The flag and its synonyms; empty means `--` and the field's name.
+        metavar: What stands for the value in the help; None is the last word of the flag.
+    """
+
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+
+
 class BackboneSpec(Settings):
     """Which vision-language model, and how its patch tokens are read. Stored in each prompt set."""
 
-    name: str = Field(
-        default=BUILTIN, description="'builtin', or an architecture of open_clip, e.g. ViT-B-16."
+    name: Annotated[str, Flag(names=("--backbone",), metavar="NAME")] = Field(
+        default=BUILTIN, description="'builtin', or a CLIP ViT of open_clip, e.g. ViT-B-16."
     )
     pretrained: str | None = Field(
         default=None, description="A pretrained tag of open_clip, or a local checkpoint file."

@@ -41,12 +41,11 @@ from apt_ray.validation.synthetic import judge_folds
 from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
 from tuning.cluster import start_encoding, start_engines, wait_until_ready
 from tuning.progress import say
-from tuning.records import SearchStore
+from tuning.records import SearchPlan, SearchStore
 from tuning.results import choose_winner
 from tuning.runner import run_trials
 from tuning.searcher import CategoriesSearcher
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
-from tuning.space import DEFAULT_SPACE
 from tuning.trial import TrialPlan
 
 _CATEGORY = "washer"
@@ -66,14 +65,8 @@ def main() -> None:
                 "support_seeds": tuple(range(options.seeds)),
                 "trials": options.trials,
                 "live_trials": options.live_trials,
-                "searcher": "random",
                 "scheduler": "none",
-                "objective": "mean",
                 "steps": options.steps,
-                "time_budget_s": None,
-                "seed": 0,
-                "promote": "never",
-                "space": DEFAULT_SPACE,
                 "backbone": random_weights(options.backbone, folder),
             }
         )
@@ -129,7 +122,7 @@ def _search(
 ) -> float:
     """The trials of a search; the best held-out value."""
     store = SearchStore(str(folder), "search")
-    store.create({})
+    store.create(SearchPlan(data="", categories=(category.name,), settings=settings))
     engine = EngineSettings.parse({"mode": mode, "threads": options.engine_threads})
     engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
     wait_until_ready(engines)

@@ -28,9 +28,9 @@ from apt_ray.prompts.fit import fit
 from apt_ray.validation.versions import HeldOutComparison, compare_prompt_sets
 from tuning.calls import BankName, RungCall, RungResult
 from tuning.engine import Engine, EngineStatus
-from tuning.labelled import report_labelled
+from tuning.report.labelled import report_labelled
+from tuning.report.sheets import draw_held_out, draw_support
 from tuning.settings import EngineSettings
-from tuning.sheets import draw_held_out, draw_support
 from tuning.trial import Banks
 
 _READY_TIMEOUT_S = 300.0

@@ -16,7 +16,7 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import METRICS, TestSet
 from apt_ray.validation.intervals import ImageScores
-from tuning.sheets import draw_sheet
+from tuning.report.sheets import draw_sheet
 
 _SHOWN = 4
 
