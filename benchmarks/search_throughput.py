@@ -34,6 +34,7 @@ from apt_ray.config import NOISE_LADDER, BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import fold
 from apt_ray.prompts.trainer import PromptTrainer
@@ -194,7 +195,7 @@ def _load_once(spec: BackboneSpec) -> FrozenCLIP:
     return load_backbone(spec)
 
 
-def _encode(spec: BackboneSpec, support: Sequence[Path], seed: int) -> SupportBank:
+def _encode(spec: BackboneSpec, support: Sequence[Location], seed: int) -> SupportBank:
     backbone = _load_once(spec)
     made_from = BankSpec.of(
         FitSettings(),

@@ -1,14 +1,15 @@
-"""Pictures in S3, read from real servers: moto's for what works, rclone's for who is refused."""
+"""Files: pictures in S3 come from real servers, moto's for what works, rclone's for refusals."""
 
 import hashlib
+import os
 import pickle
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
 
 import boto3
 import pytest
@@ -17,12 +18,20 @@ from moto.server import ThreadedMotoServer
 from apt_ray.data.folders import Category, find_categories, support_hash
 from apt_ray.devtools.local_stack import free_ports
 from apt_ray.errors import DataError
-from apt_ray.files import location, s3_client
+from apt_ray.files import Location, S3Path, location, read_file, s3_client
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import TestSet
 
 BUCKET = "pictures"
 RCLONE = Path(sys.executable).parent / "rclone"
+
+ASKING: dict[str, Callable[[Location], object]] = {
+    "is_dir": lambda path: path.is_dir(),
+    "is_file": lambda path: path.is_file(),
+    "iterdir": lambda path: list(path.iterdir()),
+    "read_bytes": lambda path: path.read_bytes(),
+}
+"""All that asks S3."""
 
 
 @pytest.fixture
@@ -67,6 +76,87 @@ def uploaded(credentials: pytest.MonkeyPatch, moto: str, category: Category) -> 
     return f"s3://{BUCKET}/line"
 
 
+@pytest.fixture
+def requests(uploaded: str) -> list[str]:
+    """The operations that S3 has been asked for."""
+    asked: list[str] = []
+    s3_client().meta.events.register(
+        "before-call.s3", lambda model, **_: asked.append(model.name), unique_id="counting"
+    )
+    return asked
+
+
+@pytest.mark.parametrize(
+    "text", ["bucket", "bucket/cup", "bucket/cup/a.b.PNG", "bucket/./cup//good/", "bucket/.hidden"]
+)
+def test_what_needs_no_server_is_as_of_a_local_path(text: str) -> None:
+    path, local = location(f"s3://{text}"), Path(text)
+    assert str(path) == f"s3://{local}"
+    assert path.parts == local.parts
+    assert (path.name, path.stem, path.suffix) == (local.name, local.stem, local.suffix)
+    assert str(path / "x" / "y/z.png") == f"s3://{local}/x/y/z.png"
+    assert (path / "x").parent == path
+    assert hash(path) == hash(location(str(path)))
+    assert {path: 1}[location(f"s3://{text}/")] == 1
+
+
+def test_paths_sort_as_local_ones_do() -> None:
+    texts = ["b/x", "b", "b/x-y/1", "b/x/1", "a/z", "b/X"]
+    paths = sorted(location(f"s3://{text}") for text in texts)
+    assert [str(path) for path in paths] == [f"s3://{path}" for path in sorted(map(Path, texts))]
+
+
+def test_above_the_bucket_there_is_nothing() -> None:
+    bucket = location(f"s3://{BUCKET}")
+    assert bucket.parent == bucket
+    assert bucket.name == BUCKET
+
+
+def test_what_s3_cannot_do_is_not_there() -> None:
+    path = location(f"s3://{BUCKET}/x.png")
+    assert isinstance(path, S3Path)
+    assert not isinstance(path, PurePath)
+    assert {name for name in dir(path) if not name.startswith("_")} == {
+        *("parts", "name", "stem", "suffix", "parent"),
+        *ASKING,
+    }
+    with pytest.raises(TypeError, match=r"os\.PathLike object, not S3Path"):
+        os.fspath(path)  # type: ignore[call-overload]
+    local: object = Path(str(path))
+    assert path != local
+    with pytest.raises(TypeError, match="not supported between"):
+        sorted([path, local])  # type: ignore[type-var]
+
+
+def test_folders_and_objects_are_told_apart(uploaded: str, requests: list[str]) -> None:
+    client = boto3.client("s3")
+    # The console's mark of a folder, and keys that no path can name.
+    for key in ("odd/", "odd/x.png", "odd/more/y.png", "odd//z.png", "odd/./z.png", "oddity"):
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"body")
+    folder = location(f"s3://{BUCKET}/odd")
+    for path, kind in (
+        (location(f"s3://{BUCKET}"), "folder"),
+        (folder, "folder"),
+        (folder / "more", "folder"),
+        (folder / "x.png", "file"),
+        (folder / "x", "nothing"),
+        (folder / "x.png/y", "nothing"),
+    ):
+        assert (path.is_dir(), path.is_file()) == (kind == "folder", kind == "file"), path
+    assert list((folder / "none").iterdir()) == []
+    requests.clear()
+    found = {path.name: (path.is_dir(), path.is_file()) for path in folder.iterdir()}
+    assert found == {"more": (True, False), "x.png": (False, True)}
+    assert requests == ["ListObjectsV2"], "a listing says what its entries are"
+    assert (folder / "x.png").read_bytes() == b"body"
+    assert read_file(folder / "x.png") == b"body"
+
+
+def test_a_local_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*x\.png: No such file"):
+        read_file(tmp_path / "x.png")
+
+
 def test_a_category_in_s3_is_that_of_the_disk(uploaded: str, category: Category) -> None:
     (found,) = find_categories(location(uploaded))
     assert str(found.root) == f"{uploaded}/{category.name}"
@@ -90,6 +180,8 @@ def test_a_category_in_s3_is_that_of_the_disk(uploaded: str, category: Category)
         ("s3://nowhere/line", "it is not there .NoSuchBucket.: check bucket and prefix"),
         (f"s3://{BUCKET}/else", "is not a folder: check bucket and prefix"),
         ("s3://", "names no bucket: give s3://bucket/prefix"),
+        ("s3:///line", "names no bucket: give s3://bucket/prefix"),
+        ("s3://no such/line", "cannot name an object: check bucket and prefix"),
     ],
 )
 def test_a_wrong_address_is_named(uploaded: str, uri: str, message: str) -> None:
@@ -102,12 +194,38 @@ def test_an_object_that_went_away_is_named(uploaded: str) -> None:
         read_image(location(f"{uploaded}/x.png"))
 
 
-def test_without_credentials_the_remedy_is_said(credentials: pytest.MonkeyPatch, moto: str) -> None:
+def test_a_bucket_cannot_be_read(uploaded: str) -> None:
+    with pytest.raises(DataError, match="cannot name an object"):
+        location(f"s3://{BUCKET}").read_bytes()
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_a_bucket_that_is_missing_is_named(
+    uploaded: str, ask: Callable[[Location], object]
+) -> None:
+    with pytest.raises(DataError, match=r"s3://nowhere/x: it is not there \(NoSuchBucket\)"):
+        ask(location("s3://nowhere/x"))
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize(
+    "missing",
+    [("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("AWS_SECRET_ACCESS_KEY",), ()],
+    ids=["both", "secret", "profile"],
+)
+def test_without_credentials_the_remedy_is_said(
+    credentials: pytest.MonkeyPatch,
+    moto: str,
+    missing: tuple[str, ...],
+    ask: Callable[[Location], object],
+) -> None:
     credentials.setenv("AWS_ENDPOINT_URL_S3", moto)
-    credentials.delenv("AWS_ACCESS_KEY_ID")
-    credentials.delenv("AWS_SECRET_ACCESS_KEY")
+    for name in missing:
+        credentials.delenv(name)
+    if not missing:
+        credentials.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(DataError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        find_categories(location(f"s3://{BUCKET}/line"))
+        ask(location(f"s3://{BUCKET}/line"))
 
 
 @pytest.fixture
@@ -140,8 +258,9 @@ def test_wrong_credentials_are_refused_and_right_ones_read_page_by_page(
     folder.mkdir(parents=True)
     for index in range(1005):
         (folder / f"{index:04d}.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"access is refused \(\w+\): check AWS_ACCESS_KEY_ID"):
-        find_categories(location(f"s3://{BUCKET}"))
+    for ask in (find_categories, *ASKING.values()):
+        with pytest.raises(DataError, match=r"access is refused \(\w+\): check AWS_ACCESS_KEY_ID"):
+            ask(location(f"s3://{BUCKET}/cup"))
     credentials.setenv("AWS_SECRET_ACCESS_KEY", "the right one")
     s3_client.cache_clear()
     (cup,) = find_categories(location(f"s3://{BUCKET}"))
@@ -149,12 +268,16 @@ def test_wrong_credentials_are_refused_and_right_ones_read_page_by_page(
     assert cup.good[-1].read_bytes() == b"x"
 
 
-def test_a_server_that_is_away_is_named(credentials: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
+def test_a_server_that_is_away_is_named(
+    credentials: pytest.MonkeyPatch, endpoint: str, ask: Callable[[Location], object]
+) -> None:
     (port,) = free_ports(1)
-    credentials.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+    credentials.setenv("AWS_ENDPOINT_URL_S3", endpoint.format(port=port))
     credentials.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(DataError, match="check the network, AWS_DEFAULT_REGION and"):
-        find_categories(location(f"s3://{BUCKET}"))
+        ask(location(f"s3://{BUCKET}/x"))
 
 
 class BreakingProxy:

@@ -23,6 +23,7 @@ from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import SettingsError
 from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
 from apt_ray.validation.versions import HeldOutComparison, compare_prompt_sets
@@ -51,8 +52,8 @@ class FitJob:
     """
 
     category: str
-    support: Sequence[Path]
-    calibration: Sequence[Path]
+    support: Sequence[Location]
+    calibration: Sequence[Location]
     settings: FitSettings
     metrics: Mapping[str, float]
     labelled: Category | None = None
@@ -217,7 +218,7 @@ def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None)
 
 def start_encoding(
     name: BankName,
-    supports: Sequence[Sequence[Path]],
+    supports: Sequence[Sequence[Location]],
     seeds: Sequence[int],
     *,
     backbone: BackboneSpec,
@@ -241,7 +242,7 @@ def _as_task(function: Callable[..., tuple[object, object]]) -> Any:
 
 def encode_bank(
     name: BankName,
-    support: Sequence[Path],
+    support: Sequence[Location],
     fingerprint: str,
     *,
     backbone: BackboneSpec,

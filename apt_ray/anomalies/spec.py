@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import Field
 
 from apt_ray.config import NOISE_LADDER, FitSettings, NoiseRegion, Settings
-from apt_ray.errors import DataError, SettingsError
+from apt_ray.errors import SettingsError
+from apt_ray.files import Location, read_file
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CODE = ("anomalies/*.py", "features/**/*.py", "images.py")
@@ -44,7 +45,7 @@ class BankSpec(Settings):
     def of(
         cls,
         settings: FitSettings,
-        support: Sequence[Path],
+        support: Sequence[Location],
         *,
         fingerprint: str,
         seed: int | None = None,
@@ -99,15 +100,9 @@ class BankSpec(Settings):
             )
 
 
-def file_digests(paths: Sequence[Path]) -> tuple[str, ...]:
+def file_digests(paths: Sequence[Location]) -> tuple[str, ...]:
     """The SHA-256 of each file, in hex; DataError if one cannot be read."""
-    digests = []
-    for path in paths:
-        try:
-            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return tuple(digests)
+    return tuple(hashlib.sha256(read_file(path)).hexdigest() for path in paths)
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from apt_ray.detection.reference import ReferenceMemory, encode_turns
 from apt_ray.detection.rule import RULE_VERSION, ScoreRule
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone, ImageFeatures
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import Lane, folds
 from apt_ray.prompts.trainer import PromptTrainer
@@ -32,11 +32,11 @@ _PROGRESS_EVERY = 5
 
 def fit(
     category: str,
-    support: Sequence[Path],
+    support: Sequence[Location],
     settings: FitSettings | None = None,
     *,
     backbone: Backbone,
-    calibration: Sequence[Path] = (),
+    calibration: Sequence[Location] = (),
     bank: SupportBank | None = None,
     progress: Progress | None = None,
 ) -> PromptSet:

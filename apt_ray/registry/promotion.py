@@ -11,6 +11,7 @@ from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.registry.contents import DATA, HELD_OUT, file_sha256
 from apt_ray.registry.history import Move
@@ -92,7 +93,7 @@ def promote(
     category: str,
     reference: str = CANDIDATE,
     *,
-    normal: Sequence[Path] = (),
+    normal: Sequence[Location] = (),
     force: str | None = None,
     compare: Compare = compare_prompt_sets,
 ) -> Promotion:
@@ -167,7 +168,7 @@ def _judge(
     promotion: Promotion,
     candidate: RegisteredVersion,
     champion: RegisteredVersion,
-    normal: Sequence[Path],
+    normal: Sequence[Location],
     compare: Compare,
 ) -> Promotion:
     sides = [_Side.of(registry, registered) for registered in (candidate, champion)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -21,6 +20,7 @@ from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import ScoreRule, fuse, reference_probability
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from benchmarks.baselines.views import SCALES, encode_windows, turned
 
@@ -56,7 +56,7 @@ class Support:
     """
 
     def __init__(
-        self, backbone: FrozenCLIP, category: str, paths: Sequence[Path], *, seed: int
+        self, backbone: FrozenCLIP, category: str, paths: Sequence[Location], *, seed: int
     ) -> None:
         self.backbone, self.category, self.paths, self.seed = backbone, category, paths, seed
         self.settings = FitSettings(seed=seed)

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,6 +12,7 @@ from apt_ray.data.folders import Category
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.features.protocol import Backbone
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import METRICS, TestSet
 from apt_ray.validation.intervals import ImageScores
@@ -22,7 +22,7 @@ _SHOWN = 4
 
 
 def report_labelled(
-    backbone: Backbone, prompt_set: PromptSet, category: Category, *, support: Collection[Path]
+    backbone: Backbone, prompt_set: PromptSet, category: Category, *, support: Collection[Location]
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:
     """Metrics `test.*` in 0..1 and pictures; nothing where there are no good and defective ones."""
     if len({image.is_anomalous for image in category.held_out(support)}) < 2:
