@@ -14,6 +14,7 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 from apt_ray.errors import DataError
+from apt_ray.optional import require
 
 _SCHEME = "s3:"
 _ATTEMPTS = 4
@@ -78,6 +79,7 @@ class S3Path(PosixPath):
 
     def read_bytes(self) -> bytes:
         """The whole object; a transfer that breaks off is begun again, up to three times."""
+        require("boto3", extra="s3")
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
@@ -109,6 +111,7 @@ class S3Path(PosixPath):
         return f"{self._key}/" if self._key else ""
 
     def _ask(self, operation: str, **parameters: Any) -> dict[str, Any]:
+        require("boto3", extra="s3")
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
         if self.parts[:1] != (_SCHEME,) or len(self.parts) < 2:

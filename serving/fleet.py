@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_ray.errors import AptError
+from apt_ray.optional import require
 from serving.settings import Fleet
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(arguments, "force", False) and not arguments.reason:
         parser.error("--force needs --reason TEXT: the history keeps why")
     try:
+        if "ray_address" in arguments:
+            require("ray", "fastapi", "python_multipart", "mlflow", extra="serve")
         code: int | None = arguments.run(arguments)
     except AptError as error:
         print(f"error: {error}", file=sys.stderr)

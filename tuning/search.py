@@ -25,6 +25,7 @@ from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError, SettingsError
 from apt_ray.files import location
+from apt_ray.optional import require
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
 from tuning.space import DEFAULT_SPACE, read_space
 
@@ -58,6 +59,7 @@ def _search(
     options: argparse.Namespace, settings: SearchSettings | None, engine: EngineSettings
 ) -> int:
     started = time.monotonic()
+    require("ray", "optuna", "sklearn", "pyarrow", "mlflow", "matplotlib", extra="tune")
 
     from tuning.records import SearchStore
 
@@ -129,11 +131,11 @@ def _search(
 
 def _register_pending(options: argparse.Namespace) -> int:
     """Register what earlier searches found while the registry was away."""
-    from apt_ray.registry import Registry, default_pending
-
-    pending = default_pending()
     count = 0
     try:
+        from apt_ray.registry import Registry, default_pending
+
+        pending = default_pending()
         for version in Registry(options.mlflow).register_pending(pending):
             print(f"{version.category}: registered version {version.version}", flush=True)
             count += 1
