@@ -26,6 +26,7 @@ from apt_ray.cli.registry import register_pending
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError, SettingsError
 from apt_ray.files import location
+from apt_ray.optional import require
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.space import DEFAULT_SPACE, read_space
 
@@ -88,6 +89,7 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
 def _search(command: Command) -> int:
     started = time.monotonic()
     options = command.options
+    require("ray", "optuna", "sklearn", "pyarrow", "mlflow", "matplotlib", extra="tune")
 
     from tuning.records import SearchStore
 

@@ -223,7 +223,7 @@ def _write_model(home: Path) -> None:
     }
     # By hand: MLflow's own writer takes seconds to import, and warns about itself.
     (home / "MLmodel").write_text(yaml.safe_dump(model))
-    (home / "requirements.txt").write_text(f"apt-ray=={library_version('apt-ray')}\n")
+    (home / "requirements.txt").write_text(f"apt-ray[registry]=={library_version('apt-ray')}\n")
     (home / "python_env.yaml").write_text(
         f"python: {python}\nbuild_dependencies:\n- pip\ndependencies:\n- -r requirements.txt\n"
     )
