@@ -10,7 +10,7 @@ from apt_ray.errors import SettingsError
 from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.prompts.batches import draw_batches
 from apt_ray.prompts.lanes import Lane
-from apt_ray.prompts.losses import divergence, likeness, margin, synthetic_loss
+from apt_ray.prompts.losses import likeness
 from apt_ray.prompts.trainer import PromptTrainer
 
 
@@ -146,28 +146,6 @@ def test_a_seed_is_repeatable_and_another_differs(backbone: FrozenCLIP, bank: Su
     assert not torch.allclose(first, third, atol=1e-3)
 
 
-def test_the_synthetic_loss_equals_a_written_out_example() -> None:
-    # One lane, one image of three patches: anomalous, normal, ignored.
-    p = torch.tensor([0.8, 0.4, 0.9])
-    log_p = torch.stack([1 - p, p], -1).log()[None, None]
-    labels = torch.tensor([[[1, 0, -1]]])
-    focal = (-(0.2**2) * torch.log(torch.tensor(0.8)) - 0.4**2 * torch.log(torch.tensor(0.6))) / 2
-    dice = 1 - (2 * 0.8 + 1) / ((0.8 + 0.4) + 1 + 1)
-    image = -torch.log(torch.tensor(0.9))
-    assert synthetic_loss(log_p, labels).item() == pytest.approx(
-        (focal + dice + image).item(), rel=1e-5
-    )
-
-
-def test_the_divergence_is_that_of_kullback_and_leibler() -> None:
-    meta, learned = torch.tensor([0.7, 0.3]), torch.tensor([0.5, 0.5])
-    expected = (meta * (meta / learned).log()).sum().item()
-    shape = (1, 1, 1, 2)
-    ours = divergence(meta.log().reshape(shape), learned.log().reshape(shape))
-    assert ours.item() == pytest.approx(expected)
-    assert divergence(meta.log().reshape(shape), meta.log().reshape(shape)).item() == 0
-
-
 def test_settings_that_do_not_suit_are_refused(backbone: FrozenCLIP, bank: SupportBank) -> None:
     with pytest.raises(SettingsError, match="at most 30"):
         PromptTrainer(backbone, [_lane(bank, context_length=31)])
@@ -175,13 +153,6 @@ def test_settings_that_do_not_suit_are_refused(backbone: FrozenCLIP, bank: Suppo
         PromptTrainer(backbone, [_lane(bank, noise_strength=0.8)])
     with pytest.raises(SettingsError, match=r"not 0\.3, 'everywhere' and True"):
         PromptTrainer(backbone, [_lane(bank, region="everywhere")])
-
-
-def test_the_divergence_adds_up_the_anomalous_prompts() -> None:
-    meta = torch.tensor([0.7, 0.3]).log().reshape(1, 1, 1, 2)
-    two = torch.tensor([0.5, 0.5]).log().reshape(1, 1, 1, 2)
-    three = torch.tensor([0.5, 0.2, 0.3]).log().reshape(1, 1, 1, 3)
-    torch.testing.assert_close(divergence(meta, three), divergence(meta, two))
 
 
 def test_a_penalty_and_a_projection_guide_differently(
@@ -220,20 +191,6 @@ def test_several_anomalous_prompts_are_kept_apart_by_the_penalty(
     alike, apart = likeness(trainer.text_features()[:, 1:]).tolist()
     assert apart < alike - 0.05
     assert trainer.contexts()[0].shape[0] == 4
-
-
-def test_likeness_is_the_mean_cosine_of_pairs() -> None:
-    vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1]]), dim=-1)
-    expected = (2 * 0.5**0.5 + 0) / 3
-    assert likeness(vectors[None]).item() == pytest.approx(expected)
-
-
-def test_the_margin_counts_good_patches_on_the_wrong_side() -> None:
-    text = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    tokens = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]])
-    labels = torch.tensor([[[0, 0, 1]]])
-    assert margin(tokens, labels, text).item() == pytest.approx(2**0.5 / 2, rel=1e-3)
-    assert margin(tokens[:, :, :1], labels[:, :, :1], text).item() == 0
 
 
 def test_token_noise_falls_on_the_chosen_tokens(bank: SupportBank) -> None:
