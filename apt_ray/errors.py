@@ -12,7 +12,8 @@ AptError
 ├── RegistryError              the MLflow server refuses, or lacks what was asked for
 │   ├── RegistryUnavailableError   it does not answer
 │   └── RegistryConflictError      somebody else was faster
-└── FleetError                 a fleet that cannot be deployed or reached
+├── FleetError                 a fleet that cannot be deployed or reached
+└── MissingDependencyError     a library is not installed; an ImportError, too
 """
 
 
@@ -66,3 +67,7 @@ class RegistryConflictError(RegistryError):
 
 class FleetError(AptError):
     """The fleet cannot be deployed or reached."""
+
+
+class MissingDependencyError(AptError, ImportError):
+    """A library is not installed that this part of apt-ray needs; the message installs it."""

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from apt_ray.errors import DataError, WriteError
+from apt_ray.optional import require
 
 _SCHEME = "s3://"
 _ATTEMPTS = 4
@@ -176,6 +177,7 @@ class S3Path:
 
     def read_bytes(self) -> bytes:
         """The whole object; a transfer that breaks off is begun again, up to three times."""
+        require("boto3", extra="s3")
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
@@ -203,6 +205,7 @@ class S3Path:
         return f"{self._key}/" if self._key else ""
 
     def _ask(self, operation: str, **parameters: Any) -> dict[str, Any]:
+        require("boto3", extra="s3")
         from botocore.exceptions import (
             BotoCoreError,
             ClientError,

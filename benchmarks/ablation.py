@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "margin_weight 1": ({}, {"margin_weight": 1.0}),
     "noise token": ({}, {"noise": "token"}),
     "noise mixed": ({}, {"noise": "mixed"}),
-    "region object": ({}, {"region": "object"}),
+    "region everywhere": ({}, {"region": "everywhere"}),
     "no object mask": ({}, {"object_mask": False}),
     "noise_strength 0.1": ({}, {"noise_strength": 0.1}),
     "noise_strength 0.6": ({}, {"noise_strength": 0.6}),

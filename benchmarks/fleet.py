@@ -94,7 +94,7 @@ def fleet(
     autoscaling: Mapping[str, object] = MappingProxyType({"max_replicas": 1}),
 ) -> Iterator[RunningFleet]:
     """A fleet in which each category has a pool of its own."""
-    from apt_ray.registry import Registry
+    from apt_ray.registry import open_registry
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="apt-bench-") as private:
@@ -103,7 +103,7 @@ def fleet(
         stack = LocalStack(folder / "stack", ray_env=ray_env)
         stack.start()
         try:
-            registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])
+            registry = open_registry(stack.environment["MLFLOW_TRACKING_URI"])
             for name in categories:
                 registry.register(prompt_set.with_category(name), pictures={}, trials=[])
             (port,) = free_ports(1)

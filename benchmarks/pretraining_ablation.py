@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from apt_ray.files import write_whole
-from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
+from apt_ray.pretraining.measuring import encode_held_out, fit_constants, measure, state_features
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.train import train
 

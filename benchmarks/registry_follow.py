@@ -17,7 +17,7 @@ from urllib.request import Request
 from mlflow import MlflowClient
 
 from apt_ray.devtools.local_stack import fetch
-from apt_ray.registry import Registry
+from apt_ray.registry import open_registry
 from benchmarks.fleet import CATEGORY, fleet, prepare, write
 
 _PAUSE_S = 0.1
@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="apt-bench-") as name:
         prompt_set, data = prepare(Path(name), "builtin")
         with fleet(Path(name) / "fleet", prompt_set, haproxy=False, threads=1) as running:
-            Registry(running.tracking_uri).register(prompt_set, pictures={}, trials=[])
+            open_registry(running.tracking_uri).register(prompt_set, pictures={}, trials=[])
             client = MlflowClient(running.tracking_uri, registry_uri=running.tracking_uri)
             request = Request(f"{running.url}/v1/{CATEGORY}/inspect", data=data)
             seconds = []

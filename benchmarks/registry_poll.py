@@ -25,7 +25,7 @@ from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
 from apt_ray.files import write_json
-from apt_ray.registry import Registry, promote
+from apt_ray.registry import open_registry, promote
 
 _TABLES = (
     "registered_models",
@@ -47,7 +47,7 @@ def main() -> None:
         folder = Path(name) / "mlflow"
         with launch_mlflow(folder, port=free_ports(1)[0]) as server:
             server.wait_until_ready("/health")
-            registry = Registry(server.url)
+            registry = open_registry(server.url)
             for seed in (0, 1):
                 registry.register(_prompt_set(seed), pictures={}, trials=[])
             promote(registry, "first", force="so that the version has all tags")

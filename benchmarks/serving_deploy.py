@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from apt_ray.devtools.local_stack import LocalStack, free_ports
-from apt_ray.registry import Registry
+from apt_ray.registry import open_registry
 from benchmarks.fleet import deploy, prepare, write
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         stack = LocalStack(folder / "stack")
         stack.start()
         try:
-            registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])
+            registry = open_registry(stack.environment["MLFLOW_TRACKING_URI"])
 
             def register(name: str) -> None:
                 registry.register(prompt_set.with_category(name), pictures={}, trials=[])

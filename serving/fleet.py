@@ -5,26 +5,20 @@ import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from apt_ray.cli.registry import add_verbs
 from apt_ray.errors import AptError
-from apt_ray.files import Location, location
+from apt_ray.optional import require
 from serving.settings import Fleet
-
-if TYPE_CHECKING:
-    from apt_ray.registry import Registry
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if getattr(arguments, "force", False) and not arguments.reason:
-        parser.error("--force needs --reason TEXT: the history keeps why")
+    arguments = _parser().parse_args(argv)
     try:
+        if "ray_address" in arguments:
+            require("ray", "fastapi", "python_multipart", "mlflow", extra="serve")
         code: int | None = arguments.run(arguments)
     except AptError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -35,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def _deploy_command(arguments: argparse.Namespace) -> None:
     fleet = Fleet.read(arguments.file)
     # Ray and MLflow take seconds to import: not for --help or a misspelt file.
-    from apt_ray.registry import Registry
+    from apt_ray.registry import open_registry
     from serving.deploy.cluster import Cluster
     from serving.deploy.deployment import deploy
     from serving.deploy.plan import HttpAddress, check_exposure
@@ -43,7 +37,7 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
     address = HttpAddress(host=arguments.host, port=arguments.http_port)
     check_exposure(fleet, address)
     tracking_uri = arguments.mlflow or os.environ.get("MLFLOW_TRACKING_URI", "")
-    registry = Registry(tracking_uri)
+    registry = open_registry(tracking_uri)
     registry.check()
     categories = deploy(
         fleet,
@@ -86,167 +80,6 @@ def _token_command(arguments: argparse.Namespace) -> None:
     _say("add this to the list `tokens` under `auth` in the fleet file, then deploy:")
     scopes = ", ".join(arguments.scope or ["inspect"])
     _say(f"    - {{name: {arguments.name}, sha256: {digest}, scopes: [{scopes}]}}")
-
-
-def _promote_command(arguments: argparse.Namespace) -> int:
-    from apt_ray.data.folders import find_categories
-    from apt_ray.registry import promote
-    from apt_ray.validation.versions import compare_prompt_sets
-
-    normal: Sequence[Location] = ()
-    if arguments.data is not None:
-        (found,) = find_categories(arguments.data, [arguments.category])
-        normal = found.good
-    promotion = promote(
-        _registry(arguments),
-        arguments.category,
-        arguments.version,
-        normal=normal,
-        force=arguments.reason if arguments.force else None,
-        compare=partial(compare_prompt_sets, progress=_show_progress),
-    )
-    print(promotion.report())
-    return 0 if promotion.move else 3
-
-
-def _rollback_command(arguments: argparse.Namespace) -> None:
-    from apt_ray.registry import roll_back
-
-    move = roll_back(_registry(arguments), arguments.category, why=arguments.reason)
-    print(f"{arguments.category}: version {move.source} -> {move.target}")
-
-
-def _history_command(arguments: argparse.Namespace) -> None:
-    history = _registry(arguments).history(arguments.category)
-    rows = [
-        (
-            move.at or "-",
-            move.who or "-",
-            move.action,
-            f"{move.source or '-'} -> {move.target}",
-            move.why,
-        )
-        for move in history.moves
-    ]
-    _print_table(("when", "who", "what", "version", "why"), rows)
-
-
-def _diff_command(arguments: argparse.Namespace) -> None:
-    differences = _registry(arguments).diff(arguments.category, arguments.left, arguments.right)
-    rows = [(name, left or "-", right or "-") for name, left, right in differences]
-    _print_table(("", arguments.left, arguments.right), rows)
-
-
-def _prune_command(arguments: argparse.Namespace) -> None:
-    from apt_ray.registry import prune
-
-    pruned = prune(
-        _registry(arguments),
-        arguments.categories,
-        keep=arguments.keep,
-        days=arguments.days,
-        dry_run=not arguments.yes,
-    )
-    for version in pruned:
-        print(f"{version.category}: version {version.version}")
-    _say(
-        f"{len(pruned)} versions deleted; `mlflow gc` on the server frees their space"
-        if arguments.yes
-        else f"{len(pruned)} versions would be deleted; with --yes they are"
-    )
-
-
-def _registry(arguments: argparse.Namespace) -> "Registry":
-    from apt_ray.registry import Registry
-
-    return Registry(arguments.mlflow)
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\rcomparing on held-out pictures: {done} of {total}", end=end, file=sys.stderr)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())
-
-
-def _add_registry_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The verbs that only speak to the registry; a running fleet follows it."""
-    promote = commands.add_parser(
-        "promote",
-        help="let the candidate serve if it beats the champion",
-        description="Compare the candidate with the champion on perturbed good pictures that"
-        " neither was fitted to, and let it serve if it is better by more than 2 standard errors"
-        " and by no kind of perturbation 2 points worse. Exit code: 0 if it serves now, 3 if not.",
-    )
-    promote.add_argument("category")
-    promote.add_argument(
-        "--version",
-        default="candidate",
-        metavar="ALIAS|N",
-        help="what to promote (default: %(default)s)",
-    )
-    promote.add_argument(
-        "--data",
-        type=location,
-        metavar="DIR",
-        help="folder of categories with more good pictures to compare on, or s3://bucket/prefix",
-    )
-    promote.add_argument(
-        "--force", action="store_true", help="promote whatever the verdict is; needs --reason"
-    )
-    promote.add_argument("--reason", metavar="TEXT", help="why it is forced; kept in the history")
-    promote.set_defaults(run=_promote_command)
-
-    rollback = commands.add_parser(
-        "rollback", help="let the version serve that served before; again goes one further"
-    )
-    rollback.add_argument("category")
-    rollback.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
-    rollback.set_defaults(run=_rollback_command)
-
-    history = commands.add_parser("history", help="who let which version serve, when and why")
-    history.add_argument("category")
-    history.set_defaults(run=_history_command)
-
-    diff = commands.add_parser("diff", help="what differs between two versions")
-    diff.add_argument("category")
-    diff.add_argument("left", nargs="?", default="champion", metavar="ALIAS|N")
-    diff.add_argument("right", nargs="?", default="candidate", metavar="ALIAS|N")
-    diff.set_defaults(run=_diff_command)
-
-    prune = commands.add_parser(
-        "prune",
-        help="delete versions that nobody needs",
-        description="Delete versions from the registry, except those with an alias, the newest of"
-        " each category, and what served lately. Without --yes it only says which.",
-    )
-    prune.add_argument("categories", nargs="*", metavar="CATEGORY", help="whose (default: all)")
-    prune.add_argument(
-        "--keep", type=int, default=5, metavar="N", help="newest to keep (default %(default)s)"
-    )
-    prune.add_argument(
-        "--days",
-        type=float,
-        default=90,
-        metavar="D",
-        help="keep what served in the last D days (default %(default)s)",
-    )
-    prune.add_argument("--yes", action="store_true", help="delete them")
-    prune.set_defaults(run=_prune_command)
-
-    for command in (promote, rollback, history, diff, prune):
-        command.add_argument(
-            "--mlflow",
-            metavar="URI",
-            help="address of the MLflow server (default: MLFLOW_TRACKING_URI)",
-        )
 
 
 def _say(line: str) -> None:
@@ -305,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             " cluster of this machine (default)",
         )
 
-    _add_registry_commands(commands)
+    add_verbs(commands)  # the same as those of `apt-ray registry`
 
     token_parser = commands.add_parser(
         "token",

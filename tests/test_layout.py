@@ -42,6 +42,11 @@ def test_core_imports_without_ray() -> None:
     )
 
 
+def test_the_registry_is_imported_without_mlflow() -> None:
+    imported = python("-c", "import sys, apt_ray.registry; assert 'mlflow' not in sys.modules")
+    assert imported.returncode == 0, imported.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -50,6 +55,8 @@ def test_core_imports_without_ray() -> None:
         ("-m", "apt_ray", "inspect"),
         ("-m", "apt_ray", "evaluate"),
         ("-m", "apt_ray", "sample"),
+        ("-m", "apt_ray", "registry"),
+        ("-m", "apt_ray", "registry", "promote"),
         ("-m", "apt_ray.devtools.demo"),
         ("tuning/search.py",),
         ("-m", "serving.fleet"),

@@ -17,9 +17,9 @@ from apt_ray.files import Location
 from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
 from apt_ray.registry.promotion import Compare
 from tuning.cluster import FitJob
-from tuning.plots import draw_plots, encode
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord
+from tuning.report.plots import draw_plots, encode
 from tuning.results import TunedCategory, choose_winner, importances
 from tuning.settings import SearchSettings
 

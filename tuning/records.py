@@ -13,7 +13,6 @@ any moment. Every file is written whole or not at all. No PyTorch here, trials i
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +23,27 @@ from apt_ray.config import Settings
 from apt_ray.errors import SettingsError, WriteError
 from apt_ray.files import write_whole
 from tuning.calls import RungResult
+from tuning.settings import SearchSettings
 
 Status = Literal["running", "finished", "stopped early", "failed"]
 
 _SEARCH = "search.json"
 _PROBE = "writable"
 _ROOM_MIB = 256
+
+
+class SearchPlan(Settings):
+    """What is searched, for those who resume it.
+
+    Attributes:
+        data: Folder or address of the images.
+        categories: Their names.
+        settings: Of the search.
+    """
+
+    data: str
+    categories: tuple[str, ...]
+    settings: SearchSettings
 
 
 class TrialRecord(Settings):
@@ -138,10 +152,10 @@ class SearchStore:
         base, separator, query = self.storage.partition("?")
         return f"{base.rstrip('/')}/{self.name}{separator}{query}"
 
-    def create(self, plan: Mapping[str, Any]) -> None:
+    def create(self, plan: SearchPlan) -> None:
         """Write what is searched; SettingsError if nothing can be written there."""
         self.check_writable()
-        self.write(_SEARCH, json.dumps(plan, indent=2).encode())
+        self.write(_SEARCH, plan.model_dump_json(indent=2).encode())
 
     def check_writable(self) -> None:
         """SettingsError if the storage takes no files or is nearly full."""
@@ -160,7 +174,7 @@ class SearchStore:
                 " permissions, or choose another with --storage"
             ) from error
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> SearchPlan:
         """What is searched; SettingsError if there is no such search."""
         content = self.read(_SEARCH)
         if content is None:
@@ -169,8 +183,7 @@ class SearchStore:
                 f"{self._others()}: on a cluster the storage must be a folder that all nodes share,"
                 " or s3://"
             )
-        plan: dict[str, Any] = json.loads(content)
-        return plan
+        return SearchPlan.parse(json.loads(content))
 
     def trial(self, category: str, number: int) -> TrialRecord | None:
         """The record of a trial that has reported or ended."""

@@ -17,7 +17,7 @@ from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbo
 from apt_ray.config import FitSettings
 
 if TYPE_CHECKING:
-    from apt_ray.features.clip import FrozenCLIP
+    from apt_ray.features.protocol import Backbone
 
 
 def add_command(
@@ -50,17 +50,17 @@ def add_backbone(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="torch device (cpu)")
 
 
-def backbone(options: argparse.Namespace) -> FrozenCLIP:
+def backbone(options: argparse.Namespace) -> Backbone:
     """The backbone that the flags chose, loaded."""
     from apt_ray.features.clip import load_backbone
 
     loaded = load_backbone(given_backbone(options), device=options.device)
-    if loaded.tiles > 1:
+    if loaded.spec.tiles > 1:
         _print_cost_of_tiles(loaded)
     return loaded
 
 
-def _print_cost_of_tiles(backbone: FrozenCLIP) -> None:
+def _print_cost_of_tiles(backbone: Backbone) -> None:
     import torch
 
     image = torch.zeros(1, 3, backbone.input_size, backbone.input_size)
@@ -69,7 +69,7 @@ def _print_cost_of_tiles(backbone: FrozenCLIP) -> None:
         started = time.perf_counter()
         backbone.encode_images(image).tokens_BNE.cpu()
         seconds.append(time.perf_counter() - started)
-    side = backbone.tiles
+    side = backbone.spec.tiles
     print(
         f"{side} x {side} tiles: an image of {backbone.input_size} px takes {side**2} passes of the"
         f" vision tower, {1000 * seconds[-1]:.0f} ms here"

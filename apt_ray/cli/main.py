@@ -1,4 +1,4 @@
-"""The command line for people without a cluster: `apt-ray`, or `python -m apt_ray`.
+"""The command line for all that needs no cluster: `apt-ray`, or `python -m apt_ray`.
 
 Each command is a module of this folder, which adds its parser and runs it.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from apt_ray.cli import compare, evaluate, fit, inspect, sample
+from apt_ray.cli import compare, evaluate, fit, inspect, registry, sample
 from apt_ray.errors import AptError
 
 
@@ -35,6 +35,6 @@ def _parser() -> argparse.ArgumentParser:
         " `apt-ray fit --data data/washer --out washer.safetensors`.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (sample, fit, inspect, evaluate, compare):
+    for module in (sample, fit, inspect, evaluate, compare, registry):
         module.add_to(commands)
     return parser

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from apt_ray.features.builtin.apt_mini import save_builtin
 from apt_ray.files import write_json
-from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
+from apt_ray.pretraining.measuring import encode_held_out, fit_constants, measure, state_features
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.surfaces import BOARD_LIKE, SOLAR_LIKE
 from apt_ray.pretraining.train import Pretraining, train

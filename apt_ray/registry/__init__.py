@@ -1,31 +1,26 @@
-"""The registry of prompt sets: one MLflow registered model per category.
+"""The registry of prompt sets: the versions of each category, and which of them serves.
 
-The registered model of a category is named `apt-<category>`. Two aliases say what a version of it
-is for: `candidate` is the newest one, `champion` is the one that serves. `contents` says what a
-version holds, `moves` how a champion changes.
-
-This is the only package that imports MLflow, an import of seconds; keep it out of trials.
+Two aliases say what a version is for: `candidate` is the newest one, `champion` is the one that
+serves. `protocol` says what a registry does, `contents` what a version holds, `history` how a
+champion changes. `mlflow` is the registry that there is; importing MLflow takes seconds, which only
+`open_registry` spends.
 """
 
-from apt_ray.registry.mlflow.client import Registry
-from apt_ray.registry.mlflow.moves import History, Move
-from apt_ray.registry.mlflow.pending import default_pending
-from apt_ray.registry.names import (
+from apt_ray.registry.history import History, Move
+from apt_ray.registry.pending import default_pending
+from apt_ray.registry.promotion import Promotion, promote, roll_back
+from apt_ray.registry.protocol import (
     CANDIDATE,
     CHAMPION,
-    EXPERIMENT,
-    TRIALS_EXPERIMENT,
     LoggedTrial,
     RegisteredVersion,
+    Registry,
 )
-from apt_ray.registry.promotion import Promotion, promote, roll_back
 from apt_ray.registry.retention import Pruned, prune
 
 __all__ = [
     "CANDIDATE",
     "CHAMPION",
-    "EXPERIMENT",
-    "TRIALS_EXPERIMENT",
     "History",
     "LoggedTrial",
     "Move",
@@ -34,7 +29,18 @@ __all__ = [
     "RegisteredVersion",
     "Registry",
     "default_pending",
+    "open_registry",
     "promote",
     "prune",
     "roll_back",
 ]
+
+
+def open_registry(address: str | None = None) -> Registry:
+    """The registry at the address of an MLflow server; None reads MLFLOW_TRACKING_URI.
+
+    Nothing is asked of the server yet. RegistryError if no address is given.
+    """
+    from apt_ray.registry.mlflow.client import MlflowRegistry
+
+    return MlflowRegistry(address)

@@ -13,10 +13,10 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError
 from apt_ray.files import Location
 from apt_ray.images import read_image
-from apt_ray.registry.mlflow.client import Registry
-from apt_ray.registry.mlflow.contents import file_sha256
-from apt_ray.registry.mlflow.moves import Move
-from apt_ray.registry.names import CANDIDATE, DATA, HELD_OUT, RegisteredVersion
+from apt_ray.registry.contents import DATA, HELD_OUT, file_sha256
+from apt_ray.registry.history import Move
+from apt_ray.registry.protocol import CANDIDATE, RegisteredVersion, Registry
+from apt_ray.tables import markdown
 from apt_ray.validation.versions import (
     MAX_FAMILY_LOSS,
     MIN_STANDARD_ERRORS,
@@ -82,7 +82,7 @@ class Promotion:
         if self.forced is not None:
             lines += ["", f"Promoted in any case: {self.forced}"]
         if self.comparison is not None:
-            lines += ["", *_table(self.comparison)]
+            lines += ["", _table(self.comparison)]
         if self.move is not None:
             lines += ["", f"Moved by {self.move.who} at {self.move.at}."]
         return "\n".join(lines)
@@ -244,17 +244,16 @@ def explain(comparison: HeldOutComparison) -> str:
     return f"{gain}: not better by more than {MIN_STANDARD_ERRORS:g} standard errors"
 
 
-def _table(comparison: HeldOutComparison) -> list[str]:
-    rows = [
-        "| perturbation | candidate | champion | difference |",
-        "|---|---|---|---|",
+def _table(comparison: HeldOutComparison) -> str:
+    names = [*comparison.families, "all"]
+    sides = [
+        [*values_SF.mean(0), values_SF.mean()]
+        for values_SF in (comparison.candidate_SF, comparison.champion_SF)
     ]
-    values = zip(
-        comparison.families,
-        comparison.candidate_SF.mean(0),
-        comparison.champion_SF.mean(0),
-        strict=True,
+    return markdown(
+        ("perturbation", "candidate", "champion", "difference"),
+        [
+            (name, f"{new:.4f}", f"{old:.4f}", f"{new - old:+.4f}")
+            for name, new, old in zip(names, *sides, strict=True)
+        ],
     )
-    rows += [f"| {name} | {new:.4f} | {old:.4f} | {new - old:+.4f} |" for name, new, old in values]
-    new, old = comparison.candidate_SF.mean(), comparison.champion_SF.mean()
-    return [*rows, f"| all | {new:.4f} | {old:.4f} | {comparison.difference:+.4f} |"]

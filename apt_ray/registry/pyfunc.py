@@ -14,7 +14,7 @@ from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.features.clip import load_backbone
 from apt_ray.images import decode_image
-from apt_ray.registry.names import PROMPT_SET
+from apt_ray.registry.contents import PROMPT_SET
 
 _BATCH = 8
 

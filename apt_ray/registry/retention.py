@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 from apt_ray.errors import SettingsError
-from apt_ray.registry.mlflow.client import Registry
-from apt_ray.registry.mlflow.moves import History
+from apt_ray.registry.history import History
+from apt_ray.registry.protocol import Registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

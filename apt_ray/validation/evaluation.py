@@ -19,8 +19,7 @@ from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.rule import resize_map
 from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.files import Location
 from apt_ray.images import read_image, read_mask
 from apt_ray.prompts.fit import fit
@@ -63,7 +62,7 @@ class Result:
 def evaluate(
     category: Category,
     *,
-    backbone: FrozenCLIP,
+    backbone: Backbone,
     shots: int,
     seeds: Sequence[int],
     settings: FitSettings | None = None,
@@ -154,7 +153,7 @@ class TestSet:
         masks = tuple(_read_masks(category, sizes)) if category.has_masks else None
         return cls(category=category, sizes=sizes, masks=masks)
 
-    def encode(self, backbone: FrozenCLIP, progress: Progress) -> ImageFeatures:
+    def encode(self, backbone: Backbone, progress: Progress) -> ImageFeatures:
         """Features of all of them, in order, on the CPU."""
         parts = []
         images = self.category.test

@@ -338,9 +338,9 @@ class RegistrySource:
         )
 
     def _registry(self) -> "Registry":
-        from apt_ray.registry import Registry
+        from apt_ray.registry import open_registry
 
-        return Registry(self._tracking_uri)
+        return open_registry(self._tracking_uri)
 
 
 def _places(plan: Plan) -> dict[str, str]:

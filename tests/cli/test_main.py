@@ -38,7 +38,7 @@ def test_every_switch_of_the_method_is_a_flag(
     category = min(sample_data.iterdir())
     file = tmp_path / "set.safetensors"
     switches = (
-        "--tiles 2 --attention value_value --reference-layers 1 3 --noise mixed --region object"
+        "--tiles 2 --attention value_value --reference-layers 1 3 --noise mixed --region everywhere"
         " --no-object-mask --anomalous-prompts 2 --margin-weight 0.5 --smgs penalty"
         " --no-self-optimising --reference-rotations 4 --reference-size 50"
     )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
 from apt_ray.errors import PromptSetError, RegistryError, RegistryUnavailableError
-from apt_ray.registry import Registry
+from apt_ray.registry import Registry, open_registry
 from tests.registry.registering import make_prompt_set, register
 
 
@@ -47,10 +47,10 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Switch]:
 def test_what_could_not_be_registered_waits_and_is_registered_once(
     switch: Switch, tmp_path: Path
 ) -> None:
-    registry = Registry(switch.url)
+    registry = open_registry(switch.url)
     pending = tmp_path / "pending"
     for seed in (0, 1):
-        with pytest.raises(RegistryUnavailableError, match="--register-pending"):
+        with pytest.raises(RegistryUnavailableError, match="apt-ray registry pending"):
             registry.register(
                 make_prompt_set("waiting", seed=seed),
                 pictures={"support_images": Image.new("RGB", (8, 8))},
@@ -94,7 +94,7 @@ def test_what_could_not_be_registered_waits_and_is_registered_once(
 
 @pytest.fixture
 def registry(mlflow_server: str) -> Registry:
-    return Registry(mlflow_server)
+    return open_registry(mlflow_server)
 
 
 def replace_artifact(mlflow_server: str, run_id: str, data: bytes, folder: Path) -> None:

@@ -11,17 +11,16 @@ from mlflow import MlflowClient
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryConflictError, RegistryError
-from apt_ray.registry import Registry, promote, roll_back
+from apt_ray.registry import Move, Registry, open_registry, promote, roll_back
 from apt_ray.registry.mlflow import moves
 from apt_ray.validation import versions
 from apt_ray.validation.versions import compare_prompt_sets
-from serving import fleet
 from tests.registry.registering import make_prompt_set, register, spoilt
 
 
 @pytest.fixture
 def registry(mlflow_server: str) -> Registry:
-    return Registry(mlflow_server)
+    return open_registry(mlflow_server)
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +172,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(
         thread.start()
     for thread in threads:
         thread.join()
-    (won,) = [outcome for outcome in outcomes if isinstance(outcome, moves.Move)]
+    (won,) = [outcome for outcome in outcomes if isinstance(outcome, Move)]
     told = [str(outcome) for outcome in outcomes if isinstance(outcome, RegistryConflictError)]
     assert len(told) == 2
     assert all("look at the history" in message for message in told)
@@ -209,33 +208,3 @@ def test_diff_names_what_differs(registry: Registry, served: Callable[[str, int]
     assert differences["version"] == ("1", "2")
     assert "sha256" in differences
     assert "context_length" not in differences
-
-
-def test_the_verbs_of_the_fleet_print_what_was_decided(
-    mlflow_server: str,
-    served: Callable[[str, int], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    served("verbs", 2)
-
-    def run(*arguments: str) -> str:
-        assert fleet.main([*arguments, "--mlflow", mlflow_server]) == 0
-        return capsys.readouterr().out
-
-    assert run("rollback", "verbs", "--reason", "too strict") == "verbs: version 2 -> 1\n"
-    rows = run("history", "verbs").splitlines()
-    assert len(rows) == 4
-    assert rows[-1].split()[-6:] == ["rollback", "2", "->", "1", "too", "strict"]
-    assert [line for line in run("diff", "verbs").splitlines() if line.startswith("seed ")]
-    report = run("promote", "verbs", "--force", "--reason", "it was right")
-    assert "against champion 1: uncomparable" in report
-    assert "Promoted in any case: it was right" in report
-    assert run("prune", "verbs", "--keep", "1", "--days", "0") == "verbs: version 1\n"
-
-    assert fleet.main(["promote", "verbs", "--version", "1", "--mlflow", mlflow_server]) == 3
-    assert "uncomparable" in capsys.readouterr().out
-    assert fleet.main(["rollback", "absent", "--mlflow", mlflow_server]) == 1
-    assert "no category 'absent'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        fleet.main(["promote", "verbs", "--force"])
-    assert "--reason" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import HOST, Server, command_environment, fetch, free_ports
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
-from apt_ray.registry import Registry
+from apt_ray.registry import open_registry
 from tests.registry.registering import register
 
 MODEL = "models:/apt-pyfunc@champion"
@@ -38,7 +38,7 @@ def environment(
     mlflow_server: str, prompt_set: PromptSet, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Where the registry has the shared prompt set, and `import ray` fails."""
-    register(Registry(mlflow_server), prompt_set.with_category("pyfunc"))
+    register(open_registry(mlflow_server), prompt_set.with_category("pyfunc"))
     blocked = tmp_path_factory.mktemp("without_ray")
     (blocked / "ray").mkdir()
     (blocked / "ray" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module 'ray'\")")

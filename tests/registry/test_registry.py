@@ -19,7 +19,7 @@ from apt_ray.detection.calibration import calibrate
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import free_ports
 from apt_ray.errors import PromptSetError, RegistryError
-from apt_ray.registry import Registry
+from apt_ray.registry import Registry, open_registry
 from tests.registry.registering import make_prompt_set
 
 TRIALS: list[Mapping[str, object]] = [
@@ -31,7 +31,7 @@ PICTURE = Image.new("RGB", (24, 16), (200, 30, 30))
 
 @pytest.fixture
 def registry(mlflow_server: str) -> Registry:
-    return Registry(mlflow_server)
+    return open_registry(mlflow_server)
 
 
 def register(registry: Registry, category: str, *, seed: int = 0) -> int:
@@ -204,19 +204,19 @@ def test_version_without_a_prompt_set(registry: Registry, mlflow_server: str) ->
 def test_address_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RegistryError, match="MLFLOW_TRACKING_URI"):
-        Registry()
+        open_registry()
 
 
 def test_address_comes_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, mlflow_server: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    assert Registry().address == mlflow_server
+    assert open_registry().address == mlflow_server
 
 
 def test_absent_server_is_reported_soon_and_without_its_password() -> None:
     (port,) = free_ports(1)
-    registry = Registry(f"http://inspector:sesame@127.0.0.1:{port}")
+    registry = open_registry(f"http://inspector:sesame@127.0.0.1:{port}")
     started = time.monotonic()
     with pytest.raises(
         RegistryError, match=rf"http://127\.0\.0\.1:{port}.*mlflow server"
@@ -228,7 +228,7 @@ def test_absent_server_is_reported_soon_and_without_its_password() -> None:
 
 def test_refusal_hides_the_password(mlflow_server: str) -> None:
     parts = urlsplit(mlflow_server)
-    registry = Registry(f"http://inspector:sesame@{parts.netloc}/elsewhere")
+    registry = open_registry(f"http://inspector:sesame@{parts.netloc}/elsewhere")
     with pytest.raises(RegistryError) as caught:
         registry.check()
     assert "sesame" not in str(caught.value)

@@ -6,13 +6,13 @@ import pytest
 from mlflow import MlflowClient
 
 from apt_ray.errors import SettingsError
-from apt_ray.registry import History, Move, Registry, prune
+from apt_ray.registry import History, Move, open_registry, prune
 from apt_ray.registry.retention import served_since
 from tests.registry.registering import make_prompt_set, register
 
 
 def test_prune_keeps_what_is_needed(mlflow_server: str) -> None:
-    registry = Registry(mlflow_server)
+    registry = open_registry(mlflow_server)
     for seed in range(6):
         register(registry, make_prompt_set("pruned", seed=seed))
     for target in (3, 5):
@@ -48,6 +48,6 @@ def test_a_version_served_until_the_next_move() -> None:
         )
         for day in (1, 5, 9)
     )
-    history = History(category="x", champion=9, candidate=9, moves=moves, run_id=None)
+    history = History(category="x", champion=9, candidate=9, moves=moves)
     for day, served in ((10, {9}), (9, {9, 5}), (7, {9, 5}), (3, {9, 5, 1})):
         assert served_since(history, datetime(2025, 1, day, tzinfo=timezone.utc)) == served

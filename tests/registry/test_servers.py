@@ -8,7 +8,7 @@ import pytest
 
 from apt_ray.devtools.local_stack import free_ports, launch_mlflow
 from apt_ray.errors import RegistryError
-from apt_ray.registry import Registry
+from apt_ray.registry import open_registry
 from tests.registry.registering import make_prompt_set, register
 from tests.servers import BUCKET, moto, postgres, rclone, stored
 
@@ -48,9 +48,9 @@ def test_parallel_registrations_lose_nothing(servers: str, request: pytest.Fixtu
     url = request.getfixturevalue(servers)
     prompt_sets = [make_prompt_set("crowd", seed=seed) for seed in range(PARALLEL)]
     with ThreadPoolExecutor(PARALLEL) as pool:
-        registered = list(pool.map(lambda one: register(Registry(url), one), prompt_sets))
+        registered = list(pool.map(lambda one: register(open_registry(url), one), prompt_sets))
     assert sorted(one.version for one in registered) == list(range(1, PARALLEL + 1))
-    registry = Registry(url)
+    registry = open_registry(url)
     for one, prompt_set in zip(registered, prompt_sets, strict=True):
         loaded, _ = registry.load("crowd", str(one.version))
         assert loaded.to_bytes() == prompt_set.to_bytes()
@@ -60,7 +60,7 @@ def test_parallel_registrations_lose_nothing(servers: str, request: pytest.Fixtu
 
 
 def test_artifacts_lie_in_s3(large_server: str, s3: dict[str, str]) -> None:
-    registered = register(Registry(large_server), make_prompt_set("stored"))
+    registered = register(open_registry(large_server), make_prompt_set("stored"))
     files = [key for key in stored(s3) if registered.run_id in key]
     assert [key for key in files if key.startswith("registry/")] == files
     assert any(key.endswith("version/prompt_set.safetensors") for key in files)
@@ -77,7 +77,7 @@ def test_wrong_credentials_of_the_store_leave_no_half_version(tmp_path: Path) ->
             environment=wrong,
         ) as server:
             server.wait_until_ready("/health")
-            registry = Registry(server.url)
+            registry = open_registry(server.url)
             with pytest.raises(RegistryError, match="refused"):
                 register(registry, make_prompt_set("locked"))
             assert registry.versions("locked") == []

@@ -15,10 +15,11 @@ from urllib.request import Request
 
 import httpx
 import psutil
+from mlflow import MlflowClient
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import LocalStack, command_environment, fetch
-from apt_ray.registry import Registry
+from apt_ray.registry import Registry, open_registry
 
 
 def ray_workers(stack: LocalStack, title: str) -> list[psutil.Process]:
@@ -46,7 +47,11 @@ class Deployed:
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.stack.environment["MLFLOW_TRACKING_URI"])
+        return open_registry(self.tracking_uri)
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.stack.environment["MLFLOW_TRACKING_URI"]
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -104,7 +109,7 @@ class Deployed:
 
     def promote(self, category: str, version: int) -> None:
         """Move the alias, as whoever browses the registry does."""
-        self.registry._client.set_registered_model_alias(
+        MlflowClient(self.tracking_uri).set_registered_model_alias(
             f"apt-{category}", "champion", str(version)
         )
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from mlflow import MlflowClient
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
@@ -142,7 +143,7 @@ def test_a_webhook_spares_the_wait_for_the_next_poll(
     done = deployed.deploy(fleet, poll_s=600)
     assert done.returncode == 0, done.stderr
     events = ["model_version_alias.created", "model_version_alias.deleted"]
-    deployed.registry._client.create_webhook(
+    MlflowClient(deployed.tracking_uri).create_webhook(
         "fleet", f"{deployed.url}/webhooks/mlflow", events, secret=SECRET
     )
     deployed.register(prompt_set, "washer")

@@ -130,10 +130,12 @@ class Line:
         self.controller = controller
         self.cut = False
 
-    async def follow(self, report: ReplicaReport, *, wait_s: float) -> Orders:
+    async def follow(
+        self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float
+    ) -> Orders:
         if self.cut:
             raise ConnectionError("the line is cut")
-        return await self.controller.follow("tail", "r", report, wait_s=wait_s)
+        return await self.controller.follow(pool, replica, report, wait_s=wait_s)
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
         if self.cut:
@@ -146,6 +148,7 @@ def replica(line: Line, folder: Path) -> tuple[Follower, Inspector, Access]:
     access = Access(Auth())
     follower = Follower(
         "tail",
+        "r",
         line,
         cache=Cache(str(folder), "registry"),
         inspector=inspector,

@@ -24,7 +24,8 @@ from apt_ray.devtools.local_stack import (
     free_ports,
     launch_mlflow,
 )
-from apt_ray.registry import CANDIDATE, CHAMPION, TRIALS_EXPERIMENT, Registry
+from apt_ray.registry import CANDIDATE, CHAMPION, open_registry
+from apt_ray.registry.mlflow.names import TRIALS_EXPERIMENT
 from tests.registry.registering import register, spoilt
 from tests.serving.fleets import ray_workers
 from tuning.records import SearchStore, TrialRecord
@@ -143,7 +144,7 @@ def assert_every_trial_once(search: RunningSearch, uri: str, category: str, tria
     assert [record.number for record in records] == list(range(trials))
     assert {(record.status, record.steps) for record in records} == {("finished", STEPS)}
     assert logged_trials(uri, search.name) == [f"{category}/{n}" for n in range(trials)]
-    _, version = Registry(uri).load(category, CANDIDATE)
+    _, version = open_registry(uri).load(category, CANDIDATE)
     assert version.tags["search"] == search.name
 
 
@@ -158,12 +159,12 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     tracking_uri = stack.environment["MLFLOW_TRACKING_URI"]
     summary_file = tmp_path / "summary.json"
     pictures = sorted((sample_data / "washer" / "train" / "good").iterdir())
-    registry = Registry(tracking_uri)
+    registry = open_registry(tracking_uri)
     before = spoilt(prompt_set.with_category("washer"))
     space = tmp_path / "space.yaml"
     space.write_text(
         "context_length: {low: 2, high: 16}\nnoise_strength: {choices: [0.1, 0.3]}\n"
-        "region: {choices: [random, object]}\n"
+        "region: {choices: [random, everywhere]}\n"
     )
     register(registry, before, support=tuple(pictures[-2:]))
     submitted = subprocess.run(
@@ -216,7 +217,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     )
     assert winner["steps"] == found.settings.steps == 8
     assert all(winner[name] == washer["settings"][name] for name in read_space(space))
-    assert {trial["region"] for trial in washer["trials"]} == {"random", "object"}
+    assert {trial["region"] for trial in washer["trials"]} == {"random", "everywhere"}
     # One for each seed and region.
     assert len(list((tmp_path / "banks").glob("*.safetensors"))) == 4
 
@@ -268,11 +269,11 @@ def test_a_killed_driver_is_resumed_where_it_was(
             known = before[record.number]
             assert record.settings == known.settings
             assert record.held_out[: len(known.steps)] == known.held_out
-    version = Registry(uri).resolve("textile", CANDIDATE).version
+    version = open_registry(uri).resolve("textile", CANDIDATE).version
 
     running.start("--resume", running.name)  # nothing is left to do
     running.wait()
-    assert Registry(uri).resolve("textile", CANDIDATE).version == version
+    assert open_registry(uri).resolve("textile", CANDIDATE).version == version
 
 
 @pytest.mark.slow
@@ -297,7 +298,7 @@ def test_a_stopped_search_registers_the_best_so_far_within_ten_seconds(
     began = time.monotonic()
     assert running.process.wait(60) == 143, running.log()
     assert time.monotonic() - began < 10
-    registry = Registry(stack.environment["MLFLOW_TRACKING_URI"])
+    registry = open_registry(stack.environment["MLFLOW_TRACKING_URI"])
     version = registry.resolve("blister", CANDIDATE)
     assert version.tags["search_status"] == "cut off"
     assert CHAMPION not in version.aliases
@@ -369,7 +370,7 @@ def test_private_ray_own_engines_a_single_shot_and_never_promoted(
         MLFLOW_TRACKING_URI=mlflow_server,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    registry = Registry(mlflow_server)
+    registry = open_registry(mlflow_server)
     assert "textile" not in registry.champions()
     prompt_set, _ = registry.load("textile", CANDIDATE)
     assert prompt_set.settings == FitSettings(steps=4)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from apt_ray.validation.report.page import write_report
 
 from apt_ray.cli.main import main
 from apt_ray.config import FitSettings
@@ -13,7 +14,6 @@ from apt_ray.errors import WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.validation.evaluation import Result, evaluate
 from apt_ray.validation.examples import choose
-from apt_ray.validation.report import write_report
 
 
 class Page(HTMLParser):

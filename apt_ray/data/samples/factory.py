@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from apt_ray.data.folders import GOOD
+from apt_ray.data.samples.board import Board
 from apt_ray.data.samples.products import Blister, Product, Textile, Washer
-from apt_ray.data.samples.scene import Scene
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.files import write_json, writing
 
@@ -40,12 +40,12 @@ def draw_sample(
             f"{category} has no defect {defect_type!r}, only {', '.join(product_class.DEFECTS)}"
         )
     product_rng, defect_rng, camera_rng = np.random.default_rng(seed).spawn(3)
-    scene = Scene.blank(product_rng, size)
-    product = product_class(scene)
-    scene.rng = defect_rng
+    board = Board.blank(product_rng, size)
+    product = product_class(board)
+    board.rng = defect_rng
     if defect_type != GOOD:
         getattr(product, defect_type)()
-    return scene.photograph(camera_rng)
+    return board.photograph(camera_rng)
 
 
 def write_samples(

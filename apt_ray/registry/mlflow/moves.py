@@ -12,17 +12,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
-from typing import Literal
+from dataclasses import asdict
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from apt_ray.errors import RegistryConflictError
-from apt_ray.registry.names import CHAMPION, model_name
-
-Action = Literal["first", "promote", "rollback", "by hand"]
+from apt_ray.registry.history import Action, History, Move
+from apt_ray.registry.mlflow.names import model_name
+from apt_ray.registry.protocol import CANDIDATE, CHAMPION
 
 _POINTER = "history_run"
 _MOVE = "move."
@@ -31,94 +29,24 @@ _ABANDONED_S = 60.0
 _LONGEST_WHY = 2000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Move:
-    """One change of a category's champion.
-
-    Attributes:
-        number: its place in the history, from 1; 0 for one that was made past apt-ray.
-        at: when, ISO 8601 in UTC.
-        who: user and machine.
-        action: what kind of move.
-        source: the version that served before, None if there was none.
-        target: the version that serves since.
-        why: the verdict or the reason given.
-    """
-
-    number: int
-    at: str
-    who: str
-    action: Action
-    source: int | None
-    target: int
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class History:
-    """A category's champion and how it came to be that.
-
-    Attributes:
-        champion: the version that serves now, if any.
-        candidate: the newest version, if any.
-        moves: oldest first; the last is "by hand" if the alias was moved past apt-ray since.
-    """
-
-    category: str
-    champion: int | None
-    candidate: int | None
-    moves: tuple[Move, ...]
-    run_id: str | None
-
-    @property
-    def recorded(self) -> int:
-        """How many moves stand in the registry."""
-        return max((move.number for move in self.moves), default=0)
-
-    def earlier(self) -> list[int]:
-        """The versions that served before the present one, latest first; what was rolled back is
-        not among them."""
-        served: list[int] = []
-        for move in self.moves:
-            if move.action == "rollback" and move.target in served:
-                del served[served.index(move.target) + 1 :]
-            else:
-                # A version that comes back for good counts from then on.
-                served = [version for version in served if version != move.target]
-                served.append(move.target)
-        return served[-2::-1]
-
-
 def read_history(client: MlflowClient, category: str) -> History:
     """The history of a category that exists."""
+    return _read(client, category)[0]
+
+
+def _read(client: MlflowClient, category: str) -> tuple[History, str | None]:
+    """The history and the run that keeps it, if there is one already."""
     model = client.get_registered_model(model_name(category))
     aliases = {alias: int(version) for alias, version in model.aliases.items()}
-    champion = aliases.get(CHAMPION)
     run_id = model.tags.get(_POINTER)
-    moves: list[Move] = []
-    if run_id:
-        tags = client.get_run(run_id).data.tags
-        moves = [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(_MOVE)]
-    last = moves[-1].target if moves else None
-    if champion is not None and champion != last:
-        moves.append(
-            Move(
-                number=0,
-                at="",
-                who="",
-                action="by hand",
-                source=last,
-                target=champion,
-                why="the alias was moved in MLflow itself",
-            )
-        )
-    return History(
-        category=category,
-        champion=champion,
-        candidate=aliases.get("candidate"),
-        moves=tuple(moves),
-        run_id=run_id,
+    tags = client.get_run(run_id).data.tags if run_id else {}
+    history = History.of(
+        category,
+        champion=aliases.get(CHAMPION),
+        candidate=aliases.get(CANDIDATE),
+        recorded=[Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(_MOVE)],
     )
+    return history, run_id
 
 
 def move_champion(
@@ -136,25 +64,15 @@ def move_champion(
     Raises:
         RegistryConflictError: another move was made, or is being made; nothing was changed.
     """
-    category, number = history.category, history.recorded + 1
-    tickets = _take_ticket(client, category, number)
+    category = history.category
+    tickets = _take_ticket(client, category, history.recorded + 1)
     try:
-        now = read_history(client, category)
-        if (now.recorded, now.champion) != (history.recorded, history.champion):
-            raise RegistryConflictError(_overtaken(now))
-        set_alias(client, category, CHAMPION, target)
-        missed = [move for move in now.moves if not move.number]
-        made = Move(
-            number=0,
-            at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            who=_who(),
-            action=action,
-            source=history.champion,
-            target=target,
-            why=why[:_LONGEST_WHY],
+        now, run_id = _read(client, category)
+        new = now.followed_by(
+            target, seen=history, action=action, who=_who(), why=why[:_LONGEST_WHY]
         )
-        new = [replace(move, number=number + i) for i, move in enumerate([*missed, made])]
-        run_id = now.run_id or _create_history(client, category, experiment_id)
+        set_alias(client, category, CHAMPION, target)
+        run_id = run_id or _create_history(client, category, experiment_id)
         for move in new:
             client.set_tag(run_id, f"{_MOVE}{move.number:06d}", json.dumps(asdict(move)))
         kept = [move for move in now.moves if move.number]
@@ -196,7 +114,7 @@ def _take_ticket(client: MlflowClient, category: str, number: int) -> list[str]:
         try:
             taken = client.get_registered_model(ticket)
         except MlflowException:
-            raise RegistryConflictError(_overtaken(read_history(client, category))) from None
+            raise read_history(client, category).conflict() from None
         if time.time() - taken.creation_timestamp / 1000 < _ABANDONED_S:
             raise RegistryConflictError(
                 f"{taken.description} at this moment: look at the history, then decide again"
@@ -221,19 +139,6 @@ def _forget(client: MlflowClient, ticket: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-
-
-def _overtaken(history: History) -> str:
-    last = history.moves[-1] if history.moves else None
-    what = (
-        f"{last.who} made version {last.target} the champion at {last.at} ({last.why})"
-        if last and last.number
-        else f"the champion is version {history.champion} now"
-    )
-    return (
-        f"the champion of {history.category} was moved in the meantime: {what}; nothing was"
-        " changed: look at the history, then decide again"
-    )
 
 
 def _who() -> str:

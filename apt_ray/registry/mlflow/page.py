@@ -1,12 +1,13 @@
 """The Markdown that a person finds in MLflow: the page of a category and that of a version."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import urlencode
 
-from apt_ray.registry.mlflow.contents import Record, picture_path
-from apt_ray.registry.mlflow.moves import Move
-from apt_ray.registry.names import CANDIDATE, CHAMPION
+from apt_ray.registry.contents import Record, picture_path
+from apt_ray.registry.history import Move
+from apt_ray.registry.protocol import CANDIDATE, CHAMPION
+from apt_ray.tables import markdown
 
 _SHOWN_MOVES = 10
 _SPACE = "&emsp;"
@@ -33,7 +34,7 @@ def describe_category(category: str, moves: Sequence[Move] = ()) -> str:
             move.who,
             move.action,
             f"{move.source or '-'} → {move.target}",
-            _cell(move.why),
+            move.why,
         )
         for move in reversed(moves[-_SHOWN_MOVES:])
     ]
@@ -43,8 +44,8 @@ Finds defects in pictures of **{category}**. Each version is a prompt set that a
 few good pictures.
 
 - `{CHAMPION}` is the version that serves, `{CANDIDATE}` the newest one.
-- To let the candidate serve: `python -m serving.fleet promote {category}`
-- To go back: `python -m serving.fleet rollback {category}`
+- To let the candidate serve: `apt-ray registry promote {category}`
+- To go back: `apt-ray registry rollback {category}`
 - To inspect a picture, ask the fleet:
   `curl --data-binary @part.png http://FLEET/v1/{category}/inspect`
 - To load it in Python: `mlflow.pyfunc.load_model("models:/apt-{category}@{CHAMPION}")`
@@ -113,8 +114,7 @@ def describe_version(record: Record, run_id: str) -> str:
 def with_report(page: str, report: str) -> str:
     """A version's page with a report under its first line, in place of an earlier one."""
     headline, _, rest = page.partition("\n\n")
-    spaced = report.replace(" | ", f"{_SPACE} | ")
-    return f"{headline}\n\n{spaced}{_REPORT_ENDS}{rest.rpartition(_REPORT_ENDS)[2]}"
+    return f"{headline}\n\n{_spaced(report)}{_REPORT_ENDS}{rest.rpartition(_REPORT_ENDS)[2]}"
 
 
 def _artifact(run_id: str, path: str) -> str:
@@ -142,15 +142,10 @@ def _number(text: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else text
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _table(header: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+    return _spaced(markdown(list(header), rows)) if rows else ""
 
 
-def _table(header: Sequence[str] | Mapping[str, object], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    names = list(header)
-    lines = [names, *map(list, rows)]
-    # MLflow sets the cells of a table without any distance.
-    head, *body = (f"| {f'{_SPACE} | '.join(line)} |" for line in lines)
-    return "\n".join([head, "|---" * len(names) + "|", *body])
+def _spaced(text: str) -> str:
+    """MLflow sets the cells of a table without any distance."""
+    return text.replace(" | ", f"{_SPACE} | ")

@@ -31,7 +31,15 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import DataError, RegistryError
 from apt_ray.files import Location
 from apt_ray.images import encode_png, read_image
-from apt_ray.registry.names import DATA, DIRECTORY, HELD_OUT, PICTURES, PROMPT_SET, TRIALS
+
+DIRECTORY = "version"
+"""The one directory of artifacts of a version: registration keeps no other (mlflow#18581)."""
+
+PROMPT_SET = "prompt_set.safetensors"
+TRIALS = "trials.csv"
+DATA = "data.json"
+PICTURES = "pictures"
+HELD_OUT = "held_out"
 
 MAX_HELD_OUT = 8
 """The most normal pictures that a version keeps for promotions."""
@@ -215,7 +223,7 @@ def _write_model(home: Path) -> None:
     }
     # By hand: MLflow's own writer takes seconds to import, and warns about itself.
     (home / "MLmodel").write_text(yaml.safe_dump(model))
-    (home / "requirements.txt").write_text(f"apt-ray=={library_version('apt-ray')}\n")
+    (home / "requirements.txt").write_text(f"apt-ray[registry]=={library_version('apt-ray')}\n")
     (home / "python_env.yaml").write_text(
         f"python: {python}\nbuild_dependencies:\n- pip\ndependencies:\n- -r requirements.txt\n"
     )
