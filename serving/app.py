@@ -6,8 +6,8 @@ when Serve makes one of the classes here; torch and MLflow are imported only the
 
 import asyncio
 import os
-from functools import lru_cache
-from typing import Any, Literal
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI
 from ray import serve
@@ -24,7 +24,7 @@ from serving.api.pools import Answering, Pools, Refusal
 from serving.api.root import create_root_api
 from serving.api.webhooks import SECRET_VARIABLE
 from serving.controller.cache import Cache
-from serving.controller.controller import WAIT_S, Controller, RegistrySource
+from serving.controller.controller import WAIT_S, Controller
 from serving.controller.orders import (
     FleetStatus,
     Orders,
@@ -34,6 +34,9 @@ from serving.controller.orders import (
     StoredVersion,
 )
 from serving.settings import Auth, Batching, HttpLimits, PoolName, RegistrySettings
+
+if TYPE_CHECKING:
+    from apt_ray.registry import Registry
 
 POOL_DEPLOYMENT = "Pool"
 ROOT_DEPLOYMENT = "Root"
@@ -178,7 +181,7 @@ class ControllerReplica:
 
     def __init__(self, args: ControllerArgs) -> None:
         self._controller = Controller(
-            RegistrySource(args.tracking_uri),
+            partial(_open_registry, args.tracking_uri),
             Cache(args.registry.cache, args.tracking_uri),
             poll_s=args.registry.poll_s,
         )
@@ -210,6 +213,12 @@ class ControllerReplica:
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
+
+
+def _open_registry(address: str) -> "Registry":
+    from apt_ray.registry import open_registry  # with torch: for the controller only
+
+    return open_registry(address)
 
 
 class _RemoteController:

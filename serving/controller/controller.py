@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field
 
@@ -43,14 +43,6 @@ _AUDIT_LINES = 200
 Found = TypeVar("Found", Orders, Routes)
 
 
-class Source(Protocol):
-    """The registry as the controller needs it; both may take seconds and raise RegistryError."""
-
-    def aliases(self) -> dict[str, dict[str, int]]: ...
-
-    def fetch(self, category: str, version: int) -> StoredVersion: ...
-
-
 class Aliases(Settings):
     """The registry's aliases: category -> alias -> version."""
 
@@ -61,7 +53,7 @@ class Controller:
     """Decides what every pool serves.
 
     Args:
-        source: the registry.
+        registry: opens the registry; called in threads, since importing MLflow takes seconds.
         cache: what is known when the registry is away.
         poll_s: seconds between two queries.
         clock: seconds that never go back.
@@ -69,13 +61,13 @@ class Controller:
 
     def __init__(
         self,
-        source: Source,
+        registry: "Callable[[], Registry]",
         cache: Cache,
         *,
         poll_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._source = source
+        self._open_registry = registry
         self._cache = cache
         self._poll_s = poll_s
         self._clock = clock
@@ -120,7 +112,7 @@ class Controller:
     async def poll(self) -> None:
         """Ask the registry once. Without an answer, what it last said stays true."""
         try:
-            found = await asyncio.to_thread(self._source.aliases)
+            found = await asyncio.to_thread(lambda: self._open_registry().aliases())
         except AptError as error:
             if self._registry != str(error):
                 self._note("registry away", reason=str(error))
@@ -164,7 +156,7 @@ class Controller:
         """A version's prompt set, from the cache or the registry. Raises RegistryError."""
         stored = await asyncio.to_thread(self._cache.get, category, version)
         if stored is None:
-            stored = await asyncio.to_thread(self._source.fetch, category, version)
+            stored = await asyncio.to_thread(self._load, category, version)
             await asyncio.to_thread(self._cache.put, stored)
         return stored
 
@@ -188,6 +180,15 @@ class Controller:
     async def audit_lines(self) -> list[dict[str, object]]:
         """The last operations, oldest first."""
         return list(self._audit)
+
+    def _load(self, category: str, version: int) -> StoredVersion:
+        prompt_set, registered = self._open_registry().load(category, str(version))
+        return StoredVersion(
+            category=category,
+            version=registered.version,
+            run_id=registered.run_id,
+            data=prompt_set.to_bytes(),
+        )
 
     def _status_of(
         self,
@@ -317,30 +318,6 @@ class Controller:
                 after=new.version if new else None,
                 problem=new.problem if new else None,
             )
-
-
-class RegistrySource:
-    """The registry, imported only where it is used: MLflow takes seconds."""
-
-    def __init__(self, tracking_uri: str) -> None:
-        self._tracking_uri = tracking_uri
-
-    def aliases(self) -> dict[str, dict[str, int]]:
-        return self._registry().aliases()
-
-    def fetch(self, category: str, version: int) -> StoredVersion:
-        prompt_set, registered = self._registry().load(category, str(version))
-        return StoredVersion(
-            category=category,
-            version=registered.version,
-            run_id=registered.run_id,
-            data=prompt_set.to_bytes(),
-        )
-
-    def _registry(self) -> "Registry":
-        from apt_ray.registry import open_registry
-
-        return open_registry(self._tracking_uri)
 
 
 def _places(plan: Plan) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
 
 from apt_ray.errors import FleetError, SettingsError
-from apt_ray.registry import Registry
+from apt_ray.registry import CHAMPION, Registry
 from serving.app import CONTROLLER, pool_application
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan
 from serving.deploy.cluster import Cluster
@@ -107,7 +107,7 @@ def resolve(fleet: Fleet, registry: Registry) -> dict[str, CategoryEntry]:
             if entry.version is not None or entry.alias not in aliases.get(name, {}):
                 registry.resolve(name, entry.reference)  # it exists, or the error says what does
         return fleet.categories
-    champions = sorted(name for name, known in aliases.items() if "champion" in known)
+    champions = sorted(name for name, known in aliases.items() if CHAMPION in known)
     if not champions:
         raise FleetError(
             f"the registry at {registry.address} has no category with a champion: tune one first,"

@@ -1,6 +1,5 @@
 """Promotion, history and the way back, against a real MLflow server."""
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from mlflow import MlflowClient
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryConflictError, RegistryError
-from apt_ray.registry import Move, Registry, open_registry, promote, roll_back
+from apt_ray.registry import Registry, open_registry, promote, roll_back
 from apt_ray.registry.mlflow import moves
 from apt_ray.validation import versions
 from apt_ray.validation.versions import compare_prompt_sets
@@ -150,39 +149,6 @@ def test_a_move_by_hand_is_seen_and_can_be_undone(
     assert [move.number for move in registry.history("hand").moves] == [1, 2, 3, 4]
 
 
-def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(
-    registry: Registry, served: Callable[[str, int], None]
-) -> None:
-    served("race", 1)
-    for seed in (1, 2, 3):
-        registry.register(make_prompt_set("race", seed=seed), pictures={}, trials=[])
-    seen = registry.history("race")
-    outcomes: list[object] = []
-    start = threading.Barrier(3)
-
-    def attempt(version: int) -> None:
-        start.wait()
-        try:
-            outcomes.append(registry.move(seen, version, action="promote", why="mine"))
-        except RegistryConflictError as error:
-            outcomes.append(error)
-
-    threads = [threading.Thread(target=attempt, args=(version,)) for version in (2, 3, 4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (won,) = [outcome for outcome in outcomes if isinstance(outcome, Move)]
-    told = [str(outcome) for outcome in outcomes if isinstance(outcome, RegistryConflictError)]
-    assert len(told) == 2
-    assert all("look at the history" in message for message in told)
-    assert registry.champions()["race"] == won.target
-    assert [move.target for move in registry.history("race").moves] == [1, won.target]
-    # What was seen before is stale for ever.
-    with pytest.raises(RegistryConflictError, match=f"made version {won.target} the champion"):
-        registry.move(seen, 3, action="promote", why="late")
-
-
 def test_a_move_that_died_halfway_holds_up_nobody_for_long(
     registry: Registry,
     mlflow_server: str,
@@ -198,13 +164,3 @@ def test_a_move_that_died_halfway_holds_up_nobody_for_long(
     assert roll_back(registry, "died").target == 1
     left = client.search_registered_models("name LIKE 'moving-%'")
     assert [model.name for model in left if "died" in model.name] == []
-
-
-def test_diff_names_what_differs(registry: Registry, served: Callable[[str, int], None]) -> None:
-    served("diff", 1)
-    registry.register(make_prompt_set("diff", seed=7), pictures={}, trials=[])
-    differences = {name: (left, right) for name, left, right in registry.diff("diff")}
-    assert differences["seed"] == ("0", "7")
-    assert differences["version"] == ("1", "2")
-    assert "sha256" in differences
-    assert "context_length" not in differences

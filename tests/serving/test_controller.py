@@ -2,13 +2,13 @@
 
 import asyncio
 import dataclasses
-import threading
 from pathlib import Path
 
 import pytest
 
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import FleetError, RegistryError
+from apt_ray.errors import FleetError
+from apt_ray.registry import CHAMPION
 from serving.api.access import Access
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
@@ -16,50 +16,35 @@ from serving.controller.orders import Order, Orders, Plan, ReplicaReport, Stored
 from serving.replica.follower import Follower
 from serving.replica.inspector import Inspector
 from serving.settings import Auth, Batching, HttpLimits
+from tests.registry.fake import FakeRegistry
+from tests.registry.registering import make_prompt_set
 
 _TASKS: list[asyncio.Task[None]] = []
 PLAN = Plan.parse({"revision": 1, "pools": {"tail": {"nut": {}, "bolt": {"version": 4}}}})
 
 
-class Shelf:
-    """A registry in memory."""
-
-    def __init__(self, prompt_set: PromptSet | None = None) -> None:
-        self.found = {"nut": {"champion": 1}, "bolt": {"champion": 1}}
-        self.prompt_set = prompt_set
-        self.away = False
-        self.asked = 0
-        self.lock = threading.Lock()
-
-    def aliases(self) -> dict[str, dict[str, int]]:
-        with self.lock:
-            self.asked += 1
-        if self.away:
-            raise RegistryError("no MLflow server answers")
-        return {name: dict(aliases) for name, aliases in self.found.items()}
-
-    def fetch(self, category: str, version: int) -> StoredVersion:
-        if self.away:
-            raise RegistryError("no MLflow server answers")
-        assert self.prompt_set is not None
-        data = self.prompt_set.with_category(category).to_bytes()
-        return StoredVersion(category=category, version=version, run_id="run", data=data)
+def stocked(prompt_set: PromptSet | None = None) -> FakeRegistry:
+    """A registry whose champions are the first of a few versions."""
+    registry = FakeRegistry()
+    for category, versions in (("nut", 2), ("bolt", 4)):
+        for _ in range(versions):
+            named = (prompt_set or make_prompt_set("any")).with_category(category)
+            registry.register(named, pictures={}, trials=[])
+    return registry
 
 
-async def started(
-    shelf: Shelf, folder: Path, *, poll_s: float = 60, plan: Plan = PLAN
-) -> Controller:
-    controller = Controller(shelf, Cache(str(folder), "registry"), poll_s=60)
+async def started(registry: FakeRegistry, folder: Path, *, plan: Plan = PLAN) -> Controller:
+    controller = Controller(lambda: registry, Cache(str(folder), "registry"), poll_s=60)
     await controller.plan(plan)
     _TASKS.append(asyncio.create_task(controller.poll_forever()))  # or it would be collected
     return controller
 
 
 def test_a_move_of_an_alias_reaches_those_who_wait(tmp_path: Path) -> None:
-    shelf = Shelf()
+    registry = stocked()
 
     async def run() -> None:
-        controller = await started(shelf, tmp_path)
+        controller = await started(registry, tmp_path)
         first = await controller.follow("tail", "r", ReplicaReport())
         versions = {name: order.version for name, order in first.categories.items()}
         assert versions == {"nut": 1, "bolt": 4}
@@ -68,7 +53,7 @@ def test_a_move_of_an_alias_reaches_those_who_wait(tmp_path: Path) -> None:
         )
         await asyncio.sleep(0.05)
         assert not waiting.done()
-        shelf.found["nut"]["champion"] = 2
+        registry.set_alias("nut", CHAMPION, 2)
         await controller.wake("webhook")
         second = await asyncio.wait_for(waiting, 5)
         assert second.categories["nut"].version == 2
@@ -80,17 +65,17 @@ def test_a_move_of_an_alias_reaches_those_who_wait(tmp_path: Path) -> None:
 
 
 def test_without_the_registry_the_last_news_holds(tmp_path: Path) -> None:
-    shelf = Shelf()
+    registry = stocked()
 
     async def run() -> None:
-        first = await started(shelf, tmp_path)
+        first = await started(registry, tmp_path)
         assert (await first.follow("tail", "r", ReplicaReport())).categories["nut"].version == 1
-        shelf.away = True
-        second = await started(shelf, tmp_path)  # as after a restart
+        registry.is_away = True
+        second = await started(registry, tmp_path)  # as after a restart
         orders = await second.follow("tail", "r", ReplicaReport())
         assert orders.categories["nut"].version == 1
-        assert "no MLflow server" in (await second.status()).registry
-        third = await started(shelf, tmp_path / "elsewhere")
+        assert "no registry answers" in (await second.status()).registry
+        third = await started(registry, tmp_path / "elsewhere")
         orders = await third.follow("tail", "r", ReplicaReport())
         assert orders.categories["nut"].version is None  # keep what you have
 
@@ -98,7 +83,7 @@ def test_without_the_registry_the_last_news_holds(tmp_path: Path) -> None:
 
 
 def test_the_status_says_what_is_not_as_it_should_be(tmp_path: Path) -> None:
-    shelf = Shelf()
+    registry = stocked()
 
     async def state(controller: Controller, **categories: object) -> tuple[str, str | None]:
         report = ReplicaReport.parse({"orders": "x", "categories": categories})
@@ -107,17 +92,24 @@ def test_the_status_says_what_is_not_as_it_should_be(tmp_path: Path) -> None:
         return status.state, status.problem
 
     async def run() -> None:
-        controller = await started(shelf, tmp_path)
+        controller = await started(registry, tmp_path)
         await controller.poll()
         assert (await controller.status()).categories["nut"].state == "IDLE"
         assert await state(controller) == ("LOADING", None)
         assert await state(controller, nut={"version": 1}) == ("READY", None)
         problem = {"version": 1, "problem": "damaged"}
         assert await state(controller, nut=problem) == ("FAILED", "damaged")
-        del shelf.found["nut"]
+        registry.set_alias("nut", CHAMPION, None)
         await controller.poll()
-        assert (await state(controller, nut={"version": 1}))[0] == "FAILED"
-        away = await started(shelf, tmp_path, plan=Plan(revision=2))
+        status, why = await state(controller, nut={"version": 1})
+        assert status == "FAILED"
+        assert why
+        assert "no alias 'champion' for nut; it has candidate" in why
+        unknown = Plan.parse({"revision": 2, "pools": {"tail": {"washer": {}}}})
+        other = await started(registry, tmp_path, plan=unknown)
+        await other.poll()
+        assert "no category 'washer'" in str((await other.status()).categories["washer"])
+        away = await started(registry, tmp_path, plan=Plan(revision=2))
         assert (await away.status()).categories == {}
 
     asyncio.run(run())
@@ -160,10 +152,10 @@ def replica(line: Line, folder: Path) -> tuple[Follower, Inspector, Access]:
 
 
 def test_a_replica_follows_and_starts_from_its_cache(tmp_path: Path, prompt_set: PromptSet) -> None:
-    shelf = Shelf(prompt_set)
+    registry = stocked(prompt_set)
 
     async def run() -> None:
-        controller = await started(shelf, tmp_path / "controller")
+        controller = await started(registry, tmp_path / "controller")
         line = Line(controller)
         follower, inspector, _ = replica(line, tmp_path / "replica")
         await follower.start(patience_s=20)
@@ -172,7 +164,7 @@ def test_a_replica_follows_and_starts_from_its_cache(tmp_path: Path, prompt_set:
             "bolt": 4,
         }
         following = asyncio.create_task(follower.follow_forever())
-        shelf.found["nut"]["champion"] = 2
+        registry.set_alias("nut", CHAMPION, 2)
         await controller.wake("test")
         while inspector.serves()["nut"].version != 2:
             await asyncio.sleep(0.05)
@@ -207,13 +199,13 @@ def test_a_replica_follows_and_starts_from_its_cache(tmp_path: Path, prompt_set:
 def test_one_bad_category_leaves_the_rest_of_its_pool_alone(
     tmp_path: Path, prompt_set: PromptSet
 ) -> None:
-    shelf = Shelf(prompt_set)
+    registry = stocked(prompt_set)
     plan = Plan.parse(
         {"revision": 1, "pools": {"tail": {"nut": {}, "bolt": {"false_alarm_rate": 0.01}}}}
     )
 
     async def run() -> None:
-        controller = await started(shelf, tmp_path / "controller", plan=plan)
+        controller = await started(registry, tmp_path / "controller", plan=plan)
         follower, inspector, _ = replica(Line(controller), tmp_path / "replica")
         await follower.start(patience_s=20)
         assert list(inspector.serves()) == ["nut"]
