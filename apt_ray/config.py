@@ -1,7 +1,8 @@
 """The frozen, validated settings: which backbone, and how one prompt set is fitted."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -13,6 +14,8 @@ NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 BUILTIN = "builtin"
 
 Precision = Literal["float32", "bfloat16"]
+
+NoiseRegion = Literal["random", "everywhere"]
 
 SomeSettings = TypeVar("SomeSettings", bound="Settings")
 
@@ -36,11 +39,26 @@ class Settings(BaseModel):
             raise SettingsError(f"invalid settings: {problems}") from None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """How a setting is spelt on the command line, where that is not plainly its name.
+
+    It stands in the field's annotation: `steps: Annotated[int, Flag(names=("--max-steps",))]`.
+
+    Attributes:
+        names: The flag and its synonyms; empty means `--` and the field's name.
+        metavar: What stands for the value in the help; None is the last word of the flag.
+    """
+
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+
+
 class BackboneSpec(Settings):
     """Which vision-language model, and how its patch tokens are read. Stored in each prompt set."""
 
-    name: str = Field(
-        default=BUILTIN, description="'builtin', or an architecture of open_clip, e.g. ViT-B-16."
+    name: Annotated[str, Flag(names=("--backbone",), metavar="NAME")] = Field(
+        default=BUILTIN, description="'builtin', or a CLIP ViT of open_clip, e.g. ViT-B-16."
     )
     pretrained: str | None = Field(
         default=None, description="A pretrained tag of open_clip, or a local checkpoint file."
@@ -135,7 +153,7 @@ class FitSettings(Settings):
         description="What noise is added to: pixels, patch tokens (then relative to their"
         " length), or either in turn.",
     )
-    region: Literal["random", "object"] = Field(
+    region: NoiseRegion = Field(
         default="random", description="Where noise falls: in random regions, or everywhere."
     )
     object_mask: bool = Field(
@@ -163,6 +181,12 @@ class FitSettings(Settings):
     false_alarm_rate: float = Field(
         default=0.05, gt=0, lt=1, description="Share of good parts that may be rejected."
     )
+
+    @field_validator("region", mode="before")
+    @classmethod
+    def _older_name(cls, value: Any) -> Any:
+        """Prompt sets written by version 0.1 say "object" for "everywhere"."""
+        return "everywhere" if value == "object" else value
 
     @field_validator("noise_strength")
     @classmethod

@@ -3,6 +3,7 @@
 AptError
 ├── SettingsError              a setting outside its range
 ├── DataError                  a folder or file of pictures that cannot be used
+├── WriteError                 a file or folder that cannot be written
 ├── ImageError                 bytes that are not an acceptable image
 │   ├── ImageTooLargeError     more bytes or pixels than allowed
 │   └── UnsupportedImageError  a file type that is not accepted
@@ -11,7 +12,8 @@ AptError
 ├── RegistryError              the MLflow server refuses, or lacks what was asked for
 │   ├── RegistryUnavailableError   it does not answer
 │   └── RegistryConflictError      somebody else was faster
-└── FleetError                 a fleet that cannot be deployed or reached
+├── FleetError                 a fleet that cannot be deployed or reached
+└── MissingDependencyError     a library is not installed; an ImportError, too
 """
 
 
@@ -25,6 +27,10 @@ class SettingsError(AptError):
 
 class DataError(AptError):
     """A folder or file of pictures cannot be used."""
+
+
+class WriteError(AptError):
+    """A file or folder cannot be written; what was there before is unharmed."""
 
 
 class ImageError(AptError):
@@ -61,3 +67,7 @@ class RegistryConflictError(RegistryError):
 
 class FleetError(AptError):
     """The fleet cannot be deployed or reached."""
+
+
+class MissingDependencyError(AptError, ImportError):
+    """A library is not installed that this part of apt-ray needs; the message installs it."""

@@ -9,7 +9,6 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from apt_ray.errors import (
     ImageTooLargeError,
     UnsupportedImageError,
 )
+from apt_ray.files import Location, read_file
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -50,7 +50,7 @@ class ImageLimits:
     max_pixels: int = 40_000_000
 
 
-# A disk of our own needs no limit on bytes.
+# Files of our own need no limit on bytes.
 _LOCAL_LIMITS = ImageLimits(max_bytes=sys.maxsize)
 _open_lock = threading.Lock()
 
@@ -73,21 +73,21 @@ def decode_image(
         raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
 
 
-def read_image(path: Path) -> Image.Image:
-    """`decode_image` of a local file, without the limit on bytes. Raises DataError."""
+def read_image(path: Location) -> Image.Image:
+    """`decode_image` of a file of our own, without the limit on bytes. Raises DataError."""
     try:
-        return decode_image(_read(path), limits=_LOCAL_LIMITS, source=str(path))
+        return decode_image(read_file(path), limits=_LOCAL_LIMITS, source=str(path))
     except ImageError as error:
         raise DataError(str(error)) from error
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+def read_mask(path: Location, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Ground-truth mask (H, W): True where the file is not black.
 
     Raises DataError if the file cannot be read or is not of `size` = (width, height).
     """
     try:
-        image = _open(_read(path), _LOCAL_LIMITS, str(path))
+        image = _open(read_file(path), _LOCAL_LIMITS, str(path))
         mask_HW = np.asarray(image.convert("L")) > 0
     except ImageError as error:
         raise DataError(str(error)) from error
@@ -137,13 +137,6 @@ def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:

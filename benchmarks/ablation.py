@@ -22,6 +22,7 @@ from tqdm import tqdm
 from apt_ray import find_categories, load_backbone
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
+from apt_ray.files import write_whole
 from apt_ray.pretraining.defects import HELD_OUT_DEFECTS
 from apt_ray.pretraining.generator import generate
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES
@@ -47,7 +48,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "margin_weight 1": ({}, {"margin_weight": 1.0}),
     "noise token": ({}, {"noise": "token"}),
     "noise mixed": ({}, {"noise": "mixed"}),
-    "region object": ({}, {"region": "object"}),
+    "region everywhere": ({}, {"region": "everywhere"}),
     "no object mask": ({}, {"object_mask": False}),
     "noise_strength 0.1": ({}, {"noise_strength": 0.1}),
     "noise_strength 0.6": ({}, {"noise_strength": 0.6}),
@@ -108,7 +109,7 @@ def main() -> None:
             rows.append(f"| {name} | {_cells(values, default)} | {seconds:.1f} |")
             print(rows[-1], flush=True)
             if options.out is not None:
-                options.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
+                write_whole(options.out, "\n".join(rows) + "\n")
 
 
 def draw_products(root: Path, products: int, pictures: int, size: int = 192) -> None:

@@ -27,8 +27,8 @@ from apt_ray.cli.flags import add_backbone_flags, given_backbone
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError
-from apt_ray.features.clip import FrozenCLIP, load_backbone
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.clip import load_backbone
+from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.files import location
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import TestSet
@@ -49,7 +49,7 @@ class EncodedTestSet:
         test: the images and what is true of them.
     """
 
-    def __init__(self, category: Category, backbone: FrozenCLIP, bar: tqdm[None]) -> None:
+    def __init__(self, category: Category, backbone: Backbone, bar: tqdm[None]) -> None:
         self.test = TestSet.read(category)
         self._backbone, self._bar = backbone, bar
         begun = time.perf_counter()
@@ -128,7 +128,7 @@ class EncodedTestSet:
 
 def measure(
     categories: Sequence[Category],
-    backbone: FrozenCLIP,
+    backbone: Backbone,
     ledger: Ledger,
     *,
     methods: Sequence[Method] = METHODS,

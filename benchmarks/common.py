@@ -1,6 +1,5 @@
 """What several benchmarks share."""
 
-import json
 import statistics
 import threading
 import time
@@ -15,11 +14,15 @@ import psutil
 import torch
 from PIL import Image
 
+from apt_ray.anomalies.bank import SupportBank, encode_support
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import BUILTIN, BackboneSpec, FitSettings, Precision
 from apt_ray.data.folders import find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.protocol import Backbone
 from apt_ray.features.torchvision_guard import import_open_clip
+from apt_ray.files import write_json
 from apt_ray.images import read_image
 from tuning.space import DEFAULT_SPACE, distributions
 
@@ -102,7 +105,7 @@ def write_rows(rows: Sequence[Row], file: Path | None) -> None:
             f" | {row['unit']} |"
         )
     if file:
-        file.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(file, rows)
 
 
 def random_weights(name: str, folder: Path) -> BackboneSpec:
@@ -130,6 +133,19 @@ def sample_images(count: int) -> list[Image.Image]:
         write_samples(Path(folder))
         (category,) = find_categories(Path(folder), [_CATEGORY])
         return [read_image(path) for path in category.good[:count]]
+
+
+def sample_bank(
+    backbone: Backbone, images: Sequence[Image.Image], *, strengths: Sequence[float]
+) -> SupportBank:
+    """The bank of images of `sample_images`."""
+    spec = BankSpec(
+        fingerprint=backbone.fingerprint,
+        support=tuple(f"sample {place}" for place in range(len(images))),
+        seed=0,
+        strengths=tuple(strengths),
+    )
+    return encode_support(backbone, images, spec)
 
 
 def searched_settings(count: int, *, steps: int) -> list[FitSettings]:

@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt_ray.config import Precision
-from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.clip import load_backbone
+from apt_ray.features.protocol import Backbone
 from benchmarks.common import Row, median_seconds, random_weights, write_rows
 
 _SIDES = {"cpu": 2048, "cuda": 8192}
@@ -53,7 +54,7 @@ def main() -> None:
     write_rows(rows, options.json)
 
 
-def _row(backbone: FrozenCLIP, batch: int, ceiling: float, repeats: int) -> Row:
+def _row(backbone: Backbone, batch: int, ceiling: float, repeats: int) -> Row:
     size = backbone.input_size
     pixels_B3HW = torch.rand(batch, 3, size, size, device=backbone.device)
     with FlopCounterMode(display=False) as counter:

@@ -15,16 +15,23 @@ from typing import get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from apt_ray.anomalies.bank import encode_support
 from apt_ray.config import FitSettings, Precision
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.batches import draw_batches
 from apt_ray.prompts.fit import fit
 from apt_ray.prompts.guidance import meta_features
 from apt_ray.prompts.lanes import Lane, fold
 from apt_ray.prompts.losses import gradients_at_text
 from apt_ray.prompts.trainer import PromptTrainer
-from benchmarks.common import Row, load, median_seconds, sample_images, timed, write_rows
+from benchmarks.common import (
+    Row,
+    load,
+    median_seconds,
+    sample_bank,
+    sample_images,
+    timed,
+    write_rows,
+)
 
 _SIDE = 1024
 
@@ -47,14 +54,14 @@ def main() -> None:
     ceiling = _ceiling(backbone, options.repeats)
     settings = FitSettings(steps=options.steps)
     images = sample_images(options.shots)
-    bank = encode_support(backbone, images, seed=0, strengths=[0.3], judged=False)
+    bank = sample_bank(backbone, images, strengths=[0.3])
     lanes = [
         Lane(settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=0),
         *(fold(bank, image, settings) for image in range(bank.shots)),
     ]
     parts: dict[str, tuple[Callable[[], object], int]] = {
         "encoding": (
-            lambda: encode_support(backbone, images, seed=0, strengths=[0.3], judged=False),
+            lambda: sample_bank(backbone, images, strengths=[0.3]),
             1,
         ),
         **{name: (part, options.steps) for name, part in _parts_of_a_step(backbone, lanes).items()},
@@ -85,7 +92,7 @@ def main() -> None:
     write_rows(rows, options.json)
 
 
-def _parts_of_a_step(backbone: FrozenCLIP, lanes: list[Lane]) -> dict[str, Callable[[], object]]:
+def _parts_of_a_step(backbone: Backbone, lanes: list[Lane]) -> dict[str, Callable[[], object]]:
     """A step of all lanes in its parts, on tensors of the step's own sizes."""
     settings = lanes[0].settings
     generators = [torch.Generator().manual_seed(lane.seed) for lane in lanes]
@@ -122,7 +129,7 @@ def _parts_of_a_step(backbone: FrozenCLIP, lanes: list[Lane]) -> dict[str, Calla
     }
 
 
-def _ceiling(backbone: FrozenCLIP, repeats: int) -> float:
+def _ceiling(backbone: Backbone, repeats: int) -> float:
     """Operations a second of a large product of matrices of the backbone's precision."""
     device, dtype = backbone.device, getattr(torch, backbone.spec.precision)
     a, b = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))

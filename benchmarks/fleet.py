@@ -26,6 +26,7 @@ from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import HOST, LocalStack, Server, command_environment, free_ports
 from apt_ray.features.clip import load_backbone
+from apt_ray.files import write_json
 from apt_ray.images import decode_image
 from apt_ray.prompts.fit import fit
 
@@ -244,10 +245,9 @@ def echo() -> Iterator[str]:
 
 def write(path: Path | None, result: object) -> None:
     """Print a result, and write it if a path is given."""
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if path:
-        path.write_text(text + "\n")
+        write_json(path, result)
 
 
 def _haproxy(private: Path) -> dict[str, str]:

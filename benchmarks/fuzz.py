@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from apt_ray.errors import ImageError
+from apt_ray.files import write_json
 from apt_ray.images import ImageLimits, decode_image
 from tests.tuning.mutations import mutated
 
@@ -59,7 +60,7 @@ def main() -> int:
     }
     print(json.dumps(result, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, result)
     return 1 if unexpected else 0
 
 

@@ -5,7 +5,6 @@ score and the regions are in.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from apt_ray import Detector, PromptSet, load_backbone, read_image
+from apt_ray.files import write_json
 from apt_ray.images import IMAGE_SUFFIXES
 
 
@@ -56,7 +56,7 @@ def main() -> None:
             f" {options.threads} threads, batch {len(images)}: {milliseconds:.1f} ms an image"
         )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

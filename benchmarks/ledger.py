@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apt_ray.errors import DataError
+from apt_ray.files import write_json, writing
 
 Floats = NDArray[np.float64]
 
@@ -74,17 +74,14 @@ class Ledger:
         self.rows[row.key], self.resamples[row.key] = row, resamples
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {
             "/".join(map(str, (*key, metric))): values
             for key, metrics in self.resamples.items()
             for metric, values in metrics.items()
         }
-        with _replacing(self._path.with_suffix(".npz")) as part, part.open("wb") as file:
+        with writing(self._path.with_suffix(".npz")) as place, place.open("wb") as file:
             np.savez(file, **{_SETUP: np.array(json.dumps(self._setup))}, **arrays)
-        with _replacing(self._path) as part:
-            rows = [asdict(one) for one in self.rows.values()]
-            part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(self._path, [asdict(one) for one in self.rows.values()])
 
     def _read(self, path: Path) -> None:
         remedy = "give another --json FILE, or remove this one to begin again"
@@ -105,19 +102,3 @@ class Ledger:
             key = Key(method, category, int(shots), int(seed))
             self.resamples.setdefault(key, {})[metric] = values
         self.rows = {row.key: row for row in rows if row.key in self.resamples}
-
-
-class _replacing:
-    """A file beside `path` to be written to, which takes its place when all went well."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._part = path, path.with_name(f"{path.name}.part")
-
-    def __enter__(self) -> Path:
-        return self._part
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self._part, self._path)  # noqa: PTH105 (atomic, and says so)
-        else:
-            self._part.unlink(missing_ok=True)

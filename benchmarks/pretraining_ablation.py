@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
+from apt_ray.files import write_whole
+from apt_ray.pretraining.measuring import encode_held_out, fit_constants, measure, state_features
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.train import train
 
@@ -61,7 +62,7 @@ def main() -> None:
         settings = TrainSettings.model_validate(values)
         rows.append(f"| {name} | {_figures(settings, options.pairs, options.device)} |")
         print(rows[-1], flush=True)
-        options.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_whole(options.out, "\n".join(rows) + "\n")
 
 
 def _figures(settings: TrainSettings, pairs: int, device: str) -> str:

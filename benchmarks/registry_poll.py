@@ -7,7 +7,6 @@ sqlite database. The baseline is MLflow's own client with the same request.
 """
 
 import argparse
-import json
 import os
 import sqlite3
 import subprocess
@@ -25,6 +24,7 @@ from apt_ray.detection.calibration import calibrate
 from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
+from apt_ray.files import write_json
 from apt_ray.registry import open_registry, promote
 
 _TABLES = (
@@ -76,7 +76,7 @@ def main() -> None:
             }
         )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(options.json, rows)
 
 
 def _measure(server: Server, ask: Callable[[], object]) -> dict[str, float]:

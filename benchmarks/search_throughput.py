@@ -29,10 +29,12 @@ import torch
 from ray import tune
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
-from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.anomalies.spec import BankSpec
+from apt_ray.config import NOISE_LADDER, BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import fold
 from apt_ray.prompts.trainer import PromptTrainer
@@ -40,12 +42,11 @@ from apt_ray.validation.synthetic import judge_folds
 from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
 from tuning.cluster import start_encoding, start_engines, wait_until_ready
 from tuning.progress import say
-from tuning.records import SearchStore
+from tuning.records import SearchPlan, SearchStore
 from tuning.results import choose_winner
 from tuning.runner import run_trials
 from tuning.searcher import CategoriesSearcher
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
-from tuning.space import DEFAULT_SPACE
 from tuning.trial import TrialPlan
 
 _CATEGORY = "washer"
@@ -65,14 +66,8 @@ def main() -> None:
                 "support_seeds": tuple(range(options.seeds)),
                 "trials": options.trials,
                 "live_trials": options.live_trials,
-                "searcher": "random",
                 "scheduler": "none",
-                "objective": "mean",
                 "steps": options.steps,
-                "time_budget_s": None,
-                "seed": 0,
-                "promote": "never",
-                "space": DEFAULT_SPACE,
                 "backbone": random_weights(options.backbone, folder),
             }
         )
@@ -128,7 +123,7 @@ def _search(
 ) -> float:
     """The trials of a search; the best held-out value."""
     store = SearchStore(str(folder), "search")
-    store.create({})
+    store.create(SearchPlan(data="", categories=(category.name,), settings=settings))
     engine = EngineSettings.parse({"mode": mode, "threads": options.engine_threads})
     engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
     wait_until_ready(engines)
@@ -200,8 +195,17 @@ def _load_once(spec: BackboneSpec) -> FrozenCLIP:
     return load_backbone(spec)
 
 
-def _encode(spec: BackboneSpec, support: Sequence[Path], seed: int) -> SupportBank:
-    return encode_support(_load_once(spec), [read_image(path) for path in support], seed=seed)
+def _encode(spec: BackboneSpec, support: Sequence[Location], seed: int) -> SupportBank:
+    backbone = _load_once(spec)
+    made_from = BankSpec.of(
+        FitSettings(),
+        support,
+        fingerprint=backbone.fingerprint,
+        seed=seed,
+        strengths=NOISE_LADDER,
+        judged=True,
+    )
+    return encode_support(backbone, [read_image(path) for path in support], made_from)
 
 
 def _train(
@@ -237,7 +241,10 @@ def _ordinary_trial(config: Mapping[str, Any]) -> None:
     lanes = []
     for seed, support in given["supports"].items():
         images = [read_image(path) for path in support]
-        bank = encode_support(backbone, images, seed=seed, strengths=[settings.noise_strength])
+        made_from = BankSpec.of(
+            settings, support, fingerprint=backbone.fingerprint, seed=seed, judged=True
+        )
+        bank = encode_support(backbone, images, made_from)
         lanes += [fold(bank, image, settings) for image in range(bank.shots)]
     trainers = [PromptTrainer(backbone, [lane]) for lane in lanes]
     for rung in range(1, RUNGS + 1):

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from apt_ray.anomalies.bank import encode_support
 from apt_ray.prompts.lanes import Lane, fold
 from apt_ray.prompts.trainer import PromptTrainer
-from benchmarks.common import Row, load, sample_images, searched_settings, write_rows
+from benchmarks.common import Row, load, sample_bank, sample_images, searched_settings, write_rows
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
     backbone = load(options.backbone, device=options.device)
     strengths = sorted({settings.noise_strength for settings in searched_settings(64, steps=100)})
     images = sample_images(4)
-    bank = encode_support(backbone, images, seed=0, strengths=strengths).to(backbone.device)
+    bank = sample_bank(backbone, images, strengths=strengths).to(backbone.device)
     clock = time.process_time if backbone.device.type == "cpu" else time.perf_counter
     rows: list[Row] = []
     for count in options.lanes:

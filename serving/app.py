@@ -110,7 +110,7 @@ class PoolReplica:
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         from serving.replica.follower import Follower  # with torch: for these replicas only
         from serving.replica.inspector import Inspector
-        from serving.replica.metrics import Meter
+        from serving.replica.meter import Meter
 
         self._args = args
         self._access = Access(Auth())
@@ -124,7 +124,8 @@ class PoolReplica:
         self._answering = Answering(self._inspector)
         follower = Follower(
             args.pool,
-            _RemoteController(args.pool, serve.get_replica_context().replica_id.unique_id),
+            serve.get_replica_context().replica_id.unique_id,
+            _RemoteController(),
             cache=Cache(args.registry.cache, args.registry_address),
             inspector=self._inspector,
             access=self._access,
@@ -154,14 +155,14 @@ class RootReplica:
 
     async def __init__(self, args: RootArgs) -> None:  # type: ignore[misc]
         access = Access(Auth())
-        control = _RemoteControl()
+        controller = _RemoteController()
         pools = Pools(_RemotePool, access, Cache(args.registry.cache, args.registry_address))
         # Not ready before it knows who may ask.
-        await pools.start(control, patience_s=_PATIENCE_S)
-        self._following = asyncio.create_task(pools.follow_forever(control))
+        await pools.start(controller, patience_s=_PATIENCE_S)
+        self._following = asyncio.create_task(pools.follow_forever(controller))
         self._api = create_root_api(
             pools,
-            control,
+            controller,
             http=args.http,
             access=access,
             webhook_secret=os.environ.get(SECRET_VARIABLE, ""),
@@ -221,16 +222,12 @@ def _open_registry(address: str) -> "Registry":
 
 
 class _RemoteController:
-    """The controller as a replica of a pool reaches it."""
+    """A `ControllerClient` that asks by handle."""
 
-    def __init__(self, pool: str, replica: str) -> None:
-        self._pool = pool
-        self._replica = replica
-
-    async def follow(self, report: ReplicaReport, *, wait_s: float) -> Orders:
-        orders: Orders = await controller_handle().follow.remote(
-            self._pool, self._replica, report, wait_s
-        )
+    async def follow(
+        self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float
+    ) -> Orders:
+        orders: Orders = await controller_handle().follow.remote(pool, replica, report, wait_s)
         return orders
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
@@ -241,10 +238,6 @@ class _RemoteController:
                 raise error.cause from None  # without the traceback of another process
             raise
         return stored
-
-
-class _RemoteControl:
-    """The controller as the root reaches it."""
 
     async def routes(self, known: str) -> Routes:
         routes: Routes = await controller_handle().routes.remote(known)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apt_ray.cli.registry import add_verbs
 from apt_ray.errors import AptError
+from apt_ray.optional import require
 from serving.settings import Fleet
 
 
@@ -16,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
+        if "ray_address" in arguments:
+            require("ray", "fastapi", "python_multipart", "mlflow", extra="serve")
         code: int | None = arguments.run(arguments)
     except AptError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from apt_ray.devtools.local_stack import free_ports, launch_mlflow
 from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
+from tests.fakes import bank_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +86,7 @@ def category(sample_data: Path) -> Category:
 def bank(backbone: FrozenCLIP, category: Category) -> SupportBank:
     """Its first three support images, encoded at two noise strengths."""
     images = [read_image(path) for path in category.support_set(3, seed=0)]
-    return encode_support(backbone, images, seed=0, strengths=(0.1, 0.3))
+    return encode_support(backbone, images, bank_spec(backbone, 3, strengths=(0.1, 0.3)))
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,17 @@
-"""Pictures in S3, read from real servers: moto's for what works, rclone's for who is refused."""
+"""Files: pictures in S3 come from real servers, moto's for what works, rclone's for refusals."""
 
 import hashlib
+import os
 import pickle
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 
 import boto3
 import pytest
@@ -16,13 +19,31 @@ from moto.server import ThreadedMotoServer
 
 from apt_ray.data.folders import Category, find_categories, support_hash
 from apt_ray.devtools.local_stack import free_ports
-from apt_ray.errors import DataError
-from apt_ray.files import location, s3_client
+from apt_ray.errors import DataError, WriteError
+from apt_ray.files import (
+    Location,
+    S3Path,
+    location,
+    read_file,
+    s3_client,
+    write_json,
+    write_whole,
+    writing,
+)
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import TestSet
+from tests.disks import full_disk
 
 BUCKET = "pictures"
 RCLONE = Path(sys.executable).parent / "rclone"
+
+ASKING: dict[str, Callable[[Location], object]] = {
+    "is_dir": lambda path: path.is_dir(),
+    "is_file": lambda path: path.is_file(),
+    "iterdir": lambda path: list(path.iterdir()),
+    "read_bytes": lambda path: path.read_bytes(),
+}
+"""All that asks S3."""
 
 
 @pytest.fixture
@@ -67,6 +88,87 @@ def uploaded(credentials: pytest.MonkeyPatch, moto: str, category: Category) -> 
     return f"s3://{BUCKET}/line"
 
 
+@pytest.fixture
+def requests(uploaded: str) -> list[str]:
+    """The operations that S3 has been asked for."""
+    asked: list[str] = []
+    s3_client().meta.events.register(
+        "before-call.s3", lambda model, **_: asked.append(model.name), unique_id="counting"
+    )
+    return asked
+
+
+@pytest.mark.parametrize(
+    "text", ["bucket", "bucket/cup", "bucket/cup/a.b.PNG", "bucket/./cup//good/", "bucket/.hidden"]
+)
+def test_what_needs_no_server_is_as_of_a_local_path(text: str) -> None:
+    path, local = location(f"s3://{text}"), Path(text)
+    assert str(path) == f"s3://{local}"
+    assert path.parts == local.parts
+    assert (path.name, path.stem, path.suffix) == (local.name, local.stem, local.suffix)
+    assert str(path / "x" / "y/z.png") == f"s3://{local}/x/y/z.png"
+    assert (path / "x").parent == path
+    assert hash(path) == hash(location(str(path)))
+    assert {path: 1}[location(f"s3://{text}/")] == 1
+
+
+def test_paths_sort_as_local_ones_do() -> None:
+    texts = ["b/x", "b", "b/x-y/1", "b/x/1", "a/z", "b/X"]
+    paths = sorted(location(f"s3://{text}") for text in texts)
+    assert [str(path) for path in paths] == [f"s3://{path}" for path in sorted(map(Path, texts))]
+
+
+def test_above_the_bucket_there_is_nothing() -> None:
+    bucket = location(f"s3://{BUCKET}")
+    assert bucket.parent == bucket
+    assert bucket.name == BUCKET
+
+
+def test_what_s3_cannot_do_is_not_there() -> None:
+    path = location(f"s3://{BUCKET}/x.png")
+    assert isinstance(path, S3Path)
+    assert not isinstance(path, PurePath)
+    assert {name for name in dir(path) if not name.startswith("_")} == {
+        *("parts", "name", "stem", "suffix", "parent"),
+        *ASKING,
+    }
+    with pytest.raises(TypeError, match=r"os\.PathLike object, not S3Path"):
+        os.fspath(path)  # type: ignore[call-overload]
+    local: object = Path(str(path))
+    assert path != local
+    with pytest.raises(TypeError, match="not supported between"):
+        sorted([path, local])  # type: ignore[type-var]
+
+
+def test_folders_and_objects_are_told_apart(uploaded: str, requests: list[str]) -> None:
+    client = boto3.client("s3")
+    # The console's mark of a folder, and keys that no path can name.
+    for key in ("odd/", "odd/x.png", "odd/more/y.png", "odd//z.png", "odd/./z.png", "oddity"):
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"body")
+    folder = location(f"s3://{BUCKET}/odd")
+    for path, kind in (
+        (location(f"s3://{BUCKET}"), "folder"),
+        (folder, "folder"),
+        (folder / "more", "folder"),
+        (folder / "x.png", "file"),
+        (folder / "x", "nothing"),
+        (folder / "x.png/y", "nothing"),
+    ):
+        assert (path.is_dir(), path.is_file()) == (kind == "folder", kind == "file"), path
+    assert list((folder / "none").iterdir()) == []
+    requests.clear()
+    found = {path.name: (path.is_dir(), path.is_file()) for path in folder.iterdir()}
+    assert found == {"more": (True, False), "x.png": (False, True)}
+    assert requests == ["ListObjectsV2"], "a listing says what its entries are"
+    assert (folder / "x.png").read_bytes() == b"body"
+    assert read_file(folder / "x.png") == b"body"
+
+
+def test_a_local_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*x\.png: No such file"):
+        read_file(tmp_path / "x.png")
+
+
 def test_a_category_in_s3_is_that_of_the_disk(uploaded: str, category: Category) -> None:
     (found,) = find_categories(location(uploaded))
     assert str(found.root) == f"{uploaded}/{category.name}"
@@ -90,6 +192,8 @@ def test_a_category_in_s3_is_that_of_the_disk(uploaded: str, category: Category)
         ("s3://nowhere/line", "it is not there .NoSuchBucket.: check bucket and prefix"),
         (f"s3://{BUCKET}/else", "is not a folder: check bucket and prefix"),
         ("s3://", "names no bucket: give s3://bucket/prefix"),
+        ("s3:///line", "names no bucket: give s3://bucket/prefix"),
+        ("s3://no such/line", "cannot name an object: check bucket and prefix"),
     ],
 )
 def test_a_wrong_address_is_named(uploaded: str, uri: str, message: str) -> None:
@@ -102,12 +206,38 @@ def test_an_object_that_went_away_is_named(uploaded: str) -> None:
         read_image(location(f"{uploaded}/x.png"))
 
 
-def test_without_credentials_the_remedy_is_said(credentials: pytest.MonkeyPatch, moto: str) -> None:
+def test_a_bucket_cannot_be_read(uploaded: str) -> None:
+    with pytest.raises(DataError, match="cannot name an object"):
+        location(f"s3://{BUCKET}").read_bytes()
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_a_bucket_that_is_missing_is_named(
+    uploaded: str, ask: Callable[[Location], object]
+) -> None:
+    with pytest.raises(DataError, match=r"s3://nowhere/x: it is not there \(NoSuchBucket\)"):
+        ask(location("s3://nowhere/x"))
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize(
+    "missing",
+    [("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("AWS_SECRET_ACCESS_KEY",), ()],
+    ids=["both", "secret", "profile"],
+)
+def test_without_credentials_the_remedy_is_said(
+    credentials: pytest.MonkeyPatch,
+    moto: str,
+    missing: tuple[str, ...],
+    ask: Callable[[Location], object],
+) -> None:
     credentials.setenv("AWS_ENDPOINT_URL_S3", moto)
-    credentials.delenv("AWS_ACCESS_KEY_ID")
-    credentials.delenv("AWS_SECRET_ACCESS_KEY")
+    for name in missing:
+        credentials.delenv(name)
+    if not missing:
+        credentials.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(DataError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        find_categories(location(f"s3://{BUCKET}/line"))
+        ask(location(f"s3://{BUCKET}/line"))
 
 
 @pytest.fixture
@@ -140,8 +270,9 @@ def test_wrong_credentials_are_refused_and_right_ones_read_page_by_page(
     folder.mkdir(parents=True)
     for index in range(1005):
         (folder / f"{index:04d}.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"access is refused \(\w+\): check AWS_ACCESS_KEY_ID"):
-        find_categories(location(f"s3://{BUCKET}"))
+    for ask in (find_categories, *ASKING.values()):
+        with pytest.raises(DataError, match=r"access is refused \(\w+\): check AWS_ACCESS_KEY_ID"):
+            ask(location(f"s3://{BUCKET}/cup"))
     credentials.setenv("AWS_SECRET_ACCESS_KEY", "the right one")
     s3_client.cache_clear()
     (cup,) = find_categories(location(f"s3://{BUCKET}"))
@@ -149,12 +280,16 @@ def test_wrong_credentials_are_refused_and_right_ones_read_page_by_page(
     assert cup.good[-1].read_bytes() == b"x"
 
 
-def test_a_server_that_is_away_is_named(credentials: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
+def test_a_server_that_is_away_is_named(
+    credentials: pytest.MonkeyPatch, endpoint: str, ask: Callable[[Location], object]
+) -> None:
     (port,) = free_ports(1)
-    credentials.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+    credentials.setenv("AWS_ENDPOINT_URL_S3", endpoint.format(port=port))
     credentials.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(DataError, match="check the network, AWS_DEFAULT_REGION and"):
-        find_categories(location(f"s3://{BUCKET}"))
+        ask(location(f"s3://{BUCKET}/x"))
 
 
 class BreakingProxy:
@@ -212,6 +347,175 @@ def test_a_broken_transfer_is_begun_again_and_never_half_read(
     finally:
         s3_client.cache_clear()
         proxy.close()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Files are written by somebody whom permissions hold, also where root runs the tests."""
+    before = os.geteuid()
+    os.seteuid(65534 if before == 0 else before)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_file_is_written_with_its_folders_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "file"
+    with umask(0o027):
+        for content, expected in ((b"one", b"one"), ("zwei\u00df", b"zwei\xc3\x9f"), ("", b"")):
+            write_whole(file, content)
+            assert file.read_bytes() == expected
+    write_json(tmp_path / "file.json", {"a": [1]})
+    assert (tmp_path / "file.json").read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
+    assert (mode(file), mode(file.parent)) == (0o640, 0o750)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "file", "file.json"]
+
+
+def test_a_private_file_is_its_owners_alone(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "file"
+    with umask(0):
+        write_whole(file, b"x", private=True)
+        assert (mode(file), mode(file.parent)) == (0o600, 0o700)
+        file.chmod(0o644)
+        write_whole(file, b"y", private=True)
+    assert (file.read_bytes(), mode(file)) == (b"y", 0o600)
+
+
+def _begin_file(place: Path) -> None:
+    place.write_bytes(b"new")
+
+
+def _begin_folder(place: Path) -> None:
+    (place / "new").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("begin", [_begin_file, _begin_folder, id])
+def test_what_is_not_finished_leaves_all_as_it_was(
+    tmp_path: Path, begin: Callable[[Path], None], error: type[BaseException]
+) -> None:
+    write_whole(tmp_path / "file", b"old")
+
+    def break_off() -> None:
+        with writing(tmp_path / "file") as place:
+            begin(place)
+            raise error
+
+    with pytest.raises(WriteError if error is OSError else error):
+        break_off()
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_appears_whole_and_replaces_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "folder"
+    with writing(folder) as place:
+        (place / "b").mkdir(parents=True)
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    with pytest.raises(WriteError, match="not empty"), writing(folder) as place:
+        (place / "c").mkdir(parents=True)
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_link_stays_and_leads_to_what_is_new(tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "target"
+    link.symlink_to(target)
+    for content in (b"new", b"newer"):
+        write_whole(link, content)
+        assert link.readlink() == target
+        assert target.read_bytes() == content
+
+
+def test_pipes_and_devices_are_written_to(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    write_whole(Path(f"/dev/fd/{writer}"), b"into the pipe")
+    assert os.read(reader, 100) == b"into the pipe"
+    os.close(reader)
+    os.close(writer)
+    write_whole(Path("/dev/null"), b"x")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(WriteError, match=r"cannot write /dev/full \(No space left"):
+        write_whole(Path("/dev/full"), b"x")
+
+
+def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, b"old")
+    with full_disk(1000), pytest.raises(WriteError, match=r"cannot write .*too large\): make room"):
+        write_whole(file, bytes(2000))
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+REMEDY = "make room, mend its permissions, or choose another place"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file/x", "a file is where a folder should be"),
+        ("file/more/x", "a file is where a folder should be"),
+        ("folder", "Is a directory"),
+    ],
+)
+def test_a_place_that_is_something_else_is_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError) as raised:
+        write_whole(tmp_path / name, b"x")
+    assert str(raised.value) == f"cannot write {tmp_path / name} ({reason}): {REMEDY}"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("name", ["x", "folder/x"])
+def test_a_folder_that_is_closed_is_named(tmp_path: Path, name: str) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    with pytest.raises(WriteError) as raised, nobody():
+        write_whole(closed / name, b"x")
+    assert str(raised.value) == f"cannot write {closed / name} (Permission denied): {REMEDY}"
+
+
+WRITE_OFTEN = """
+import sys
+from pathlib import Path
+from apt_ray.files import write_whole
+
+for _ in range(200):
+    write_whole(Path(sys.argv[1]), sys.argv[2] * 100_000)
+"""
+
+
+def test_of_many_writers_one_wins(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "-" * 100_000)
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITE_OFTEN, file, letter]) for letter in "abc"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        content = file.read_text()
+        seen.add(content[0])
+        assert content == content[0] * 100_000
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert seen & set("abc")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def _wait_for(port: int) -> None:

@@ -16,20 +16,22 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from apt_ray.anomalies.bank import BankCache, SupportBank, bank_key, encode_support
+from apt_ray.anomalies.bank import BankCache, SupportBank, encode_support
+from apt_ray.anomalies.spec import BankSpec, file_digests
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import SettingsError
 from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
 from apt_ray.validation.versions import HeldOutComparison, compare_prompt_sets
 from tuning.calls import BankName, RungCall, RungResult
 from tuning.engine import Engine, EngineStatus
-from tuning.labelled import report_labelled
+from tuning.report.labelled import report_labelled
+from tuning.report.sheets import draw_held_out, draw_support
 from tuning.settings import EngineSettings
-from tuning.sheets import draw_held_out, draw_support
 from tuning.trial import Banks
 
 _READY_TIMEOUT_S = 300.0
@@ -50,8 +52,8 @@ class FitJob:
     """
 
     category: str
-    support: Sequence[Path]
-    calibration: Sequence[Path]
+    support: Sequence[Location]
+    calibration: Sequence[Location]
     settings: FitSettings
     metrics: Mapping[str, float]
     labelled: Category | None = None
@@ -108,8 +110,7 @@ class EngineActor:
             backbone=backbone,
             calibration=job.calibration,
             bank=self._engine.banks(job.bank)[0],
-            metrics=dict(job.metrics),
-        )
+        ).with_metrics(job.metrics)
         images = [read_image(path) for path in job.support]
         pictures = {
             "support_images": draw_support(backbone, prompt_set, images),
@@ -217,7 +218,7 @@ def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None)
 
 def start_encoding(
     name: BankName,
-    supports: Sequence[Sequence[Path]],
+    supports: Sequence[Sequence[Location]],
     seeds: Sequence[int],
     *,
     backbone: BackboneSpec,
@@ -241,7 +242,7 @@ def _as_task(function: Callable[..., tuple[object, object]]) -> Any:
 
 def encode_bank(
     name: BankName,
-    support: Sequence[Path],
+    support: Sequence[Location],
     fingerprint: str,
     *,
     backbone: BackboneSpec,
@@ -249,16 +250,24 @@ def encode_bank(
     cache: Path | None,
 ) -> tuple[SupportBank, int]:
     """The bank of one support set and its shots; DataError if a picture cannot be read."""
-    where: Any = {"region": name.region, "object_mask": name.object_mask}
-    key = bank_key(fingerprint, support, seed=seed, **where)
+    spec = BankSpec.parse(
+        {
+            "fingerprint": fingerprint,
+            "support": file_digests(support),
+            "seed": seed,
+            "region": name.region,
+            "object_mask": name.object_mask,
+            "judged": True,
+        }
+    )
     kept = None if cache is None else BankCache(cache)
-    bank = None if kept is None else kept.load(key)
+    bank = None if kept is None else kept.load(spec)
     if bank is None:
         images = [read_image(path) for path in support]
         with _resident.lent(backbone) as loaded:
-            bank = encode_support(loaded, images, seed=seed, **where)
+            bank = encode_support(loaded, images, spec)
         if kept is not None:
-            kept.save(key, bank)
+            kept.save(bank)
     return bank, bank.shots
 
 

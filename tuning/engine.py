@@ -17,8 +17,8 @@ from safetensors.torch import load, save
 from apt_ray.anomalies.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import AptError, SettingsError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.prompts.lanes import Lane, LaneState, fold
+from apt_ray.features.protocol import Backbone
+from apt_ray.prompts.lanes import Lane, LaneState, folds
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
 from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
@@ -89,7 +89,7 @@ class Engine:
 
     def __init__(
         self,
-        backbone: FrozenCLIP,
+        backbone: Backbone,
         load_banks: LoadBanks,
         *,
         limits: EngineLimits | None = None,
@@ -249,7 +249,7 @@ class Engine:
 
     def _join(self, slot: _Slot, banks: Sequence[SupportBank]) -> None:
         settings = FitSettings.parse(slot.call.settings)
-        lanes = tuple(fold(bank, image, settings) for bank in banks for image in range(bank.shots))
+        lanes = tuple(folds(banks, settings))
         states = None if slot.call.state is None else unpack(slot.call.state, lanes)
         done = states[0].steps_done if states else 0
         if not done < slot.call.steps <= settings.steps:

@@ -4,7 +4,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from threading import Event, Lock
 from typing import Literal
 
@@ -14,12 +13,13 @@ from ray.exceptions import RayTaskError
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import AptError, RegistryError
+from apt_ray.files import Location
 from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
 from apt_ray.registry.promotion import Compare
 from tuning.cluster import FitJob
-from tuning.plots import draw_plots, encode
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord
+from tuning.report.plots import draw_plots, encode
 from tuning.results import TunedCategory, choose_winner, importances
 from tuning.settings import SearchSettings
 
@@ -155,8 +155,8 @@ class Finisher:
         shares: Mapping[str, float],
         status: Literal["complete", "cut off"],
         *,
-        support: Sequence[Path],
-        others: Sequence[Path],
+        support: Sequence[Location],
+        others: Sequence[Location],
     ) -> RegisteredVersion:
         """Register; a version that this search has registered before it was killed stays the only
         one."""
@@ -188,7 +188,9 @@ class Finisher:
                 say(f"{prompt_set.category} waits for the registry: {error}")
                 self._hurry.wait(_REGISTRY_RETRY_S)
 
-    def _promoted(self, version: RegisteredVersion, normal: Sequence[Path]) -> RegisteredVersion:
+    def _promoted(
+        self, version: RegisteredVersion, normal: Sequence[Location]
+    ) -> RegisteredVersion:
         """The version, after it was held against the champion; it stays a candidate if not better.
 
         A verdict that was given before the search was killed stands.

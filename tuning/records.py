@@ -13,8 +13,6 @@ any moment. Every file is written whole or not at all. No PyTorch here, trials i
 import json
 import re
 import shutil
-import uuid
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +20,30 @@ from typing import Any, Literal
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from apt_ray.config import Settings
-from apt_ray.errors import SettingsError
+from apt_ray.errors import SettingsError, WriteError
+from apt_ray.files import write_whole
 from tuning.calls import RungResult
+from tuning.settings import SearchSettings
 
 Status = Literal["running", "finished", "stopped early", "failed"]
 
 _SEARCH = "search.json"
 _PROBE = "writable"
 _ROOM_MIB = 256
+
+
+class SearchPlan(Settings):
+    """What is searched, for those who resume it.
+
+    Attributes:
+        data: Folder or address of the images.
+        categories: Their names.
+        settings: Of the search.
+    """
+
+    data: str
+    categories: tuple[str, ...]
+    settings: SearchSettings
 
 
 class TrialRecord(Settings):
@@ -138,10 +152,10 @@ class SearchStore:
         base, separator, query = self.storage.partition("?")
         return f"{base.rstrip('/')}/{self.name}{separator}{query}"
 
-    def create(self, plan: Mapping[str, Any]) -> None:
+    def create(self, plan: SearchPlan) -> None:
         """Write what is searched; SettingsError if nothing can be written there."""
         self.check_writable()
-        self.write(_SEARCH, json.dumps(plan, indent=2).encode())
+        self.write(_SEARCH, plan.model_dump_json(indent=2).encode())
 
     def check_writable(self) -> None:
         """SettingsError if the storage takes no files or is nearly full."""
@@ -154,13 +168,13 @@ class SearchStore:
                     raise OSError(f"{free:.0f} MiB are free, a search needs {_ROOM_MIB}")
             self.write(_PROBE, b"")
             self.remove(_PROBE)
-        except OSError as error:
+        except (OSError, WriteError) as error:
             raise SettingsError(
                 f"cannot write to the storage {self.storage} ({error}): make room, mend its"
                 " permissions, or choose another with --storage"
             ) from error
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> SearchPlan:
         """What is searched; SettingsError if there is no such search."""
         content = self.read(_SEARCH)
         if content is None:
@@ -169,8 +183,7 @@ class SearchStore:
                 f"{self._others()}: on a cluster the storage must be a folder that all nodes share,"
                 " or s3://"
             )
-        plan: dict[str, Any] = json.loads(content)
-        return plan
+        return SearchPlan.parse(json.loads(content))
 
     def trial(self, category: str, number: int) -> TrialRecord | None:
         """The record of a trial that has reported or ended."""
@@ -212,19 +225,11 @@ class SearchStore:
         """Write a file whole or not at all."""
         files, root = self._files
         target = f"{root}/{path}"
-        if not isinstance(files, LocalFileSystem):
-            with files.open_output_stream(target) as stream:
-                stream.write(content)
+        if isinstance(files, LocalFileSystem):
+            write_whole(Path(target), content)
             return
-        files.create_dir(target.rpartition("/")[0], recursive=True)
-        unfinished = f"{target}.{uuid.uuid4().hex[:8]}"
-        try:
-            with files.open_output_stream(unfinished) as stream:
-                stream.write(content)
-            files.move(unfinished, target)
-        except OSError:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        with files.open_output_stream(target) as stream:
+            stream.write(content)
 
     def remove(self, path: str) -> None:
         """Remove a file if it is there."""

@@ -1,4 +1,4 @@
-"""What a search found: which trial of a category won, what mattered, and tables of both."""
+"""What a search found: which trial of a category won, and what mattered."""
 
 import math
 import warnings
@@ -86,40 +86,6 @@ class TunedCategory:
             "trials": [trial.row() for trial in self.trials],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
         }
-
-
-def closing_table(tuned: Sequence[TunedCategory]) -> str:
-    """One line a category: the best settings and what came of them."""
-    header = ("category", "context", "noise", "smgs", "rate", "held-out", "threshold", "certified")
-    rows = [(*header, "version", "matters most")]
-    for category in tuned:
-        settings, threshold = category.prompt_set.settings, category.prompt_set.threshold
-        rate = threshold.certified_false_alarm_rate
-        matters = [f"{name} {share:.0%}" for name, share in category.importances.items()]
-        rows.append(
-            (
-                category.version.category,
-                str(settings.context_length),
-                f"{settings.noise_strength:g}",
-                f"{settings.smgs_weight:.2f}",
-                f"{settings.learning_rate:.4f}",
-                f"{category.winner.held_out[-1]:.3f} ± {category.winner.held_out_sd[-1]:.3f}",
-                f"{threshold.value:.3f}",
-                "no" if rate is None else f"at {rate:g}",
-                str(category.version.version),
-                ", ".join(matters[:2]) or "-",
-            )
-        )
-    return align(rows)
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def _no_result(trials: Sequence[TrialRecord]) -> AptError:

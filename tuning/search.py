@@ -16,37 +16,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from apt_ray.cli.flags import add_backbone_flags, given_backbone
+from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
 from apt_ray.cli.registry import register_pending
-from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
-from apt_ray.errors import AptError, SettingsError
-from apt_ray.files import location
-from tuning.settings import RUNGS, EngineSettings, SearchSettings
+from apt_ray.errors import AptError, SettingsError, WriteError
+from apt_ray.files import location, write_json
+from apt_ray.optional import require
+from tuning.settings import EngineSettings, SearchSettings
 from tuning.space import DEFAULT_SPACE, read_space
+
+if TYPE_CHECKING:
+    from tuning.records import SearchPlan, SearchStore
 
 # Ray, PyTorch and MLflow are imported inside, so that `--help` answers at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the search from the command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.register_pending:
-        return _register_pending(options)
-    if options.data is None and options.resume is None:
-        parser.error("--data is required, or --resume")
+    command = read_command(arguments)
     try:
-        engine = _engine(options)
-        settings = None if options.resume else _settings(options)
-    except SettingsError as error:
-        parser.error(str(error))
-    try:
-        return _search(options, settings, engine)
+        if command.options.register_pending:
+            return register_pending(command.options.mlflow)
+        return _search(command)
     except AptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -55,10 +51,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _search(
-    options: argparse.Namespace, settings: SearchSettings | None, engine: EngineSettings
-) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A command line.
+
+    Attributes:
+        options: What is no setting: where things are and go.
+        settings: Of the search; of one that is resumed only the time budget counts.
+        engine: Where the search computes.
+    """
+
+    options: argparse.Namespace
+    settings: SearchSettings
+    engine: EngineSettings
+
+
+def read_command(arguments: Sequence[str] | None = None) -> Command:
+    """Read the command line; SystemExit with status 2 if it is wrong, after saying why."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not (options.data or options.resume or options.register_pending):
+        parser.error("--data is required, or --resume")
+    try:
+        settings = given(
+            options,
+            SearchSettings,
+            prefix="search_",
+            space=read_space(options.space) if options.space else DEFAULT_SPACE,
+            backbone=given_backbone(options),
+        )
+        engine = given(options, EngineSettings, prefix="engine_")
+    except SettingsError as error:
+        parser.error(str(error))
+    return Command(options=options, settings=settings, engine=engine)
+
+
+def _search(command: Command) -> int:
     started = time.monotonic()
+    options = command.options
+    require("ray", "optuna", "sklearn", "pyarrow", "mlflow", "matplotlib", extra="tune")
 
     from tuning.records import SearchStore
 
@@ -66,22 +97,12 @@ def _search(
     fresh = f"apt-ray-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     name = options.resume or fresh
     store = SearchStore(options.storage, name)
-    if settings is None:
-        settings, data, categories = _planned(store, options.time_budget)
-        store.check_writable()
-    else:
-        data, categories = str(options.data), find_categories(options.data, options.categories)
-        store.create(
-            {
-                "data": data,
-                "categories": [category.name for category in categories],
-                "settings": settings.model_dump(mode="json"),
-            }
-        )
+    plan, categories = _planned(command, store)
+    settings = plan.settings
 
     from apt_ray.registry import open_registry
     from tuning.progress import say
-    from tuning.results import closing_table
+    from tuning.report.tables import closing_table
     from tuning.runner import Search, SearchStopped
 
     registry = open_registry(options.mlflow)
@@ -93,7 +114,7 @@ def _search(
         f" {settings.steps} steps, {settings.shots} shots; registry at {registry.address}"
     )
     say(f"if it is cut off: --storage {options.storage} --resume {name}")
-    search = Search(categories, settings, engine, store, registry, provenance)
+    search = Search(categories, settings, command.engine, store, registry, provenance)
     is_stopped = False
     try:
         search.run()
@@ -105,10 +126,11 @@ def _search(
     say(f"{len(search.tuned)} of {len(categories)} categories registered in {seconds:.0f} s")
     for category, reason in search.failures.items():
         say(f"not registered: {category}: {reason}")
+    status = 1 if search.failures else 0
     if options.summary:
         summary = {
             "search": name,
-            "data": data,
+            "data": plan.data,
             "registry": registry.address,
             "settings": settings.model_dump(mode="json"),
             "provenance": provenance,
@@ -119,29 +141,37 @@ def _search(
                 for category, reason in search.failures.items()
             ],
         }
-        options.summary.parent.mkdir(parents=True, exist_ok=True)
-        options.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        try:
+            write_json(options.summary, summary)
+        except WriteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
     if is_stopped:
         # Threads may still wait for a registry or a fit; nothing that they do is needed any more.
         sys.stdout.flush()
         os._exit(143)
-    return 1 if search.failures else 0
+    return status
 
 
-def _register_pending(options: argparse.Namespace) -> int:
-    """`apt-ray registry pending`, by the name that it has here."""
-    try:
-        return register_pending(options.mlflow)
-    except AptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def _planned(command: Command, store: "SearchStore") -> "tuple[SearchPlan, list[Category]]":
+    """What is searched: as the command says, or as the search that is resumed has kept it."""
+    from tuning.records import SearchPlan
 
-
-def _planned(store: Any, time_budget_s: float | None) -> tuple[SearchSettings, str, list[Category]]:
-    """What a search that is resumed was about."""
-    plan = store.plan()
-    settings = SearchSettings.parse(plan["settings"] | {"time_budget_s": time_budget_s})
-    return settings, plan["data"], find_categories(location(plan["data"]), plan["categories"])
+    if command.options.resume:
+        plan = store.plan()
+        budget = {"time_budget_s": command.settings.time_budget_s}
+        plan = plan.model_copy(update={"settings": plan.settings.model_copy(update=budget)})
+        store.check_writable()
+        return plan, find_categories(location(plan.data), plan.categories)
+    data = command.options.data
+    categories = find_categories(data, command.options.categories)
+    plan = SearchPlan(
+        data=str(data),
+        categories=tuple(category.name for category in categories),
+        settings=command.settings,
+    )
+    store.create(plan)
+    return plan, categories
 
 
 def _connect(address: str | None) -> None:
@@ -208,44 +238,13 @@ def _git_commit(root: Path) -> str | None:
     return commit if Path(top) == root else None
 
 
-def _settings(options: argparse.Namespace) -> SearchSettings:
-    return SearchSettings.parse(
-        {
-            "shots": options.shots,
-            "support_seeds": options.seeds,
-            "trials": options.trials,
-            "live_trials": options.live_trials,
-            "searcher": options.searcher,
-            "scheduler": options.scheduler,
-            "objective": options.objective,
-            "steps": options.max_steps,
-            "time_budget_s": options.time_budget,
-            "seed": options.seed,
-            "promote": options.promote,
-            "space": read_space(options.space) if options.space else DEFAULT_SPACE,
-            "backbone": given_backbone(options),
-        }
-    )
-
-
-def _engine(options: argparse.Namespace) -> EngineSettings:
-    return EngineSettings.parse(
-        {
-            "mode": options.engine,
-            "gpus": options.engine_gpus,
-            "threads": options.engine_threads,
-            "bank_cache": options.bank_cache,
-        }
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tuning/search.py",
         description="Search the best settings of each category with Ray Tune, fit its prompt set "
         "with them and register it in MLflow.",
     )
-    data = parser.add_argument_group("pictures")
+    data = parser.add_argument_group("images")
     data.add_argument(
         "--data",
         type=location,
@@ -257,74 +256,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_names,
         default=(),
         metavar="A,B",
-        help="search only these (default: all in DIR)",
-    )
-    data.add_argument(
-        "--shots",
-        type=int,
-        default=4,
-        metavar="K",
-        help="good pictures that each prompt set is fitted to (default: %(default)s)",
-    )
-    data.add_argument(
-        "--seeds",
-        type=_integers,
-        default=(0, 1, 2),
-        metavar="S,S",
-        help="support seeds: each draws K good pictures, a trial is judged on all draws, the "
-        "winner is fitted to the first (default: 0,1,2)",
+        help="search only these (all in DIR)",
     )
     search = parser.add_argument_group("search")
-    search.add_argument(
-        "--trials",
-        type=int,
-        default=8,
-        metavar="N",
-        help="settings that are tried in each category (default: %(default)s)",
-    )
-    search.add_argument(
-        "--live-trials",
-        type=int,
-        default=8,
-        metavar="N",
-        help="trials that run at a time, over all categories (default: %(default)s)",
-    )
-    search.add_argument(
-        "--searcher",
-        choices=("random", "optuna"),
-        default="random",
-        help="draw settings at random, or where Optuna expects good values (default: %(default)s)",
-    )
-    search.add_argument(
-        "--scheduler",
-        choices=("asha", "none"),
-        default="asha",
-        help=f"asha stops the worse half of the trials after 1/{RUNGS} and after 2/{RUNGS} of the "
-        "steps, none stops nothing (default: %(default)s)",
-    )
-    search.add_argument(
-        "--objective",
-        choices=("mean", "pareto"),
-        default="mean",
-        help="the mean of the held-out values of images and of pixels, or both as two objectives "
-        "(with --searcher optuna --scheduler none); the mean chooses the winner either way "
-        "(default: %(default)s)",
-    )
-    search.add_argument(
-        "--max-steps",
-        "--steps",
-        type=int,
-        default=FitSettings().steps,
-        metavar="N",
-        help="optimisation steps of a trial and of the final fit (default: %(default)s)",
-    )
-    search.add_argument(
-        "--time-budget",
-        type=float,
-        metavar="SECONDS",
-        help="start no trial and stop those that run after this long; the best so far is "
-        "registered as candidate (default: none)",
-    )
+    add_flags(search, SearchSettings, prefix="search_", without={"space", "backbone"})
     search.add_argument(
         "--space",
         type=Path,
@@ -332,25 +267,11 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML file with other settings to search, such as `smgs_weight: {low: 0, high: 1}`",
     )
     search.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="seed of the settings that are tried (default: %(default)s)",
-    )
-    search.add_argument(
-        "--promote",
-        choices=("auto", "never"),
-        default="auto",
-        help="auto lets a winner become the champion by the registry's rules, never leaves it a "
-        "candidate (default: %(default)s)",
-    )
-    search.add_argument(
         "--storage",
         default="~/ray_results",
         metavar="DIR",
         help="where the state of the search is kept: a folder, on a cluster one that all nodes "
-        "share, or s3:// (default: %(default)s)",
+        "share, or s3:// (%(default)s)",
     )
     search.add_argument(
         "--resume",
@@ -363,39 +284,13 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument(
         "--ray-address",
         metavar="ADDRESS",
-        help="Ray cluster, or 'local' for one of its own (default: RAY_ADDRESS, which a job has)",
+        help="Ray cluster, or 'local' for one of its own (RAY_ADDRESS, which a job has)",
     )
-    cluster.add_argument(
-        "--engine",
-        choices=("auto", "shared", "own"),
-        default="auto",
-        help="shared: one process a GPU, or a node where there is none, batches all trials; own: "
-        "each live trial has a CPU and a backbone of its own, which is faster there; auto: shared "
-        "where there are GPUs, else own (default: %(default)s)",
-    )
-    cluster.add_argument(
-        "--engine-gpus",
-        type=float,
-        default=1.0,
-        metavar="G",
-        help="GPU fraction of a shared engine (default: %(default)s)",
-    )
-    cluster.add_argument(
-        "--engine-threads",
-        type=int,
-        metavar="N",
-        help="PyTorch's threads in an engine on CPUs (default: all CPUs of its node; own: 1)",
-    )
-    cluster.add_argument(
-        "--bank-cache",
-        metavar="DIR",
-        help="where encoded support sets are kept on each node, '' for nowhere "
-        "(default: ~/.cache/apt-ray/banks)",
-    )
+    add_flags(cluster, EngineSettings, prefix="engine_")
     cluster.add_argument(
         "--mlflow",
         metavar="URI",
-        help="MLflow server that is the registry (default: MLFLOW_TRACKING_URI)",
+        help="MLflow server that is the registry (MLFLOW_TRACKING_URI)",
     )
     cluster.add_argument(
         "--register-pending",
@@ -411,13 +306,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0,1,2") from None
 
 
 if __name__ == "__main__":

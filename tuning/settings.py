@@ -1,15 +1,15 @@
-"""The settings of a search."""
+"""The settings of a search. Each field is a flag of `tuning/search.py`, too."""
 
 from collections.abc import Mapping
 from itertools import product
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from apt_ray.config import BackboneSpec, FitSettings, Settings
+from apt_ray.config import BackboneSpec, FitSettings, Flag, Settings
 from tuning.calls import BankName
-from tuning.space import Space
+from tuning.space import DEFAULT_SPACE, Space
 
 RUNGS = 4
 """How often a trial reports its held-out value, at equal distances; ASHA stops trials there."""
@@ -18,19 +18,59 @@ RUNGS = 4
 class SearchSettings(Settings):
     """What one search does with each category."""
 
-    shots: int = Field(ge=1)
-    support_seeds: tuple[int, ...] = Field(min_length=1)
-    trials: int = Field(ge=1)
-    live_trials: int = Field(ge=1)
-    searcher: Literal["random", "optuna"]
-    scheduler: Literal["asha", "none"]
-    objective: Literal["mean", "pareto"]
-    steps: int = Field(ge=RUNGS)
-    time_budget_s: float | None = Field(gt=0)
-    seed: int = Field(ge=0)
-    promote: Literal["auto", "never"]
-    space: Space
-    backbone: BackboneSpec
+    shots: int = Field(
+        default=4, ge=1, description="Normal images that each prompt set is fitted to."
+    )
+    support_seeds: Annotated[tuple[int, ...], Flag(names=("--seeds",))] = Field(
+        default=(0, 1, 2),
+        min_length=1,
+        description="Each draws a support set: a trial is judged on all of them, the winner is"
+        " fitted to the first.",
+    )
+    trials: int = Field(default=8, ge=1, description="Settings that are tried in each category.")
+    live_trials: int = Field(
+        default=8, ge=1, description="Trials that run at a time, over all categories."
+    )
+    searcher: Literal["random", "optuna"] = Field(
+        default="random",
+        description="Draw settings at random, or where Optuna expects good values.",
+    )
+    scheduler: Literal["asha", "none"] = Field(
+        default="asha",
+        description=f"asha stops the worse half of the trials after 1/{RUNGS} and after 2/{RUNGS}"
+        " of the steps, none stops nothing.",
+    )
+    objective: Literal["mean", "pareto"] = Field(
+        default="mean",
+        description="The mean of the held-out values of images and of pixels, or both as two"
+        " objectives (with --searcher optuna --scheduler none); the mean chooses the winner either"
+        " way.",
+    )
+    steps: Annotated[int, Flag(names=("--max-steps", "--steps"))] = Field(
+        default=FitSettings().steps,
+        ge=RUNGS,
+        description="Optimisation steps of a trial and of the final fit.",
+    )
+    time_budget_s: Annotated[float | None, Flag(names=("--time-budget",), metavar="SECONDS")] = (
+        Field(
+            default=None,
+            gt=0,
+            description="Start no trial and stop those that run after this long; the best so far is"
+            " registered as candidate. No limit by default.",
+        )
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the settings that are tried.")
+    promote: Literal["auto", "never"] = Field(
+        default="auto",
+        description="auto lets a winner become the champion by the registry's rules, never leaves"
+        " it a candidate.",
+    )
+    space: Space = Field(
+        default_factory=lambda: dict(DEFAULT_SPACE), description="What the trials vary."
+    )
+    backbone: BackboneSpec = Field(
+        default=BackboneSpec(), description="What trials and fits see images with."
+    )
 
     @field_validator("support_seeds")
     @classmethod
@@ -65,17 +105,26 @@ class SearchSettings(Settings):
 class EngineSettings(Settings):
     """Where and how the lanes are computed; none of it changes what a search finds."""
 
-    mode: Literal["auto", "shared", "own"] = Field(
+    mode: Annotated[Literal["auto", "shared", "own"], Flag(names=("--engine",))] = Field(
         default="auto",
-        description="shared: one engine a GPU, or a node, batches all trials; own: each trial's"
-        " process holds a model of its own; auto: shared where there are GPUs, else own, which is"
-        " faster there.",
+        description="shared: one process a GPU, or a node where there is none, batches all trials;"
+        " own: each live trial has a CPU and a backbone of its own, which is faster there; auto:"
+        " shared where there are GPUs, else own.",
     )
-    gpus: float = Field(default=1.0, gt=0, le=1, description="GPU fraction of one engine.")
-    threads: int | None = Field(
-        default=None, ge=1, description="PyTorch's threads on a CPU; None is all of a node's CPUs."
+    gpus: Annotated[float, Flag(names=("--engine-gpus",))] = Field(
+        default=1.0, gt=0, le=1, description="GPU fraction of a shared engine."
     )
-    bank_cache: str | None = Field(default=None, description="Folder of cached banks on each node.")
+    threads: Annotated[int | None, Flag(names=("--engine-threads",))] = Field(
+        default=None,
+        ge=1,
+        description="PyTorch's threads in an engine on CPUs. By default all CPUs of its node, and 1"
+        " where each trial has its own.",
+    )
+    bank_cache: Annotated[str | None, Flag(metavar="DIR")] = Field(
+        default=None,
+        description="Where encoded support sets are kept on each node, '' for nowhere."
+        " ~/.cache/apt-ray/banks by default.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "EngineSettings":

@@ -8,14 +8,13 @@ S support images, D draws, F families, V clean views of an image, N patch tokens
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,10 @@ from apt_ray.anomalies.families import GUIDANCE, SELECTION, Family, harmless_cop
 from apt_ray.anomalies.noise import add_noise, patch_labels
 from apt_ray.anomalies.object_mask import object_masks
 from apt_ray.anomalies.regions import move_onto, random_regions
-from apt_ray.config import NOISE_LADDER
-from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.anomalies.spec import BankSpec
+from apt_ray.errors import SettingsError, WriteError
+from apt_ray.features.protocol import ImageEncoder, ImageFeatures
+from apt_ray.files import writing
 
 VIEWS = 4
 """Clean views of each support image: itself and its mirror images."""
@@ -43,11 +42,7 @@ GUIDANCE_DRAWS, SELECTION_DRAWS = 1, 2
 
 _JUDGING_SEED = 2**32
 
-_SOURCES = ("bank.py", "families.py", "noise.py", "object_mask.py", "regions.py")
-"""The code that perturbs and encodes: a change of it makes other banks."""
-
 Progress = Callable[[int, int], None]
-Region = Literal["random", "object"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +71,8 @@ class SupportBank:
     """All that is encoded for one support set, on the CPU: it can be sent to other processes.
 
     Attributes:
+        spec: what it was made from.
         support: features of the S support images as they are.
-        region: where the noise fell.
-        object_mask: whether it was kept on the part.
         objects_SN: the patches that show the part, bool.
         clean_SVNE: patch tokens of each image and its mirror images, float16.
         noisy_SDNE: noise strength -> patch tokens of noisy draws, float16.
@@ -89,9 +83,8 @@ class SupportBank:
         judged_clean_SVNE: the unperturbed images that `selection` was made from.
     """
 
+    spec: BankSpec
     support: ImageFeatures
-    region: Region
-    object_mask: bool
     objects_SN: torch.Tensor
     clean_SVNE: torch.Tensor
     noisy_SDNE: Mapping[float, torch.Tensor]
@@ -126,41 +119,42 @@ class SupportBank:
 
 
 def encode_support(
-    backbone: FrozenCLIP,
+    encoder: ImageEncoder,
     images: Sequence[Image.Image],
+    spec: BankSpec,
     *,
-    seed: int,
-    strengths: Sequence[float] = NOISE_LADDER,
-    region: Region = "random",
-    object_mask: bool = True,
-    judged: bool = True,
     progress: Progress | None = None,
 ) -> SupportBank:
     """Perturb and encode a support set.
 
     Args:
-        backbone: the frozen vision tower.
-        images: the support images, RGB, of any size; at least one.
-        seed: of all noise, regions and perturbations.
-        strengths: the rungs of the noise ladder that trials may ask for.
-        region: whether noise falls in random regions, or everywhere at once.
-        object_mask: keep it on the part, where the backbone tells the part from its ground.
-        judged: whether to encode what judges trials as well.
+        encoder: whose fingerprint the spec names.
+        images: the support images, RGB, of any size, those that the spec names.
+        spec: what the bank is made from.
         progress: called with (images encoded, images in all).
+
+    Raises:
+        SettingsError: the spec is of another encoder, or of another number of images.
     """
-    g = torch.Generator().manual_seed(seed)
-    pixels = backbone.preprocess(images)
+    if (spec.fingerprint, len(spec.support)) != (encoder.fingerprint, len(images)):
+        raise SettingsError(
+            f"the bank is to be made from {len(spec.support)} images by encoder"
+            f" {spec.fingerprint}, not from {len(images)} by {encoder.fingerprint}: make its spec"
+            f" from these"
+        )
+    g = torch.Generator().manual_seed(spec.seed)
+    pixels = encoder.preprocess(images)
     shots, _, height, width = pixels.shape
     # With one image there is none to leave out: trials are judged on other crops and turns of it.
     source = pixels if shots > 1 else harmless_copies(pixels, 1, g)
-    judged_views = 0 if shots > 1 or not judged else VIEWS
-    family_draws = GUIDANCE_DRAWS * len(GUIDANCE) + judged * SELECTION_DRAWS * len(SELECTION)
-    total = shots * (VIEWS + judged_views + len(strengths) * DRAWS + family_draws)
+    judged_views = 0 if shots > 1 or not spec.judged else VIEWS
+    family_draws = GUIDANCE_DRAWS * len(GUIDANCE) + spec.judged * SELECTION_DRAWS * len(SELECTION)
+    total = shots * (VIEWS + judged_views + len(spec.strengths) * DRAWS + family_draws)
     done = 0
 
     def encode(batch: torch.Tensor) -> ImageFeatures:
         nonlocal done
-        features = backbone.encode_in_batches(batch)
+        features = encoder.encode_in_batches(batch)
         done += len(batch)
         if progress is not None:
             progress(done, total)
@@ -178,7 +172,7 @@ def encode_support(
     ) -> FamilyBank:
         repeated = source.repeat_interleave(draws, 0)
         perturbed = [family(repeated, g) for family in families.values()]
-        labels = [patch_labels(mask, backbone.grid) for _, mask in perturbed]
+        labels = [patch_labels(mask, encoder.grid) for _, mask in perturbed]
         return FamilyBank(
             names=tuple(families),
             tokens_FSDNE=torch.stack([tokens(batch) for batch, _ in perturbed]),
@@ -188,43 +182,44 @@ def encode_support(
     views_SV3HW = _views(pixels)
     clean = encode(views_SV3HW.flatten(0, 1)).to(torch.device("cpu"))
     support = clean[::VIEWS]
-    objects_SN = object_masks(support, backbone.grid)
-    if not object_mask:
+    objects_SN = object_masks(support, encoder.grid)
+    if not spec.object_mask:
         objects_SN = torch.ones_like(objects_SN)
     objects_SHW = F.interpolate(
-        objects_SN.unflatten(1, (1, *backbone.grid)).float(), size=(height, width)
+        objects_SN.unflatten(1, (1, *encoder.grid)).float(), size=(height, width)
     )[:, 0]
 
     view_SD = torch.randint(VIEWS, (shots, DRAWS), generator=g)
     image_SD = torch.arange(shots)[:, None].expand(-1, DRAWS)
     drawn = views_SV3HW[image_SD, view_SD].flatten(0, 1)
     mask = _views(objects_SHW)[image_SD, view_SD].flatten(0, 1) > 0
-    if region == "random":
+    if spec.region == "random":
         mask = move_onto(random_regions(len(drawn), (height, width), g), mask, g)
     noise = torch.randn(drawn.shape, generator=g)
 
     # Seeded apart: wherever noise falls, trials are judged on the same pixels.
-    judging = torch.Generator().manual_seed(_JUDGING_SEED + seed)
+    judging = torch.Generator().manual_seed(_JUDGING_SEED + spec.seed)
     clean_tokens = by_image(clean.tokens_BNE.half())
     return SupportBank(
+        spec=spec,
         support=support,
-        region=region,
-        object_mask=object_mask,
         objects_SN=objects_SN,
         clean_SVNE=clean_tokens,
         noisy_SDNE={
-            strength: tokens(add_noise(drawn, mask, noise, strength)) for strength in strengths
+            strength: tokens(add_noise(drawn, mask, noise, strength)) for strength in spec.strengths
         },
-        noisy_labels_SDN=by_image(patch_labels(mask, backbone.grid)),
+        noisy_labels_SDN=by_image(patch_labels(mask, encoder.grid)),
         noisy_views_SD=view_SD,
         guidance=encode_families(GUIDANCE, pixels, GUIDANCE_DRAWS, g),
-        selection=encode_families(SELECTION, source, SELECTION_DRAWS, judging) if judged else None,
+        selection=encode_families(SELECTION, source, SELECTION_DRAWS, judging)
+        if spec.judged
+        else None,
         judged_clean_SVNE=tokens(_views(source).flatten(0, 1)) if judged_views else clean_tokens,
     )
 
 
 class BankCache:
-    """Banks on disk, each under a key that covers all that it was made from.
+    """Banks on disk, each under the digest of its spec.
 
     A file that is damaged or cannot be written is as good as none: the bank is encoded again.
 
@@ -237,42 +232,35 @@ class BankCache:
         self._folder = folder
         self._limit_bytes = limit_bytes
 
-    def load(self, key: str) -> SupportBank | None:
-        """The bank under a key, if it is there and whole."""
-        path = self._path(key)
+    def load(self, spec: BankSpec) -> SupportBank | None:
+        """The bank of a spec, if it is there and whole."""
+        path = self._path(spec)
         try:
             with safe_open(path, "pt") as file:
                 metadata = json.loads(file.metadata()["apt-ray"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             bank = _restore(tensors, metadata)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, SettingsError):
             return None
         with suppress(OSError):
             os.utime(path)
         return bank
 
-    def save(self, key: str, bank: SupportBank) -> None:
+    def save(self, bank: SupportBank) -> None:
         """Write a bank, whole or not at all."""
-        path = self._path(key)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {
-            "region": bank.region,
-            "object_mask": bank.object_mask,
+            "spec": bank.spec.model_dump(mode="json"),
             "guidance": bank.guidance.names,
             "selection": bank.selection and bank.selection.names,
         }
         tensors = {name: tensor.contiguous() for name, tensor in _flatten(bank).items()}
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, unfinished, {"apt-ray": json.dumps(metadata)})
-            unfinished.replace(path)
+        with suppress(OSError, WriteError, SafetensorError):
+            with writing(self._path(bank.spec)) as place:
+                save_file(tensors, place, {"apt-ray": json.dumps(metadata)})
             self._make_room()
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
 
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
+    def _path(self, spec: BankSpec) -> Path:
+        return self._folder / f"{spec.digest}.safetensors"
 
     def _make_room(self) -> None:
         newest_first = sorted(
@@ -290,33 +278,6 @@ def default_cache_folder() -> Path:
     """Where banks are cached unless told otherwise: $XDG_CACHE_HOME/apt-ray, or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "apt-ray" / "banks"
-
-
-def bank_key(
-    fingerprint: str,
-    support: Sequence[Path],
-    *,
-    seed: int,
-    strengths: Sequence[float] = NOISE_LADDER,
-    region: Region = "random",
-    object_mask: bool = True,
-) -> str:
-    """What a bank is made from, as a hex digest; DataError if a picture cannot be read.
-
-    It covers the backbone, the pictures' bytes in their order, the seed, the strengths, where noise
-    falls, and the code that perturbs and encodes.
-    """
-    digest = hashlib.sha256(
-        json.dumps([fingerprint, seed, list(strengths), region, object_mask]).encode()
-    )
-    for source in _SOURCES:
-        digest.update(Path(__file__).with_name(source).read_bytes())
-    for path in support:
-        try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()[:40]
 
 
 def _flatten(bank: SupportBank) -> dict[str, torch.Tensor]:
@@ -358,13 +319,12 @@ def _restore(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any]) -> S
         )
 
     return SupportBank(
+        spec=BankSpec.parse(metadata["spec"]),
         support=ImageFeatures(
             tokens_BNE=tensors["support.tokens"],
             cls_BE=tensors["support.cls"],
             layers={int(layer): x for layer, x in under("support.layers.")},
         ),
-        region=metadata["region"],
-        object_mask=metadata["object_mask"],
         objects_SN=tensors["objects"],
         clean_SVNE=tensors["clean"],
         noisy_SDNE={float(strength): x for strength, x in under("noisy.")},

@@ -1,4 +1,4 @@
-"""What the commands share: their parsers' flags, progress bars, files of results.
+"""What the commands share: their parsers' flags, progress bars.
 
 Heavy modules are imported inside the functions, so that `--help` answers at once.
 """
@@ -6,11 +6,9 @@ Heavy modules are imported inside the functions, so that `--help` answers at onc
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -19,7 +17,7 @@ from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbo
 from apt_ray.config import FitSettings
 
 if TYPE_CHECKING:
-    from apt_ray.features.clip import FrozenCLIP
+    from apt_ray.features.protocol import Backbone
 
 
 def add_command(
@@ -52,17 +50,17 @@ def add_backbone(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="torch device (cpu)")
 
 
-def backbone(options: argparse.Namespace) -> FrozenCLIP:
+def backbone(options: argparse.Namespace) -> Backbone:
     """The backbone that the flags chose, loaded."""
     from apt_ray.features.clip import load_backbone
 
     loaded = load_backbone(given_backbone(options), device=options.device)
-    if loaded.tiles > 1:
+    if loaded.spec.tiles > 1:
         _print_cost_of_tiles(loaded)
     return loaded
 
 
-def _print_cost_of_tiles(backbone: FrozenCLIP) -> None:
+def _print_cost_of_tiles(backbone: Backbone) -> None:
     import torch
 
     image = torch.zeros(1, 3, backbone.input_size, backbone.input_size)
@@ -71,7 +69,7 @@ def _print_cost_of_tiles(backbone: FrozenCLIP) -> None:
         started = time.perf_counter()
         backbone.encode_images(image).tokens_BNE.cpu()
         seconds.append(time.perf_counter() - started)
-    side = backbone.tiles
+    side = backbone.spec.tiles
     print(
         f"{side} x {side} tiles: an image of {backbone.input_size} px takes {side**2} passes of the"
         f" vision tower, {1000 * seconds[-1]:.0f} ms here"
@@ -96,9 +94,3 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
             shown.update(done - shown.n)
 
         yield show
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON; folders on the way are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from apt_ray.cli.common import add_command, write_json
+from apt_ray.cli.common import add_command
+from apt_ray.files import write_json
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

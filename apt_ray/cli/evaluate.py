@@ -16,10 +16,9 @@ from apt_ray.cli.common import (
     backbone,
     count,
     settings,
-    write_json,
 )
 from apt_ray.errors import AptError
-from apt_ray.files import location
+from apt_ray.files import location, write_json
 
 if TYPE_CHECKING:
     from apt_ray.validation.evaluation import Result
@@ -71,6 +70,10 @@ def _run(options: argparse.Namespace) -> int:
     from apt_ray.validation.evaluation import evaluate, format_table
     from apt_ray.validation.intervals import format_types, save_scores
 
+    if options.report is not None:
+        # Before the work of hours: what draws it may not be installed.
+        from apt_ray.validation.report.html import write_report
+
     categories = find_categories(options.data, options.categories)
     loaded = backbone(options)
     results: list[Result] = []
@@ -105,8 +108,6 @@ def _run(options: argparse.Namespace) -> int:
         if options.scores is not None:
             save_scores(options.scores, scores)
         if options.report is not None:
-            from apt_ray.validation.report import write_report
-
             page = write_report(
                 options.report, results, backbone=loaded, settings=settings(options)
             )

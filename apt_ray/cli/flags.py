@@ -1,12 +1,12 @@
 """Command-line flags made from settings, so that every command has all of them."""
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from apt_ray.config import BackboneSpec, Settings, SomeSettings
+from apt_ray.config import BackboneSpec, Flag, Settings, SomeSettings
 
 
 def add_flags(
@@ -18,35 +18,59 @@ def add_flags(
 ) -> None:
     """Add one flag for each field of `settings`, with its description and default.
 
+    Several numbers are separated by commas or spaces.
+
     Args:
         parser: a parser or a group of one.
-        settings: whose fields; a flag that is not given leaves the default.
+        settings: whose fields; a flag that is not given leaves the default. A `Flag` in a field's
+            annotation says how it is spelt.
         prefix: of the names in the parsed options, for `given`.
         without: fields that get no flag.
     """
     for name, field in settings.model_fields.items():
         if name in without:
             continue
-        flag, kind = f"--{name.replace('_', '-')}", field.annotation
+        spelling = next((part for part in field.metadata if isinstance(part, Flag)), Flag())
+        flags = spelling.names or (f"--{name.replace('_', '-')}",)
+        kind = field.annotation
         kinds = [kind, *get_args(kind)]
-        text = f"{field.description} ({field.default})".replace("%", "%%")
+        text = _help(field)
         if bool in kinds:
             parser.add_argument(
-                flag, dest=prefix + name, action=argparse.BooleanOptionalAction, help=text
+                *flags, dest=prefix + name, action=argparse.BooleanOptionalAction, help=text
             )
             continue
         choices = get_args(kind) if get_origin(kind) is Literal else _choices(field)
-        is_several = any(get_origin(part) is tuple for part in kinds)
+        metavar = None if choices else spelling.metavar or flags[0].split("-")[-1].upper()
+        if any(get_origin(part) is tuple for part in kinds):
+            parser.add_argument(
+                *flags,
+                dest=prefix + name,
+                type=_integers,
+                nargs="+",
+                action=_Joined,
+                metavar=metavar,
+                help=text,
+            )
+            continue
         number = next((part for part in (int, float) if part in kinds), str)
         parser.add_argument(
-            flag,
+            *flags,
             dest=prefix + name,
-            type=type(choices[0]) if choices else int if is_several else number,
+            type=type(choices[0]) if choices else number,
             choices=choices,
-            nargs="+" if is_several else None,
-            metavar=None if choices else name.split("_")[-1].upper(),
+            metavar=metavar,
             help=text,
         )
+
+
+def _help(field: FieldInfo) -> str:
+    """A field's description and its default, unless that is None, which the description tells."""
+    default = field.default
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    shown = field.description if default is None else f"{field.description} ({default})"
+    return str(shown).replace("%", "%%")
 
 
 def _choices(field: FieldInfo) -> list[Any] | None:
@@ -56,24 +80,46 @@ def _choices(field: FieldInfo) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0,1,2") from None
+
+
+class _Joined(argparse.Action):
+    """Stores several lists as one tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        options: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        flag: str | None = None,
+    ) -> None:
+        setattr(options, self.dest, tuple(number for part in values or () for number in part))
+
+
 def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the frozen vision-language model; `given_backbone` reads them."""
     group = parser.add_argument_group("backbone", "the frozen vision-language model")
-    group.add_argument(
-        "--backbone",
-        dest="backbone_name",
-        metavar="NAME",
-        help="'builtin', or a CLIP ViT of open_clip, e.g. ViT-B-16 (builtin)",
-    )
-    add_flags(group, BackboneSpec, prefix="backbone_", without={"name"})
+    add_flags(group, BackboneSpec, prefix="backbone_")
 
 
 def given(
-    options: argparse.Namespace, settings: type[SomeSettings], *, prefix: str
+    options: argparse.Namespace, settings: type[SomeSettings], *, prefix: str, **others: Any
 ) -> SomeSettings:
-    """The settings that flags of `add_flags` gave; SettingsError for a value out of range."""
+    """The settings that flags of `add_flags` gave; SettingsError for a value out of range.
+
+    Args:
+        options: as parsed.
+        settings: as given to `add_flags`.
+        prefix: as given to `add_flags`.
+        others: values of fields that have no flag.
+    """
     found = {name: getattr(options, prefix + name, None) for name in settings.model_fields}
-    return settings.parse({name: value for name, value in found.items() if value is not None})
+    known = {name: value for name, value in found.items() if value is not None}
+    return settings.parse(known | others)
 
 
 def given_backbone(options: argparse.Namespace) -> BackboneSpec:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from apt_ray.cli.common import add_command, write_json
+from apt_ray.cli.common import add_command
+from apt_ray.files import write_json, writing
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,8 +51,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.out is not None:
             overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
             target = options.out / f"{path.parent.name}-{path.stem}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            overlay.save(target)
+            with writing(target) as place:
+                overlay.save(place, format="PNG")
             row["overlay"] = str(target)
         rows.append(row)
     if options.json is not None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_ray.cli.common import add_command, bar
-from apt_ray.files import location
+from apt_ray.files import Location, location
 from apt_ray.tables import align
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def _promote(options: argparse.Namespace) -> int:
     from apt_ray.registry import promote
     from apt_ray.validation.versions import compare_prompt_sets
 
-    normal: Sequence[Path] = ()
+    normal: Sequence[Location] = ()
     if options.data is not None:
         (found,) = find_categories(options.data, [options.category])
         normal = found.good

@@ -26,10 +26,9 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from apt_ray.errors import DataError
-from apt_ray.files import S3Path, absolute
+from apt_ray.files import Location, S3Path, absolute, read_file
 from apt_ray.images import IMAGE_SUFFIXES
 
 GOOD = "good"
@@ -44,9 +43,9 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class LabelledImage:
     """A test image: its defect type ("good" if normal) and, where known, its mask's file."""
 
-    path: Path
+    path: Location
     defect_type: str
-    mask: Path | None = None
+    mask: Location | None = None
 
     @property
     def is_anomalous(self) -> bool:
@@ -58,8 +57,8 @@ class Category:
     """The pictures of one product class; all paths are absolute and sorted by name."""
 
     name: str
-    root: Path
-    good: tuple[Path, ...]
+    root: Location
+    good: tuple[Location, ...]
     test: tuple[LabelledImage, ...]
 
     @property
@@ -68,7 +67,7 @@ class Category:
         anomalous = [image for image in self.test if image.is_anomalous]
         return bool(anomalous) and all(image.mask is not None for image in anomalous)
 
-    def support_set(self, shots: int, seed: int) -> tuple[Path, ...]:
+    def support_set(self, shots: int, seed: int) -> tuple[Location, ...]:
         """`shots` good images drawn by `seed`; fewer shots draw a part of what more would."""
         if not 1 <= shots <= len(self.good):
             raise DataError(
@@ -77,12 +76,16 @@ class Category:
             )
         return tuple(random.Random(seed).sample(self.good, len(self.good))[:shots])
 
-    def held_out(self, support: Collection[Path]) -> tuple[LabelledImage, ...]:
+    def held_out(self, support: Collection[Location]) -> tuple[LabelledImage, ...]:
         """The test images that are not in the support set."""
         return tuple(image for image in self.test if image.path not in support)
 
+    def name_of(self, path: Location) -> str:
+        """Where a picture lies below the category's folder: the same on disk and in S3."""
+        return "/".join(path.parts[len(self.root.parts) :])
 
-def find_categories(root: Path, names: Sequence[str] = ()) -> list[Category]:
+
+def find_categories(root: Location, names: Sequence[str] = ()) -> list[Category]:
     """The categories in `root`, or `root` itself if it is one, sorted by name.
 
     With `names` only these are looked at. Raises DataError for whatever would make a category
@@ -110,24 +113,19 @@ def find_categories(root: Path, names: Sequence[str] = ()) -> list[Category]:
     ]
 
 
-def support_hash(paths: Sequence[Path]) -> str:
+def support_hash(paths: Sequence[Location]) -> str:
     """SHA-256 over the digests of the files' bytes, whatever their names and order."""
-    digests = []
-    for path in paths:
-        try:
-            digests.append(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
+    digests = [hashlib.sha256(read_file(path)).digest() for path in paths]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def _is_category(folder: Path) -> bool:
+def _is_category(folder: Location) -> bool:
     if any((folder / sign).is_dir() for sign in ("train", GOOD, _VISA_NORMAL)):
         return True
     return bool(_images(folder)) and not _folders(folder)
 
 
-def _read_category(folder: Path) -> Category:
+def _read_category(folder: Location) -> Category:
     if not _NAME.fullmatch(folder.name):
         raise DataError(
             f"{folder.name!r} cannot name a category: rename the folder {folder} "
@@ -161,13 +159,13 @@ def _read_category(folder: Path) -> Category:
     return Category(name=folder.name, root=folder, good=good, test=test)
 
 
-def _read_visa(folder: Path) -> tuple[tuple[Path, ...], tuple[LabelledImage, ...]]:
+def _read_visa(folder: Location) -> tuple[tuple[Location, ...], tuple[LabelledImage, ...]]:
     """Good images and test images; the published split of one class sets good ones aside."""
     normal, anomalous = _images(folder / _VISA_NORMAL), folder / _VISA_ANOMALY
     list_file = folder.parent / _VISA_SPLITS / "1cls.csv"
     good = tested = normal
     if list_file.is_file():
-        rows = csv.DictReader(io.StringIO(list_file.read_bytes().decode("utf-8-sig")))
+        rows = csv.DictReader(io.StringIO(read_file(list_file).decode("utf-8-sig")))
         split = {row["image"]: row["split"] for row in rows if row["object"] == folder.name}
         good, tested = (
             tuple(p for p in normal if split.get(f"{folder.name}/{_VISA_NORMAL}/{p.name}") == part)
@@ -180,7 +178,7 @@ def _read_visa(folder: Path) -> tuple[tuple[Path, ...], tuple[LabelledImage, ...
     return good, tuple(test)
 
 
-def _labelled_folders(category: Path, types: Sequence[Path]) -> tuple[LabelledImage, ...]:
+def _labelled_folders(category: Location, types: Sequence[Location]) -> tuple[LabelledImage, ...]:
     return tuple(
         image
         for folder in types
@@ -189,7 +187,9 @@ def _labelled_folders(category: Path, types: Sequence[Path]) -> tuple[LabelledIm
     )
 
 
-def _labelled(images: Sequence[Path], defect_type: str, masks: Path | None) -> list[LabelledImage]:
+def _labelled(
+    images: Sequence[Location], defect_type: str, masks: Location | None
+) -> list[LabelledImage]:
     """MVTec AD names masks <stem>_mask.png, others <stem>.png."""
     named = {path.name: path for path in _images(masks)} if masks is not None else {}
     return [
@@ -202,7 +202,7 @@ def _labelled(images: Sequence[Path], defect_type: str, masks: Path | None) -> l
     ]
 
 
-def _images(folder: Path) -> tuple[Path, ...]:
+def _images(folder: Location) -> tuple[Location, ...]:
     return tuple(
         path
         for path in _visible(folder)
@@ -210,11 +210,11 @@ def _images(folder: Path) -> tuple[Path, ...]:
     )
 
 
-def _folders(folder: Path) -> tuple[Path, ...]:
+def _folders(folder: Location) -> tuple[Location, ...]:
     return tuple(path for path in _visible(folder) if path.name != _VISA_SPLITS and path.is_dir())
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Location) -> list[Location]:
     """What is in the folder, sorted, without hidden files; nothing if there is no such folder."""
     if not folder.is_dir():
         return []

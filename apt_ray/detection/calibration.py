@@ -32,6 +32,10 @@ class Threshold(Settings):
     source: Literal["calibration images", "left-out support images", "copies of the support image"]
     scores: tuple[float, ...]
 
+    def rejects(self, score: float) -> bool:
+        """The verdict: whether an image with this anomaly score is anomalous."""
+        return score > self.value
+
     @property
     def certified(self) -> bool:
         """Whether the false-alarm rate is certified."""

@@ -6,7 +6,7 @@ B images, N patch tokens, H, W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,18 +17,9 @@ from PIL import Image
 from scipy import ndimage
 
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.detection.reference import ReferenceMemory
-from apt_ray.detection.rule import (
-    anomalous_probability,
-    anomaly_maps,
-    fuse,
-    reference_probability,
-    resize_map,
-    top_mean,
-)
+from apt_ray.detection.rule import ScoreRule, resize_map
 from apt_ray.errors import PromptSetError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import Backbone, ImageFeatures
 
 MAX_REGIONS = 20
 """The most regions that one inspection reports, worst first."""
@@ -74,34 +65,6 @@ class Inspection:
     regions: tuple[Region, ...]
 
 
-def score_features(
-    features: ImageFeatures,
-    backbone: FrozenCLIP,
-    *,
-    text_PE: torch.Tensor,
-    memory: ReferenceMemory,
-    reference_weight: float,
-    cls_weight: float,
-    interest_HW: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Anomaly maps `(B, input_size, input_size)` and anomaly scores `(B,)`, both in 0..1.
-
-    The maps are 0 outside of `interest_HW`, where it is given. The score is the mean over the same
-    number of pixels with it as without: it can only become lower, so whatever a threshold promises
-    about good parts still holds.
-    """
-    constants = backbone.constants
-    p_prompt_BN = anomalous_probability(features.tokens_BNE, text_PE, constants)
-    p_ref_BN = reference_probability(memory.distance(features), constants)
-    p_BN = fuse(p_prompt_BN, p_ref_BN, reference_weight)
-    maps_BHW = anomaly_maps(p_BN, backbone.grid, backbone.input_size)
-    if interest_HW is not None:
-        maps_BHW = maps_BHW * interest_HW
-    p_cls_B = anomalous_probability(features.cls_BE, text_PE, constants)
-    scores_B = (1 - cls_weight) * top_mean(maps_BHW.flatten(1)) + cls_weight * p_cls_B
-    return maps_BHW, scores_B
-
-
 class Detector:
     """A backbone and a prompt set that belong together, ready to inspect images.
 
@@ -117,7 +80,7 @@ class Detector:
 
     def __init__(
         self,
-        backbone: FrozenCLIP,
+        backbone: Backbone,
         prompt_set: PromptSet,
         *,
         region_of_interest: npt.NDArray[np.bool_] | None = None,
@@ -137,13 +100,14 @@ class Detector:
             )
         self.backbone = backbone
         self.prompt_set = prompt_set
-        self._interest_HW = (
+        self._interest_SS = (
             None
             if region_of_interest is None
             else _stretch(region_of_interest, backbone.input_size).to(backbone.device)
         )
         self._text_PE = prompt_set.text_features.to(backbone.device)
         self._memory = prompt_set.memory.to(backbone.device)
+        self._rule = ScoreRule.of(backbone, prompt_set.settings)
 
     def inspect(self, images: Sequence[Image.Image]) -> list[Inspection]:
         """Inspect RGB images of any size in one batch, one forward pass of the backbone."""
@@ -158,7 +122,7 @@ class Detector:
         """What a map and a score of `score`, on the CPU, mean for an image of (width, height)."""
         map_HW: npt.NDArray[np.float32] = resize_map(map_SS, size).numpy()
         threshold = self.prompt_set.threshold
-        is_anomalous = score > threshold.value
+        is_anomalous = threshold.rejects(score)
         return Inspection(
             anomaly_map=map_HW,
             anomaly_score=score,
@@ -181,18 +145,10 @@ class Detector:
 
         `reference_weight` replaces that of the prompt set: 0 prompts only, 1 reference only.
         """
-        settings = self.prompt_set.settings
-        return score_features(
-            features,
-            self.backbone,
-            text_PE=self._text_PE,
-            memory=self._memory,
-            reference_weight=(
-                settings.reference_weight if reference_weight is None else reference_weight
-            ),
-            cls_weight=settings.cls_weight,
-            interest_HW=self._interest_HW,
-        )
+        rule = self._rule
+        if reference_weight is not None:
+            rule = replace(rule, reference_weight=reference_weight)
+        return rule.score(features, self._text_PE, self._memory, interest_SS=self._interest_SS)
 
 
 def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:
@@ -202,7 +158,7 @@ def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def _probe_features(backbone: FrozenCLIP) -> ImageFeatures:
+def _probe_features(backbone: Backbone) -> ImageFeatures:
     """Encoded once: a replica of a long tail tests hundreds of prompt sets."""
     return backbone.encode_images(backbone.preprocess([_probe_picture(backbone.input_size)]))
 

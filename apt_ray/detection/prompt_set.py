@@ -11,7 +11,6 @@ patches, D width.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +23,13 @@ from safetensors.torch import load, save
 from apt_ray.config import BackboneSpec, FitSettings, Settings
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import RULE_VERSION
 from apt_ray.errors import PromptSetError
+from apt_ray.files import write_whole
 
 FORMAT_VERSION = 1
 
+_FIRST_RULE = 1  # of files that do not say
 _HEADER = "apt-ray"
 _MEMORY = "memory."
 
@@ -36,6 +38,9 @@ class Provenance(Settings):
     """Where a prompt set comes from: all that its file says beside the tensors."""
 
     format_version: int = FORMAT_VERSION
+    rule_version: int = Field(
+        default=_FIRST_RULE, description="Of the score rule that its threshold belongs to."
+    )
     library_version: str
     category: str
     backbone: BackboneSpec
@@ -131,6 +136,7 @@ class PromptSet:
             raise PromptSetError(
                 f"{source} is damaged or not a prompt set of apt-ray ({error}): {remedy}"
             ) from error
+        _check_versions(header, source, remedy)
         try:
             provenance = Provenance.model_validate_json(header)
         except ValidationError as error:
@@ -139,11 +145,6 @@ class PromptSet:
                 f" ({error.error_count()} fields differ, first {error.errors()[0]['loc']}): use the"
                 f" version that wrote it, or {remedy}"
             ) from error
-        if provenance.format_version != FORMAT_VERSION:
-            raise PromptSetError(
-                f"{source} has format {provenance.format_version}, this version of apt-ray reads"
-                f" {FORMAT_VERSION}: install the version that wrote it, or {remedy}"
-            )
         _check_shapes(tensors, source, remedy)
         memory = {
             int(name.removeprefix(_MEMORY)): tensor
@@ -159,14 +160,8 @@ class PromptSet:
         )
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(self.to_bytes())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Write the file whole or not at all; WriteError if it cannot be written."""
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> PromptSet:
@@ -187,6 +182,26 @@ def _read_metadata(data: bytes) -> dict[str, str]:
     header = json.loads(data[8 : 8 + length])
     metadata: dict[str, str] = header["__metadata__"]
     return metadata
+
+
+def _check_versions(header: str, source: str, remedy: str) -> None:
+    """PromptSetError if the header says that it is of another format or another score rule."""
+    try:
+        said = json.loads(header)
+        found = said["format_version"], said.get("rule_version", _FIRST_RULE)
+    except (ValueError, KeyError, AttributeError):
+        return  # what is wrong with it is said by whoever reads all of it
+    if found[0] != FORMAT_VERSION:
+        raise PromptSetError(
+            f"{source} has format {found[0]}, this version of apt-ray reads {FORMAT_VERSION}:"
+            f" install the version that wrote it, or {remedy}"
+        )
+    if found[1] != RULE_VERSION:
+        raise PromptSetError(
+            f"{source} was fitted under score rule {found[1]}, this version of apt-ray scores by"
+            f" rule {RULE_VERSION}, under which its threshold means nothing: install the version"
+            f" that wrote it, or {remedy}"
+        )
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], source: str, remedy: str) -> None:

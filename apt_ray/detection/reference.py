@@ -9,8 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 
 
 class ReferenceMemory:
@@ -66,7 +65,7 @@ def coreset(tokens_MD: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def encode_turns(
-    pixels_S3HW: torch.Tensor, turns: int, backbone: FrozenCLIP
+    pixels_S3HW: torch.Tensor, turns: int, backbone: ImageEncoder
 ) -> list[ImageFeatures]:
     """The features of the images turned by 1 to `turns - 1` times 360 / `turns` degrees.
 

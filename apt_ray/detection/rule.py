@@ -1,21 +1,108 @@
-"""From text features and patch tokens to probabilities, anomaly maps and scores.
+"""The score rule: from an image's features to its anomaly map and its anomaly score.
 
-Training and inspection score with these same functions. B images (or any leading dimensions), N
-patch tokens, E joint width, P prompts: row 0 the normal one, the others anomalous.
+Fits, evaluation, comparisons of versions, replicas, pyfunc and benchmarks all score by `ScoreRule`;
+trials are judged by its parts, on the patches of the prompts alone (`validation.synthetic`). A
+prompt set carries `RULE_VERSION`, since its threshold means something under the rule that set it
+alone.
+
+B images (or any leading dimensions), N patch tokens, E joint width, P prompts: row 0 the normal
+one, the others anomalous; S pixels a side of a map.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from apt_ray.config import FitSettings
 from apt_ray.features.constants import BackboneConstants
+from apt_ray.features.protocol import Backbone, ImageFeatures
+
+if TYPE_CHECKING:
+    from apt_ray.detection.reference import ReferenceMemory
+
+RULE_VERSION = 1
+"""Raised whenever the same features come to another map or score."""
 
 TOP_SHARE = 0.01
-"""The anomaly score is the mean of this share of the highest values."""
+"""The anomaly score is the mean of this share of the highest values, as in AnomalyDINO (arXiv
+2405.14529)."""
 
 _SMOOTHING = 4 / 240
-"""Standard deviation of the map's Gaussian, as a fraction of its side."""
+"""Standard deviation of the map's Gaussian, as a fraction of its side: the 4 pixels at 240 of
+PromptAD's code (arXiv 2404.05231)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRule:
+    """The rule as one backbone and one setting have it.
+
+    Attributes:
+        constants: how similarities become probabilities.
+        grid: (rows, columns) of patches.
+        map_size: S.
+        reference_weight: 0 is the prompts alone, 1 the reference memory alone.
+        cls_weight: share of the whole image's prompt score in the anomaly score.
+    """
+
+    constants: BackboneConstants
+    grid: tuple[int, int]
+    map_size: int
+    reference_weight: float
+    cls_weight: float
+
+    @classmethod
+    def of(cls, backbone: Backbone, settings: FitSettings) -> ScoreRule:
+        """The rule for what `settings` fit on `backbone`."""
+        return cls(
+            constants=backbone.constants,
+            grid=backbone.grid,
+            map_size=backbone.input_size,
+            reference_weight=settings.reference_weight,
+            cls_weight=settings.cls_weight,
+        )
+
+    def score(
+        self,
+        features: ImageFeatures,
+        text_PE: torch.Tensor,
+        memory: ReferenceMemory,
+        *,
+        interest_SS: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Anomaly maps `(B, S, S)` and anomaly scores `(B,)`, both float32 in 0..1.
+
+        The maps are 0 outside of `interest_SS`, where it is given. The score is the mean over the
+        same number of pixels with it as without: it can only become lower, so whatever a threshold
+        promises about good parts still holds.
+        """
+        p_prompt_BN = anomalous_probability(features.tokens_BNE, text_PE, self.constants)
+        p_ref_BN = reference_probability(memory.distance(features), self.constants)
+        maps_BSS, scores_B = self.score_patches(
+            fuse(p_prompt_BN, p_ref_BN, self.reference_weight), interest_SS=interest_SS
+        )
+        p_cls_B = anomalous_probability(features.cls_BE, text_PE, self.constants)
+        return maps_BSS, (1 - self.cls_weight) * scores_B + self.cls_weight * p_cls_B
+
+    def score_patches(
+        self, p_BN: torch.Tensor, *, interest_SS: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps and scores from the probability of each patch, wherever that comes from."""
+        maps_BSS = anomaly_maps(p_BN, self.grid, self.map_size)
+        if interest_SS is not None:
+            maps_BSS = maps_BSS * interest_SS
+        return maps_BSS, top_mean(maps_BSS.flatten(1))
+
+
+def cosine_log_probabilities(cosine_PN: torch.Tensor, constants: BackboneConstants) -> torch.Tensor:
+    """Cosines of prompts and tokens `(..., P, N)` -> log-softmax over the prompts `(..., N, P)`."""
+    bias_P1 = torch.full((cosine_PN.shape[-2], 1), constants.dense_bias, device=cosine_PN.device)
+    bias_P1[0] = 0
+    return F.log_softmax(constants.dense_scale * cosine_PN + bias_P1, dim=-2).mT
 
 
 def prompt_log_probabilities(
@@ -24,13 +111,6 @@ def prompt_log_probabilities(
     """Log-softmax over the prompts for each token, `(..., N, P)`; leading dimensions broadcast."""
     # The tokens' product in this order reads them as they lie.
     return cosine_log_probabilities(text_PE @ tokens_NE.mT, constants)
-
-
-def cosine_log_probabilities(cosine_PN: torch.Tensor, constants: BackboneConstants) -> torch.Tensor:
-    """Cosines of prompts and tokens `(..., P, N)` -> `prompt_log_probabilities` `(..., N, P)`."""
-    bias_P1 = torch.full((cosine_PN.shape[-2], 1), constants.dense_bias, device=cosine_PN.device)
-    bias_P1[0] = 0
-    return F.log_softmax(constants.dense_scale * cosine_PN + bias_P1, dim=-2).mT
 
 
 def anomalous_probability(
@@ -46,7 +126,10 @@ def reference_probability(distance: torch.Tensor, constants: BackboneConstants) 
 
 
 def fuse(p_prompt: torch.Tensor, p_ref: torch.Tensor, reference_weight: float) -> torch.Tensor:
-    """Weighted harmonic mean in float32; weight 0 is `p_prompt` itself, 1 is `p_ref`."""
+    """Weighted harmonic mean in float32; weight 0 is `p_prompt` itself, 1 is `p_ref`.
+
+    PromptAD (arXiv 2404.05231) fuses its two maps so, with equal weights and without the factor 2.
+    """
     if reference_weight == 0:
         return p_prompt
     if reference_weight == 1:
@@ -58,9 +141,11 @@ def fuse(p_prompt: torch.Tensor, p_ref: torch.Tensor, reference_weight: float) -
     )
 
 
-def top_mean(values_BX: torch.Tensor) -> torch.Tensor:
-    """Mean of the highest 1 % along the last dimension, of one value at the least."""
-    count = max(1, round(TOP_SHARE * values_BX.shape[-1]))
+def top_mean(values_BX: torch.Tensor, count: int | None = None) -> torch.Tensor:
+    """Mean of the `count` highest values along the last dimension; by default of the highest 1 %,
+    of one value at the least."""
+    if count is None:
+        count = max(1, round(TOP_SHARE * values_BX.shape[-1]))
     return values_BX.topk(count, dim=-1).values.mean(-1)
 
 
@@ -90,24 +175,3 @@ def resize_map(map_HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(
         map_HW[None, None], size=(height, width), mode="bilinear", align_corners=False
     )[0, 0]
-
-
-def auroc(scores_BX: torch.Tensor, labels_BX: torch.Tensor) -> torch.Tensor:
-    """AUROC along the last dimension for many rows at once, ties counted half.
-
-    Labels are 1 anomalous, 0 normal, anything else ignored; rows broadcast. NaN where a row lacks
-    one of the two. Used to judge trials; reports use `apt_ray.validation.metrics`.
-    """
-    scores_BX, labels_BX = torch.broadcast_tensors(scores_BX, labels_BX)
-    known_BX = (labels_BX == 0) | (labels_BX == 1)
-    order_BX = torch.where(known_BX, scores_BX, torch.inf).argsort(-1)
-    sorted_BX = scores_BX.gather(-1, order_BX).double()
-    is_normal_BX = (labels_BX == 0).gather(-1, order_BX).double()
-    is_anomalous_BX = (labels_BX == 1).gather(-1, order_BX).double()
-    # Ties share the mean rank of their run: average what lies below the run's two ends.
-    changes_BX = F.pad(sorted_BX[..., 1:] != sorted_BX[..., :-1], (1, 0), value=True)
-    run_BX = changes_BX.long().cumsum(-1) - 1
-    per_run_BX = torch.zeros_like(sorted_BX).scatter_add_(-1, run_BX, is_normal_BX)
-    below_BX = (per_run_BX.cumsum(-1) - 0.5 * per_run_BX).gather(-1, run_BX)
-    wins_B = (below_BX * is_anomalous_BX).sum(-1)
-    return wins_B / (is_normal_BX.sum(-1) * is_anomalous_BX.sum(-1))

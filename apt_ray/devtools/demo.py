@@ -6,6 +6,7 @@ inspection of a good and a defective part of each category.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -23,6 +24,7 @@ from urllib.request import Request
 from apt_ray.data.folders import Category, LabelledImage, find_categories
 from apt_ray.devtools.local_stack import HOST, LocalStack, command_environment, fetch, free_ports
 from apt_ray.errors import AptError
+from apt_ray.files import Location
 
 FOLDER = Path(".demo")
 SHOTS = 4
@@ -180,10 +182,10 @@ def _row(category: str, part: str, verdict: Mapping[str, Any]) -> tuple[str, ...
     )
 
 
-def _ask(url: str, image: Path, *, overlay: Path | None = None) -> bytes:
+def _ask(url: str, image: Location, *, overlay: Path | None = None) -> bytes:
     """Send a picture as the `curl` command does that is shown: curl itself may not be there."""
     options = () if overlay is None else ("-H", "Accept: image/png", "-o", str(overlay))
-    shown = image.relative_to(Path.cwd())
+    shown = os.path.relpath(str(image))
     print(f"$ {shlex.join(['curl', *options, '--data-binary', f'@{shown}', url])}", flush=True)
     headers = {} if overlay is None else {"Accept": "image/png"}
     answer = fetch(Request(url, data=image.read_bytes(), headers=headers))

@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +29,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from apt_ray.errors import AptError
+from apt_ray.files import write_json, write_whole
 
 HOST = "127.0.0.1"
 _READY_TIMEOUT_S = 120
@@ -159,7 +159,7 @@ class LocalStack:
             raise AptError(f"the servers of {self.folder} are already up: stop them first")
         self.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_private(self._token_path, secrets.token_hex(32))
+        write_whole(self._token_path, secrets.token_hex(32), private=True)
         gcs_port, dashboard_port, agent_port, client_port, mlflow_port = free_ports(5)
         self.ray_folder = Path(tempfile.mkdtemp(prefix="apt-ray-", dir="/tmp"))
         self.environment = {
@@ -169,9 +169,8 @@ class LocalStack:
             "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard_port}",
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
         }
-        (self.folder / "env").write_text(
-            "".join(f"export {name}={shlex.quote(v)}\n" for name, v in self.environment.items())
-        )
+        exports = [f"export {name}={shlex.quote(v)}\n" for name, v in self.environment.items()]
+        write_whole(self.folder / "env", "".join(exports))
         try:
             self.servers.append(
                 launch_mlflow(
@@ -267,7 +266,7 @@ class LocalStack:
                 for server in self.servers
             ],
         }
-        self._state_path.write_text(json.dumps(state, indent=2))
+        write_json(self._state_path, state)
 
     def _load(self) -> None:
         with suppress(FileNotFoundError):
@@ -338,13 +337,6 @@ def _server_environment() -> dict[str, str]:
         if not name.startswith(("RAY_", "MLFLOW_"))
     }
     return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that no one else may read, at no moment."""
-    path.unlink(missing_ok=True)
-    with open(path, "x", opener=partial(os.open, mode=0o600)) as file:
-        file.write(text)
 
 
 def fetch(request: Request) -> bytes:

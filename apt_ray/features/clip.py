@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,18 +22,14 @@ from apt_ray.config import BUILTIN, BackboneSpec
 from apt_ray.errors import BackboneError
 from apt_ray.features.attention import locality_mask
 from apt_ray.features.builtin.apt_mini import load_builtin
-from apt_ray.features.constants import BackboneConstants
+from apt_ray.features.constants import BackboneConstants, published_constants
 from apt_ray.features.torchvision_guard import import_open_clip
 from apt_ray.features.towers import run_text_tower, run_vision_tower
 
 if TYPE_CHECKING:
     from open_clip import CLIP
+from apt_ray.features.pixels import to_pixels
 from apt_ray.features.protocol import ImageFeatures
-
-# Checkpoints that are published bring no constants for the reference map; these two put a cosine
-# distance of 0.25 at even odds. They are a convention, not a fit.
-_REFERENCE_SCALE, _REFERENCE_BIAS = 20.0, -5.0
-
 
 _TILES_PER_PASS = {"cpu": 16}
 """Tiles in one pass through the vision tower: more gain nothing on a CPU. Elsewhere
@@ -114,11 +109,7 @@ class FrozenCLIP:
 
         The whole image is resized (bicubic, antialiased); nothing is cropped.
         """
-        size = (self.input_size, self.input_size)
-        stacked_BHW3 = np.stack(
-            [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
-        )
-        return torch.from_numpy(stacked_BHW3).permute(0, 3, 1, 2).float().div_(255)
+        return to_pixels(images, self.input_size)
 
     def drop_vision(self) -> None:
         """Free the vision tower, in a process that only trains prompts: most of a ViT-B-16.
@@ -224,13 +215,8 @@ def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> F
         )
     open_clip = import_open_clip()
     model = _create_model(open_clip, spec)
-    blocks = len(model.visual.transformer.resblocks)
-    constants = BackboneConstants(
-        dense_scale=float(model.logit_scale.detach().exp()),
-        dense_bias=0.0,
-        reference_scale=_REFERENCE_SCALE,
-        reference_bias=_REFERENCE_BIAS,
-        reference_layers=(blocks // 2 - 1, 3 * blocks // 4 - 1),
+    constants = published_constants(
+        float(model.logit_scale.detach().exp()), blocks=len(model.visual.transformer.resblocks)
     )
     return FrozenCLIP(
         model, open_clip.get_tokenizer(spec.name), spec=spec, constants=constants, device=device

@@ -1,13 +1,6 @@
 """The constants that turn similarities into probabilities: each backbone has its own."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from pydantic import BaseModel, ConfigDict, Field
-
-if TYPE_CHECKING:
-    pass
 
 
 class BackboneConstants(BaseModel):
@@ -28,4 +21,21 @@ class BackboneConstants(BaseModel):
     reference_layers: tuple[int, ...] = Field(
         min_length=1,
         description="Residual blocks, counted from 0, whose output patches are compared.",
+    )
+
+
+def published_constants(logit_scale: float, blocks: int) -> BackboneConstants:
+    """The constants of a published CLIP, whose checkpoint brings none but its logit scale.
+
+    Args:
+        logit_scale: of the checkpoint, exponentiated.
+        blocks: of its vision tower; the memory reads those at a half and at three quarters.
+    """
+    return BackboneConstants(
+        dense_scale=logit_scale,
+        dense_bias=0.0,
+        # A cosine distance of 0.25 at even odds: a convention, not a fit.
+        reference_scale=20.0,
+        reference_bias=-5.0,
+        reference_layers=(blocks // 2 - 1, 3 * blocks // 4 - 1),
     )

@@ -1,28 +1,33 @@
-"""What an encoder of images says, whichever it is.
+"""What the rest of apt-ray may ask of a frozen encoder, whichever model it is.
 
-B images, N patch tokens, E joint width, D width of the vision tower.
+Memory, masks, banks and prompts are written against these protocols, so a new model is one module,
+and a fake with known features serves tests.
+
+B images, N patch tokens, E joint width, D width of a reference layer, C token width, L context
+length, T texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from PIL import Image
 
-if TYPE_CHECKING:
-    pass
+from apt_ray.config import BackboneSpec
+from apt_ray.features.constants import BackboneConstants
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFeatures:
-    """What the frozen vision tower says of B images, float32 on the backbone's device.
+    """What a frozen encoder says of B images, float32 on its device.
 
     Attributes:
         tokens_BNE: patch tokens in the joint space, L2-normalised, row by row from the top left.
         cls_BE: the whole image in the joint space, L2-normalised.
-        layers: reference layer -> `(B, N, D)` patch tokens of that block, L2-normalised.
+        layers: reference layer -> `(B, N, D)` patch tokens of that layer, L2-normalised.
     """
 
     tokens_BNE: torch.Tensor
@@ -58,3 +63,79 @@ class ImageFeatures:
                 for layer in parts[0].layers
             },
         )
+
+
+class ImageEncoder(Protocol):
+    """Images to features. It never changes, and neither do the features of an image."""
+
+    def __hash__(self) -> int:
+        """By identity: what is derived from an encoder is kept with it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where its features are."""
+
+    @property
+    def input_size(self) -> int:
+        """Pixels a side of the square that an image is resized to."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches in that square; N is their product."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the weights and everything else that shapes the features."""
+
+    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """RGB images of any size -> pixels `(B, 3, input_size, input_size)`, float32 in 0..1."""
+
+    def encode_images(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
+        """Features of preprocessed pixels, on any device, in one forward pass."""
+
+    def encode_in_batches(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
+        """`encode_images` of any number of images, in passes of bounded memory."""
+
+
+class TextEncoder(Protocol):
+    """Prompt contexts and written texts to features in the joint space of an `ImageEncoder`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where its features are."""
+
+    @property
+    def token_width(self) -> int:
+        """C, the width of a context's vectors."""
+
+    @property
+    def token_std(self) -> float:
+        """Standard deviation of the token embeddings, the scale of random contexts."""
+
+    @property
+    def max_context_length(self) -> int:
+        """The most vectors that a context may have."""
+
+    def encode_contexts(self, contexts_TLC: torch.Tensor, lengths_T: torch.Tensor) -> torch.Tensor:
+        """Prompt contexts -> text features `(T, E)`, float32, L2-normalised, differentiable.
+
+        What stands behind a context's own length is ignored.
+        """
+
+    def embed_words(self, text: str) -> torch.Tensor:
+        """Written words -> their token embeddings `(L, C)`, float32, as a context has them."""
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Written texts -> text features `(T, E)`, float32, L2-normalised."""
+
+
+class Backbone(ImageEncoder, TextEncoder, Protocol):
+    """A vision-language model as the method needs it: both encoders, and what is known of them."""
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """What it was loaded from."""
+
+    @property
+    def constants(self) -> BackboneConstants:
+        """How its similarities become probabilities."""

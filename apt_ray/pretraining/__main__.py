@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from apt_ray.features.builtin.apt_mini import save_builtin
-from apt_ray.pretraining.evaluation import encode_held_out, fit_constants, measure, state_features
+from apt_ray.files import write_json
+from apt_ray.pretraining.measuring import encode_held_out, fit_constants, measure, state_features
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.surfaces import BOARD_LIKE, SOLAR_LIKE
 from apt_ray.pretraining.train import Pretraining, train
@@ -79,7 +80,7 @@ def export(run: Pretraining, folder: Path, *, pairs: int) -> None:
     print(f"wrote {path}\n{constants}", flush=True)
     figures = measure(encode_held_out(model, pairs=pairs, seed=_MEASURE_SEED), states_2E, constants)
     report = {"steps": run.steps_done, "minutes": run.seconds / 60, **asdict(figures)}
-    (folder / "figures.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "figures.json", report)
     print(json.dumps(report, indent=2))
 
 

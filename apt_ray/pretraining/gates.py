@@ -12,7 +12,6 @@ Shapes: X pictures of a bank, N patches, P prompts, E joint width.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -26,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
@@ -38,7 +38,9 @@ from apt_ray.detection.rule import (
 )
 from apt_ray.features.builtin.apt_mini import FOLDER, load_builtin
 from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.pixels import to_image
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.files import write_json
 from apt_ray.pretraining.defects import HELD_OUT_DEFECTS, TRAINING_DEFECTS
 from apt_ray.pretraining.generator import Pairs, generate
 from apt_ray.pretraining.losses import participation_ratio
@@ -173,7 +175,13 @@ def _measure_kinds(
 
 def _learn(backbone: FrozenCLIP, surface: str, seed: int, test_pairs: int) -> LearnedFigures:
     good, test = _product(surface, seed, test_pairs, backbone.input_size)
-    bank = encode_support(backbone, good, seed=seed, strengths=_STRENGTHS)
+    spec = BankSpec(
+        fingerprint=backbone.fingerprint,
+        support=tuple(f"{surface} {seed} {place}" for place in range(len(good))),
+        seed=seed,
+        strengths=tuple(_STRENGTHS),
+    )
+    bank = encode_support(backbone, good, spec)
     features = backbone.encode_in_batches(test.query_P3HW)
 
     def best(texts: Sequence[Tensor]) -> float:
@@ -243,10 +251,7 @@ def _product(
         defect_rate=0.5,
         product_seeds_P=torch.full((count,), _SEED + seed),
     )
-    good = [
-        Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-        for picture in pairs.reference_P3HW[:_SHOTS]
-    ]
+    good = [to_image(picture_3HW) for picture_3HW in pairs.reference_P3HW[:_SHOTS]]
     return good, pairs[_SHOTS:]
 
 
@@ -324,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(format_report(report))
     if options.json is not None:
         result = {**asdict(report), "gates": report.gates()}
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

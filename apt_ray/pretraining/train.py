@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from apt_ray.errors import SettingsError
 from apt_ray.features.builtin.apt_mini import build_model, build_tokenizer, load_builtin
 from apt_ray.features.constants import BackboneConstants
+from apt_ray.files import writing
 from apt_ray.pretraining import losses
 from apt_ray.pretraining.captions import Phrase, Vocabulary, draw_phrases, draw_states, holds
 from apt_ray.pretraining.features import (
@@ -161,10 +162,8 @@ class Pretraining:
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint, replacing an older one only when it is complete."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{_CHECKPOINT}.partial"
-        torch.save(self._state(), partial)
-        partial.replace(folder / _CHECKPOINT)
+        with writing(folder / _CHECKPOINT) as place:
+            torch.save(self._state(), place)
 
     def resume(self, folder: Path) -> bool:
         """Go on from the checkpoint in `folder`; False if there is none."""

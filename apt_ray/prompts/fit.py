@@ -4,23 +4,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.families import harmless_copies
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import support_hash
 from apt_ray.detection.calibration import Threshold, calibrate, estimate
-from apt_ray.detection.detector import Detector, score_features
+from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory, encode_turns
+from apt_ray.detection.rule import RULE_VERSION, ScoreRule
 from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import Backbone, ImageFeatures
+from apt_ray.files import Location
 from apt_ray.images import read_image
-from apt_ray.prompts.lanes import Lane, fold
+from apt_ray.prompts.lanes import Lane, folds
 from apt_ray.prompts.trainer import PromptTrainer
 
 Progress = Callable[[int, int], None]
@@ -31,13 +32,12 @@ _PROGRESS_EVERY = 5
 
 def fit(
     category: str,
-    support: Sequence[Path],
+    support: Sequence[Location],
     settings: FitSettings | None = None,
     *,
-    backbone: FrozenCLIP,
-    calibration: Sequence[Path] = (),
+    backbone: Backbone,
+    calibration: Sequence[Location] = (),
     bank: SupportBank | None = None,
-    metrics: dict[str, float] | None = None,
     progress: Progress | None = None,
 ) -> PromptSet:
     """Fit the prompt set of one category.
@@ -49,7 +49,6 @@ def fit(
         backbone: the frozen backbone.
         calibration: further normal images; with enough of them the false-alarm rate is certified.
         bank: the support set already encoded, where the caller has it.
-        metrics: figures to be kept with the prompt set.
         progress: called with (optimisation steps done, steps in all).
 
     Raises:
@@ -61,15 +60,9 @@ def fit(
         )
     settings = settings or FitSettings()
     images = [read_image(path) for path in support]
-    bank = bank or encode_support(
-        backbone,
-        images,
-        seed=settings.seed,
-        strengths=[settings.noise_strength],
-        region=settings.region,
-        object_mask=settings.object_mask,
-        judged=False,
-    )
+    if bank is None:
+        spec = BankSpec.of(settings, support, fingerprint=backbone.fingerprint)
+        bank = encode_support(backbone, images, spec)
     bank = bank.to(backbone.device)
     everything = Lane(
         settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=settings.seed
@@ -77,8 +70,8 @@ def fit(
     # Scores of left-out images need prompts that never saw them: the folds train beside the real
     # one.
     needs_folds = not calibration and bank.shots > 1
-    folds = [fold(bank, image, settings) for image in range(bank.shots)] if needs_folds else []
-    trainer = PromptTrainer(backbone, [everything, *folds])
+    without_one = folds([bank], settings) if needs_folds else []
+    trainer = PromptTrainer(backbone, [everything, *without_one])
     while trainer.steps_done < settings.steps:
         trainer.advance(min(_PROGRESS_EVERY, settings.steps - trainer.steps_done))
         if progress is not None:
@@ -94,18 +87,12 @@ def fit(
         return ReferenceMemory.of(turns, settings.reference_size)
 
     memory = memory_of(list(range(bank.shots)))
+    rule = ScoreRule.of(backbone, settings)
 
     def scores(
         features: ImageFeatures, text_PE: torch.Tensor, memory: ReferenceMemory
     ) -> list[float]:
-        _, scores_B = score_features(
-            features,
-            backbone,
-            text_PE=text_PE,
-            memory=memory,
-            reference_weight=settings.reference_weight,
-            cls_weight=settings.cls_weight,
-        )
+        _, scores_B = rule.score(features, text_PE, memory)
         values: list[float] = scores_B.tolist()
         return values
 
@@ -129,6 +116,7 @@ def fit(
 
     fitted = PromptSet(
         provenance=Provenance(
+            rule_version=RULE_VERSION,
             library_version=version("apt-ray"),
             category=category,
             backbone=backbone.spec,
@@ -139,7 +127,6 @@ def fit(
             support_names=tuple(path.name for path in support),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
-            metrics=metrics or {},
         ),
         text_features=text_TPE[0].cpu(),
         contexts=trainer.contexts()[0].cpu(),

@@ -11,7 +11,7 @@ T lanes, P prompts (0 normal, the others anomalous), L context length, C token w
 import torch
 import torch.nn.functional as F
 
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import TextEncoder
 
 NORMAL_STATES = (
     "a normal surface",
@@ -42,7 +42,7 @@ _NO_GUIDANCE = 1e-12
 _FIRST_STATE = 3
 
 
-def meta_features(backbone: FrozenCLIP) -> torch.Tensor:
+def meta_features(backbone: TextEncoder) -> torch.Tensor:
     """The meta-prompt at the start, `(2, E)`: averaged features of states that fit any product."""
     return torch.stack(
         [
@@ -52,7 +52,7 @@ def meta_features(backbone: FrozenCLIP) -> torch.Tensor:
     )
 
 
-def state_contexts(backbone: FrozenCLIP, prompts: int, length: int) -> torch.Tensor:
+def state_contexts(backbone: TextEncoder, prompts: int, length: int) -> torch.Tensor:
     """Contexts that say what the meta-prompt says, `(P, L, C)`: a place to start from.
 
     Each is the token embeddings of states in a row, cut at its front; the state at its end is
@@ -73,6 +73,9 @@ def remove_conflict(
     gradient_TPLC: torch.Tensor, guide_TPLC: torch.Tensor, weight_T: torch.Tensor
 ) -> torch.Tensor:
     """Gradient surgery: take out of `gradient` the part that points against `guide`.
+
+    The projection is that of PCGrad (Yu et al., arXiv 2001.06782), one way only, as ProGrad aligns
+    prompts with general knowledge (Zhu et al., arXiv 2205.14865).
 
     Per lane, over all its contexts together: with `c = <g, h>`, if `c < 0` and `|h|^2 > 1e-12`,
     then `g - weight * c / |h|^2 * h`; else `g`. Weight 0 changes nothing, 1 leaves `<g, h> = 0`.

@@ -4,6 +4,7 @@ T lanes, P prompts (0 normal, the others anomalous), L longest context, C token 
 step, N patch tokens, E joint width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,3 +57,8 @@ def fold(bank: SupportBank, left_out: int, settings: FitSettings) -> Lane:
     return Lane(
         settings=settings, bank=bank, images=others or (left_out,), seed=settings.seed + left_out
     )
+
+
+def folds(banks: Sequence[SupportBank], settings: FitSettings) -> list[Lane]:
+    """Every `fold` of every bank, bank by bank."""
+    return [fold(bank, image, settings) for bank in banks for image in range(bank.shots)]

@@ -52,8 +52,9 @@ def gradients_at_text(
 def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:
     """The loss on self-generated anomalies, one value a lane.
 
-    Patch level: focal loss (gamma 2) plus Dice on the anomalous probability. Image level:
-    cross-entropy of the mean over the most anomalous 1 % of the patches. Labels of -1 are ignored.
+    Patch level: focal loss (gamma 2; Lin et al., arXiv 1708.02002) plus Dice (Milletari et al.,
+    arXiv 1606.04797), smoothed by 1, on the anomalous probability. Image level: cross-entropy of
+    the mean over the most anomalous 1 % of the patches. Labels of -1 are ignored.
     """
     p_TBN = log_p_TBNP[..., 1:].exp().sum(-1).clamp(1e-6, 1 - 1e-6)
     known_TBN = labels_TBN >= 0

@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from apt_ray.detection.rule import anomalous_probability, auroc
+from apt_ray.auroc import auroc_of_rows
+from apt_ray.detection.rule import anomalous_probability
 from apt_ray.errors import SettingsError
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.batches import draw_batches
 from apt_ray.prompts.guidance import (
     ROUND,
@@ -52,7 +53,7 @@ class PromptTrainer:
         meta_T2E: each lane's meta-prompt, normal and anomalous.
     """
 
-    def __init__(self, backbone: FrozenCLIP, lanes: Sequence[Lane] = ()) -> None:
+    def __init__(self, backbone: Backbone, lanes: Sequence[Lane] = ()) -> None:
         self._backbone = backbone
         self._start_2E = meta_features(backbone)
         self.lanes: tuple[Lane, ...] = ()
@@ -237,13 +238,14 @@ class PromptTrainer:
             tokens = guidance.tokens_FSDNE[:, images].to(self._backbone.device).float()
             labels_FX = guidance.labels_FSDN[:, images].to(self._backbone.device).flatten(1)
             before, after = (
-                auroc(
+                auroc_of_rows(
                     anomalous_probability(tokens, meta_2E, self._backbone.constants).flatten(1),
                     labels_FX,
                 ).nanmean()
                 for meta_2E in (self.meta_T2E[row], moved_2E)
             )
-            self.meta_T2E[row] = torch.where(after > before, moved_2E, self.meta_T2E[row])
+            if after > before:
+                self.meta_T2E[row] = moved_2E
 
     def _largest(self, rows: Iterable[int]) -> tuple[int, int]:
         """Most prompts and longest context of the lanes in `rows`."""
@@ -296,7 +298,7 @@ class PromptTrainer:
         )
 
 
-def _initial_state(lane: Lane, backbone: FrozenCLIP, meta_2E: torch.Tensor) -> LaneState:
+def _initial_state(lane: Lane, backbone: Backbone, meta_2E: torch.Tensor) -> LaneState:
     generator = torch.Generator().manual_seed(lane.seed)
     shape = (*_shape(lane), backbone.token_width)
     contexts_PLC = backbone.token_std * torch.randn(shape, generator=generator)
@@ -329,21 +331,10 @@ def _pad(values_PLC: torch.Tensor, prompts: int, length: int) -> torch.Tensor:
     return F.pad(values_PLC, (0, 0, 0, missing[0], 0, missing[1]))
 
 
-def _check(lane: Lane, backbone: FrozenCLIP) -> None:
+def _check(lane: Lane, backbone: Backbone) -> None:
     if lane.settings.context_length > backbone.max_context_length:
         raise SettingsError(
             f"context_length {lane.settings.context_length} is too long for {backbone.spec.name}:"
             f" choose at most {backbone.max_context_length}"
         )
-    if lane.settings.noise_strength not in lane.bank.noisy_SDNE:
-        raise SettingsError(
-            f"the anomaly bank holds no noise of strength {lane.settings.noise_strength}, only"
-            f" {tuple(lane.bank.noisy_SDNE)}: encode the support set with it"
-        )
-    asked = (lane.settings.region, lane.settings.object_mask)
-    held = (lane.bank.region, lane.bank.object_mask)
-    if asked != held:
-        raise SettingsError(
-            f"the anomaly bank was encoded with (region, object_mask) = {held}, not {asked}:"
-            f" encode the support set with these settings"
-        )
+    lane.bank.spec.check(lane.settings)

@@ -29,6 +29,7 @@ from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import DataError, RegistryError
+from apt_ray.files import Location
 from apt_ray.images import encode_png, read_image
 
 DIRECTORY = "version"
@@ -96,8 +97,8 @@ def write_version(
     pictures: Mapping[str, Image.Image],
     trials: Sequence[Mapping[str, object]],
     tags: Mapping[str, str],
-    support: Sequence[Path],
-    held_out: Sequence[Path],
+    support: Sequence[Location],
+    held_out: Sequence[Location],
     submission: str | None = None,
     may_serve: bool = True,
 ) -> Record:
@@ -156,7 +157,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Location) -> str:
     """The hash of a picture's file; DataError if it cannot be read."""
     try:
         return sha256(path.read_bytes())
@@ -181,7 +182,9 @@ def _libraries() -> Iterator[tuple[str, str]]:
             continue  # Ray is not everywhere
 
 
-def _write_data(home: Path, support: Sequence[Path], held_out: Sequence[Path]) -> str | None:
+def _write_data(
+    home: Path, support: Sequence[Location], held_out: Sequence[Location]
+) -> str | None:
     """Fingerprints of all pictures, small copies of some held-out ones; a hash of the whole."""
     if not support:
         return None
@@ -220,7 +223,7 @@ def _write_model(home: Path) -> None:
     }
     # By hand: MLflow's own writer takes seconds to import, and warns about itself.
     (home / "MLmodel").write_text(yaml.safe_dump(model))
-    (home / "requirements.txt").write_text(f"apt-ray=={library_version('apt-ray')}\n")
+    (home / "requirements.txt").write_text(f"apt-ray[registry]=={library_version('apt-ray')}\n")
     (home / "python_env.yaml").write_text(
         f"python: {python}\nbuild_dependencies:\n- pip\ndependencies:\n- -r requirements.txt\n"
     )

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from apt_ray.files import writing
+
 
 def default_pending() -> Path:
     """Where a machine keeps what could not be registered: APT_RAY_PENDING, or the user's state."""
@@ -14,11 +16,10 @@ def default_pending() -> Path:
 
 def keep(version_folder: Path, name: str, pending: Path) -> Path:
     """Copy a written version to where it waits, whole or not at all; once it waits, it stays."""
-    kept, unfinished = pending / name, pending / f".{name}.{os.getpid()}"
+    kept = pending / name
     if not kept.exists():
-        pending.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(version_folder, unfinished, dirs_exist_ok=True)
-        unfinished.rename(kept)
+        with writing(kept) as place:
+            shutil.copytree(version_folder, place)
     return kept
 
 

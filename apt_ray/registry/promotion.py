@@ -10,7 +10,8 @@ from typing import Literal
 from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import RegistryError
+from apt_ray.errors import PromptSetError, RegistryError
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.registry.contents import DATA, HELD_OUT, file_sha256
 from apt_ray.registry.history import Move
@@ -92,7 +93,7 @@ def promote(
     category: str,
     reference: str = CANDIDATE,
     *,
-    normal: Sequence[Path] = (),
+    normal: Sequence[Location] = (),
     force: str | None = None,
     compare: Compare = compare_prompt_sets,
 ) -> Promotion:
@@ -167,10 +168,14 @@ def _judge(
     promotion: Promotion,
     candidate: RegisteredVersion,
     champion: RegisteredVersion,
-    normal: Sequence[Path],
+    normal: Sequence[Location],
     compare: Compare,
 ) -> Promotion:
-    sides = [_Side.of(registry, registered) for registered in (candidate, champion)]
+    sides = [_Side.of(registry, candidate)]
+    try:
+        sides.append(_Side.of(registry, champion))
+    except PromptSetError as error:  # of an earlier score rule, say: it must not bar its successor
+        return replace(promotion, verdict="uncomparable", why=f"the champion cannot score: {error}")
     reason = next((side.reason for side in sides if side.reason), None)
     images: list[Image.Image] = []
     if reason is None:

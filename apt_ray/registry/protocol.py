@@ -11,6 +11,7 @@ from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import PromptSetError, RegistryError
+from apt_ray.files import Location
 from apt_ray.registry import pending as waiting_room
 from apt_ray.registry.contents import Record, sha256, write_version
 from apt_ray.registry.history import Action, History, Move
@@ -89,8 +90,8 @@ class Registry(Protocol):
         pictures: Mapping[str, Image.Image],
         trials: Sequence[Mapping[str, object]],
         tags: Mapping[str, str] = {},
-        support: Sequence[Path] = (),
-        held_out: Sequence[Path] = (),
+        support: Sequence[Location] = (),
+        held_out: Sequence[Location] = (),
         promote: bool = True,
         submission: str | None = None,
         pending: Path | None = None,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
@@ -20,8 +19,8 @@ from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.rule import resize_map
 from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import Backbone, ImageFeatures
+from apt_ray.files import Location
 from apt_ray.images import read_image, read_mask
 from apt_ray.prompts.fit import fit
 from apt_ray.validation.examples import Example, choose
@@ -63,7 +62,7 @@ class Result:
 def evaluate(
     category: Category,
     *,
-    backbone: FrozenCLIP,
+    backbone: Backbone,
     shots: int,
     seeds: Sequence[int],
     settings: FitSettings | None = None,
@@ -154,7 +153,7 @@ class TestSet:
         masks = tuple(_read_masks(category, sizes)) if category.has_masks else None
         return cls(category=category, sizes=sizes, masks=masks)
 
-    def encode(self, backbone: FrozenCLIP, progress: Progress) -> ImageFeatures:
+    def encode(self, backbone: Backbone, progress: Progress) -> ImageFeatures:
         """Features of all of them, in order, on the CPU."""
         parts = []
         images = self.category.test
@@ -166,7 +165,7 @@ class TestSet:
         return ImageFeatures.concatenate(parts)
 
     def result(
-        self, score: Scorer, *, variant: str, support: Collection[Path], seed: int
+        self, score: Scorer, *, variant: str, support: Collection[Location], seed: int
     ) -> Result:
         """Score every test image outside the support set, and measure."""
         kept = [i for i, image in enumerate(self.category.test) if image.path not in support]
@@ -197,9 +196,7 @@ class TestSet:
                 variant=variant,
                 category=self.category.name,
                 seed=seed,
-                names=tuple(
-                    image.path.relative_to(self.category.root).as_posix() for image in images
-                ),
+                names=tuple(self.category.name_of(image.path) for image in images),
                 defect_types=tuple(image.defect_type for image in images),
                 score_I=np.asarray(scores, dtype=np.float64),
                 is_anomalous_I=is_anomalous,
@@ -214,10 +211,7 @@ class TestSet:
         self, score: Scorer, result: Result, threshold: float, count: int
     ) -> tuple[Example, ...]:
         """`count` test images of each kind, as `examples.choose` picks them, with their maps."""
-        place = {
-            image.path.relative_to(self.category.root).as_posix(): i
-            for i, image in enumerate(self.category.test)
-        }
+        place = {self.category.name_of(image.path): i for i, image in enumerate(self.category.test)}
         index = [place[name] for name in result.scores.names]
         shown = []
         for kind, chosen in choose(

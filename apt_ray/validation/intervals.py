@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logit
 
+from apt_ray.auroc import auroc_of_counts
 from apt_ray.errors import DataError
+from apt_ray.files import writing
 from apt_ray.validation.metrics import image_auroc
 
 METRICS = ("image_auroc", "pixel_auroc")
@@ -97,7 +99,7 @@ def by_defect_type(scores: ImageScores) -> list[TypeFigures]:
         pixel = None
         if scores.normal_IH is not None and scores.anomalous_IH is not None:
             weight_1I = kept[None].astype(np.float64)
-            pixel = float(_auroc(scores.normal_IH, scores.anomalous_IH, weight_1I)[0])
+            pixel = float(_pixel_aurocs(scores, weight_1I)[0])
         figures.append(
             TypeFigures(
                 variant=scores.variant,
@@ -227,7 +229,7 @@ def change_over_seeds(
 
 
 def save_scores(path: Path, scores: Sequence[ImageScores]) -> None:
-    """Write them as one compressed `.npz` without pickled objects."""
+    """Write them as one compressed `.npz` without pickled objects; WriteError if that fails."""
     arrays = {}
     for number, one in enumerate(scores):
         arrays[f"{number}/key"] = np.array([one.variant, one.category, str(one.seed)])
@@ -238,8 +240,7 @@ def save_scores(path: Path, scores: Sequence[ImageScores]) -> None:
         if one.normal_IH is not None and one.anomalous_IH is not None:
             arrays[f"{number}/normal_IH"] = one.normal_IH
             arrays[f"{number}/anomalous_IH"] = one.anomalous_IH
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with writing(path) as place, place.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
@@ -309,22 +310,15 @@ def _image_aurocs(scores: ImageScores, weight_RI: Floats) -> Floats:
     one_hot_IH = np.zeros((len(place_I), len(levels)))
     one_hot_IH[np.arange(len(place_I)), place_I] = 1
     is_anomalous_I1 = scores.is_anomalous_I[:, None]
-    return _auroc(one_hot_IH * ~is_anomalous_I1, one_hot_IH * is_anomalous_I1, weight_RI)
+    return auroc_of_counts(
+        weight_RI @ (one_hot_IH * ~is_anomalous_I1), weight_RI @ (one_hot_IH * is_anomalous_I1)
+    )
 
 
 def _pixel_aurocs(scores: ImageScores, weight_RI: Floats) -> Floats:
     assert scores.normal_IH is not None
     assert scores.anomalous_IH is not None
-    return _auroc(scores.normal_IH, scores.anomalous_IH, weight_RI)
-
-
-def _auroc(normal_IH: Counts | Floats, anomalous_IH: Counts | Floats, weight_RI: Floats) -> Floats:
-    """(R,) AUROC of the weighted sums of the images' histograms; a bin's ties count one half."""
-    normal_RH, anomalous_RH = weight_RI @ normal_IH, weight_RI @ anomalous_IH
-    below_RH = normal_RH.cumsum(1) - 0.5 * normal_RH
-    wins_R = (below_RH * anomalous_RH).sum(1)
-    result: Floats = wins_R / (normal_RH.sum(1) * anomalous_RH.sum(1))
-    return result
+    return auroc_of_counts(weight_RI @ scores.normal_IH, weight_RI @ scores.anomalous_IH)
 
 
 def _unpack(arrays: dict[str, NDArray[np.generic]], number: str) -> ImageScores:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from apt_ray.auroc import auroc
 from apt_ray.errors import DataError, SettingsError
 
 AnyArray = NDArray[Any]
@@ -67,6 +68,37 @@ def aupro(maps: Sequence[AnyArray], masks: Sequence[AnyArray], *, max_fpr: float
     return _aupro(normal, _anomalous_pixels(maps, masks), _region_weights(masks), max_fpr)
 
 
+def counts_above(scores: ArrayLike, is_anomalous: ArrayLike) -> tuple[Floats, Floats]:
+    """Normal and anomalous images at or above each distinct score, the highest score first.
+
+    Both arguments have one entry per image; the counts are what `roc_curve` and
+    `precision_recall_curve` are drawn from.
+    """
+    labels = np.asarray(is_anomalous, dtype=bool)
+    levels, place = np.unique(np.asarray(scores), return_inverse=True)
+    normal, anomalous = (
+        np.bincount(place[chosen], minlength=levels.size)[::-1].cumsum(dtype=np.float64)
+        for chosen in (~labels, labels)
+    )
+    return normal, anomalous
+
+
+def roc_curve(normal: Floats, anomalous: Floats) -> tuple[Floats, Floats]:
+    """False-positive and true-positive rate, from (0, 0) to (1, 1).
+
+    Takes how many of each lie above falling thresholds, the last below all of them.
+    """
+    return np.append(0.0, normal / normal[-1]), np.append(0.0, anomalous / anomalous[-1])
+
+
+def precision_recall_curve(normal: Floats, anomalous: Floats) -> tuple[Floats, Floats]:
+    """Recall and precision from the same counts; where nothing is flagged, precision is 1."""
+    return (
+        np.append(0.0, anomalous / anomalous[-1]),
+        np.append(1.0, anomalous / (normal + anomalous)),
+    )
+
+
 def _aupro(normal: AnyArray, scores: AnyArray, weights: Floats, max_fpr: float) -> float:
     """From the sorted scores of normal pixels, and anomalous ones with their weights."""
     if not 0 < max_fpr <= 1:
@@ -93,12 +125,9 @@ def _aupro(normal: AnyArray, scores: AnyArray, weights: Floats, max_fpr: float) 
 
 
 def _auroc(normal: AnyArray, anomalous: AnyArray, unit: str) -> float:
-    """Mann-Whitney: the share of (normal, anomalous) pairs in the right order; `normal` is sorted
-    already."""
+    """`normal` is sorted already; `anomalous` is sorted here."""
     anomalous = _sorted_scores(anomalous, f"anomalous {unit}")
-    below = np.searchsorted(normal, anomalous, side="left").sum(dtype=np.int64)
-    not_above = np.searchsorted(normal, anomalous, side="right").sum(dtype=np.int64)
-    return (int(below) + int(not_above)) / (2 * normal.size * anomalous.size)
+    return auroc(normal, anomalous)
 
 
 def _sorted_scores(scores: AnyArray, what: str) -> AnyArray:

@@ -9,14 +9,12 @@ from statistics import fmean, stdev
 
 import torch
 
-from apt_ray.anomalies.bank import SupportBank
 from apt_ray.anomalies.families import SELECTION
-from apt_ray.config import FitSettings
-from apt_ray.detection.rule import anomalous_probability, auroc, top_mean
+from apt_ray.auroc import auroc_of_rows
+from apt_ray.detection.rule import anomalous_probability, top_mean
 from apt_ray.errors import SettingsError
-from apt_ray.features.clip import FrozenCLIP
-from apt_ray.prompts.lanes import Lane, fold
-from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.features.protocol import Backbone
+from apt_ray.prompts.lanes import Lane
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,41 +38,7 @@ class HeldOutValue:
     lanes: tuple[float, ...]
 
 
-class HeldOutTrial:
-    """One setting of the hyperparameters, trained on every support seed and every fold at once.
-
-    A fold leaves one support image out of the training and is judged on perturbed copies of it. A
-    bank of a single image has one fold, judged on other crops and turns of that image.
-
-    Attributes:
-        steps_done: steps taken so far, of `settings.steps`.
-    """
-
-    def __init__(
-        self, backbone: FrozenCLIP, banks: Sequence[SupportBank], settings: FitSettings
-    ) -> None:
-        self._backbone = backbone
-        self._trainer = PromptTrainer(
-            backbone,
-            [fold(bank, image, settings) for bank in banks for image in range(bank.shots)],
-        )
-
-    @property
-    def steps_done(self) -> int:
-        return self._trainer.steps_done
-
-    def advance(self, steps: int) -> None:
-        """Train every lane for `steps` further steps."""
-        self._trainer.advance(steps)
-
-    def value(self) -> HeldOutValue:
-        """The held-out value of what was learned so far."""
-        return judge_folds(self._backbone, self._trainer.lanes, self._trainer.text_features())
-
-
-def judge_folds(
-    backbone: FrozenCLIP, folds: Sequence[Lane], text_TPE: torch.Tensor
-) -> HeldOutValue:
+def judge_folds(backbone: Backbone, folds: Sequence[Lane], text_TPE: torch.Tensor) -> HeldOutValue:
     """The held-out value of text features that the lanes of `fold` have learned."""
     value_2TF = torch.stack(
         [_judge(backbone, lane, text_PE) for lane, text_PE in zip(folds, text_TPE, strict=True)], 1
@@ -92,7 +56,7 @@ def judge_folds(
     )
 
 
-def _judge(backbone: FrozenCLIP, lane: Lane, text_PE: torch.Tensor) -> torch.Tensor:
+def _judge(backbone: Backbone, lane: Lane, text_PE: torch.Tensor) -> torch.Tensor:
     """AUROC over patches and over images, for each family: `(2, F)`."""
     bank, image = lane.bank, _judged_image(lane)
     if bank.selection is None:
@@ -102,12 +66,12 @@ def _judge(backbone: FrozenCLIP, lane: Lane, text_PE: torch.Tensor) -> torch.Ten
     clean_VNE = bank.judged_clean_SVNE[image].to(device).float()
     p_FDN = anomalous_probability(tokens_FDNE, text_PE, constants)
     labels_FDN = bank.selection.labels_FSDN[:, image].to(device)
-    patch_F = auroc(p_FDN.flatten(1), labels_FDN.flatten(1))
+    patch_F = auroc_of_rows(p_FDN.flatten(1), labels_FDN.flatten(1))
     clean_V = top_mean(anomalous_probability(clean_VNE, text_PE, constants))
     perturbed_FD = top_mean(p_FDN)
     score_FX = torch.cat([perturbed_FD, clean_V.expand(len(p_FDN), -1)], 1)
     label_X = torch.cat([torch.ones_like(perturbed_FD[0]), torch.zeros_like(clean_V)])
-    return torch.stack([patch_F, auroc(score_FX, label_X)])
+    return torch.stack([patch_F, auroc_of_rows(score_FX, label_X)])
 
 
 def _judged_image(lane: Lane) -> int:

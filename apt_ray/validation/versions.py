@@ -21,8 +21,9 @@ from PIL import Image
 from apt_ray.anomalies.families import SELECTION
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.features.clip import FrozenCLIP, load_backbone
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.clip import load_backbone
+from apt_ray.features.pixels import to_image, to_pixels
+from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.validation.metrics import AnyArray, image_auroc, pixel_auroc
 
 SEEDS = 4
@@ -94,7 +95,7 @@ def compare_prompt_sets(
     champion: PromptSet,
     images: Sequence[Image.Image],
     *,
-    backbone: FrozenCLIP | None = None,
+    backbone: Backbone | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> HeldOutComparison:
@@ -136,14 +137,14 @@ def compare_held_out(
     detectors = (candidate, champion)
     size = max(detector.backbone.input_size for detector in detectors)
     squares = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
-    pixels_B3HW = torch.stack([_to_pixels(square) for square in squares])
+    pixels_B3HW = to_pixels(squares, size)
     clean = [scores_B for _, scores_B in _score(detectors, squares, size)]
     values = np.empty((len(detectors), SEEDS, len(SELECTION)))
     for seed in range(SEEDS):
         g = torch.Generator().manual_seed(_FIRST_SEED + seed)
         for place, family in enumerate(SELECTION.values()):
             perturbed_B3HW, changed_BHW = family(pixels_B3HW, g)
-            pictures = [_to_image(perturbed_3HW) for perturbed_3HW in perturbed_B3HW]
+            pictures = [to_image(perturbed_3HW) for perturbed_3HW in perturbed_B3HW]
             for which, (maps_BHW, scores_B) in enumerate(_score(detectors, pictures, size)):
                 values[which, seed, place] = fmean(
                     [
@@ -186,12 +187,3 @@ def _pixel_auroc(maps_BHW: AnyArray, changed_BHW: AnyArray) -> float:
     if changed_BHW.all() or not changed_BHW.any():
         return 0.5
     return pixel_auroc(list(maps_BHW), list(changed_BHW))
-
-
-def _to_pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def _to_image(pixels_3HW: torch.Tensor) -> Image.Image:
-    levels_HW3 = (pixels_3HW * 255).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(levels_HW3.numpy())

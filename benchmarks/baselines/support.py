@@ -8,18 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
 from apt_ray.detection.reference import ReferenceMemory
-from apt_ray.detection.rule import anomaly_maps, fuse, reference_probability, top_mean
+from apt_ray.detection.rule import ScoreRule, fuse, reference_probability
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from benchmarks.baselines.views import SCALES, encode_windows, turned
 
@@ -55,7 +56,7 @@ class Support:
     """
 
     def __init__(
-        self, backbone: FrozenCLIP, category: str, paths: Sequence[Path], *, seed: int
+        self, backbone: FrozenCLIP, category: str, paths: Sequence[Location], *, seed: int
     ) -> None:
         self.backbone, self.category, self.paths, self.seed = backbone, category, paths, seed
         self.settings = FitSettings(seed=seed)
@@ -90,26 +91,21 @@ class Support:
             lambda: encode_support(
                 self.backbone,
                 self.images,
-                seed=self.seed,
-                strengths=[self.settings.noise_strength],
-                region=self.settings.region,
-                object_mask=self.settings.object_mask,
-                judged=False,
+                BankSpec.of(self.settings, self.paths, fingerprint=self.backbone.fingerprint),
             ),
         )
 
     def by_patches(self, rule: PatchRule) -> ImageRule:
         """The rule for maps and image scores that all methods share."""
+        shared = ScoreRule.of(self.backbone, self.settings)
 
         def score(encoded: Encoded) -> tuple[Tensor, Tensor]:
-            p_BN = rule(encoded)
-            maps_BHW = anomaly_maps(p_BN, self.backbone.grid, self.backbone.input_size)
-            return maps_BHW, top_mean(maps_BHW.flatten(1))
+            return shared.score_patches(rule(encoded))
 
         return score
 
     def with_memory(self, name: str, rule: PatchRule) -> dict[str, ImageRule]:
-        """A rule fused with the support memory as APT does it, and alone."""
+        """A rule fused with all support patches by the rule's harmonic mean, and alone."""
         memory, constants = ReferenceMemory.of(self.features), self.backbone.constants
 
         def fused(encoded: Encoded) -> Tensor:

@@ -20,7 +20,8 @@ from serving.api.access import Access
 from serving.api.messages import CategoryReport, Inspected, Picture, Service
 from serving.api.problems import Problem, ProblemError
 from serving.controller.cache import Cache
-from serving.controller.orders import FleetStatus, Routes
+from serving.controller.client import ControllerClient
+from serving.controller.orders import Routes
 from serving.logs import logger
 
 _WITH_CACHE_S = 5.0
@@ -44,18 +45,6 @@ class PoolHandle(Protocol):
     ) -> Inspected | Refusal: ...
 
     async def describe(self, category: str) -> CategoryReport | Refusal: ...
-
-
-class Control(Protocol):
-    """The controller as the root reaches it."""
-
-    async def routes(self, known: str) -> Routes: ...
-
-    async def status(self) -> FleetStatus: ...
-
-    async def audit_lines(self) -> list[dict[str, object]]: ...
-
-    async def wake(self, reason: str) -> None: ...
 
 
 class Pools:
@@ -87,7 +76,7 @@ class Pools:
         self._access.allow(routes.auth)
         self._routes = routes
 
-    async def start(self, control: Control, *, patience_s: float) -> None:
+    async def start(self, controller: ControllerClient, *, patience_s: float) -> None:
         """Return once there are routes, those of the cache if the controller gives none.
 
         Raises FleetError if there are neither within `patience_s`.
@@ -98,7 +87,7 @@ class Pools:
         deadline = time.monotonic() + (_WITH_CACHE_S if cached else patience_s)
         while (left := deadline - time.monotonic()) > 0:
             try:
-                await self._learn(await asyncio.wait_for(control.routes(""), left))
+                await self._learn(await asyncio.wait_for(controller.routes(""), left))
                 return
             except Exception as error:
                 logger.warning("the controller does not answer: %r", error)
@@ -115,11 +104,11 @@ class Pools:
         if self._cache and changed:
             await asyncio.to_thread(self._cache.remember, "routes", routes)
 
-    async def follow_forever(self, control: Control) -> None:
+    async def follow_forever(self, controller: ControllerClient) -> None:
         """Keep the routes at what the controller says; ends only by being cancelled."""
         while True:
             try:
-                await self._learn(await control.routes(self._routes.etag))
+                await self._learn(await controller.routes(self._routes.etag))
             except Exception as error:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(1)

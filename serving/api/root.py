@@ -16,7 +16,8 @@ from starlette.staticfiles import StaticFiles
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, require
 from serving.api.ingress import create_api, problem_responses
-from serving.api.pools import Control, Pools
+from serving.api.pools import Pools
+from serving.controller.client import ControllerClient
 from serving.controller.orders import FleetStatus, State
 from serving.settings import HttpLimits
 
@@ -57,7 +58,12 @@ class AuditLog(BaseModel):
 
 
 def create_root_api(
-    pools: Pools, control: Control, *, http: HttpLimits, access: Access, webhook_secret: str
+    pools: Pools,
+    controller: ControllerClient,
+    *,
+    http: HttpLimits,
+    access: Access,
+    webhook_secret: str,
 ) -> FastAPI:
     """The API of the whole fleet.
 
@@ -76,7 +82,7 @@ def create_root_api(
 
     async def status() -> FleetStatus:
         try:
-            return await control.status()
+            return await controller.status()
         except Exception as error:
             raise problems.not_ready("the fleet's controller", reason=str(error)) from None
 
@@ -137,7 +143,7 @@ def create_root_api(
     )
     async def audit() -> AuditLog:
         await status()
-        return AuditLog(lines=await control.audit_lines())
+        return AuditLog(lines=await controller.audit_lines())
 
     @api.post(
         "/fleet/refresh",
@@ -148,7 +154,7 @@ def create_root_api(
     )
     async def refresh() -> Health:
         await status()
-        await control.wake("refresh")
+        await controller.wake("refresh")
         return Health(status="ok")
 
     @api.post("/webhooks/mlflow", include_in_schema=False)
@@ -160,7 +166,7 @@ def create_root_api(
                 raise problems.too_large("the delivery is larger than any that MLflow sends")
         delivery = webhooks.verify(request.headers, bytes(body), secret=webhook_secret)
         await status()
-        await control.wake(f"webhook {delivery}")
+        await controller.wake(f"webhook {delivery}")
         return Health(status="ok")
 
     @api.get("/", include_in_schema=False)

@@ -7,15 +7,14 @@ never changes, so its file is never out of date. Nothing is unpickled.
 import contextlib
 import hashlib
 import json
-import os
-import uuid
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
 from apt_ray.config import Settings
+from apt_ray.errors import WriteError
+from apt_ray.files import write_whole
 from serving.controller.orders import StoredVersion
 
 _KEPT = 3
@@ -41,11 +40,10 @@ class Cache:
         """Keep a version, and the last few of its category besides; once is enough."""
         name = f"{stored.version}-{stored.run_id or 'unknown'}.safetensors"
         path = self._folder / stored.category / name
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, WriteError):
             if path.exists():
                 return
-        self._write(path, stored.data)
-        with contextlib.suppress(OSError):
+            write_whole(path, stored.data, private=True)
             files = sorted(self._folder.glob(f"{stored.category}/*.safetensors"), key=_modified)
             for file in files[:-_KEPT]:
                 file.unlink(missing_ok=True)
@@ -67,7 +65,8 @@ class Cache:
 
     def remember(self, name: str, settings: Settings) -> None:
         """Keep settings under a name, for `recall`."""
-        self._write(self._folder / f"{name}.json", settings.model_dump_json().encode())
+        with contextlib.suppress(WriteError):
+            write_whole(self._folder / f"{name}.json", settings.model_dump_json(), private=True)
 
     def recall(self, name: str, kind: type[AnySettings]) -> AnySettings | None:
         """The settings last kept under a name."""
@@ -75,17 +74,6 @@ class Cache:
             return kind.model_validate(json.loads((self._folder / f"{name}.json").read_bytes()))
         except (OSError, ValueError, ValidationError):
             return None
-
-    def _write(self, path: Path, data: bytes) -> None:
-        unfinished = path.with_name(f".{uuid.uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(unfinished, "xb", opener=partial(os.open, mode=0o600)) as file:
-                file.write(data)
-            unfinished.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
 
 
 def _modified(path: Path) -> float:

@@ -42,9 +42,6 @@ class Pool:
         """Whether it is entered through the root; a category's own pool has an address itself."""
         return list(self.categories) != [self.name]
 
-    def with_categories(self, categories: dict[str, CategoryEntry]) -> "Pool":
-        return Pool(name=self.name, settings=self.settings, categories=categories)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HttpAddress:

@@ -2,12 +2,13 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, Protocol
+from typing import Literal
 
 from apt_ray.errors import AptError, FleetError, PromptSetError
 from serving.api.access import Access
 from serving.controller.cache import Cache
-from serving.controller.orders import Order, Orders, ReplicaReport, ServedVersion, StoredVersion
+from serving.controller.client import ControllerClient
+from serving.controller.orders import Order, Orders, ReplicaReport, ServedVersion
 from serving.logs import logger
 from serving.replica.inspector import Inspector
 
@@ -17,19 +18,12 @@ _GRACE_S = 5.0
 _NO_NEWS = "the registry has not said which version to serve"
 
 
-class Headquarters(Protocol):
-    """The controller as a replica reaches it; any error means that it does not answer."""
-
-    async def follow(self, report: ReplicaReport, *, wait_s: float) -> Orders: ...
-
-    async def fetch(self, category: str, version: int) -> StoredVersion: ...
-
-
 class Follower:
     """Keeps an inspector at what the controller orders.
 
     Args:
         pool: whose orders.
+        replica: by what name the controller knows it.
         controller: gives them.
         cache: has the last ones.
         inspector, access: carry them out.
@@ -40,7 +34,8 @@ class Follower:
     def __init__(
         self,
         pool: str,
-        controller: Headquarters,
+        replica: str,
+        controller: ControllerClient,
         *,
         cache: Cache,
         inspector: Inspector,
@@ -49,7 +44,7 @@ class Follower:
         again_s: float = 5.0,
     ) -> None:
         self._again_s = again_s
-        self._pool = pool
+        self._pool, self._replica = pool, replica
         self._controller = controller
         self._cache = cache
         self._inspector = inspector
@@ -87,7 +82,7 @@ class Follower:
             troubled = any(served.problem for served in self._report.categories.values())
             wait_s = self._again_s if troubled else self._wait_s
             try:
-                orders = await self._controller.follow(self._report, wait_s=wait_s)
+                orders = await self._follow(wait_s)
             except Exception as error:
                 logger.warning("the controller does not answer: %s", error)
                 self._report = self._report.model_copy(update={"followed": False})
@@ -96,12 +91,15 @@ class Follower:
             if orders.etag != self._report.orders or troubled or not self._report.followed:
                 await self._carry_out(orders, followed=True)
 
+    async def _follow(self, wait_s: float) -> Orders:
+        return await self._controller.follow(self._pool, self._replica, self._report, wait_s=wait_s)
+
     async def _ask(self, wait_s: float, patience_s: float) -> Orders:
         deadline = asyncio.get_running_loop().time() + patience_s
         while True:
             try:
                 left = deadline - asyncio.get_running_loop().time()
-                call = self._controller.follow(self._report, wait_s=wait_s)
+                call = self._follow(wait_s)
                 return await asyncio.wait_for(call, max(left, 0.1))
             except Exception as error:
                 if asyncio.get_running_loop().time() > deadline:

@@ -27,7 +27,8 @@ from PIL import Image
 from apt_ray.detection.detector import Inspection
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ImageError
-from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.clip import load_backbone
+from apt_ray.features.protocol import Backbone
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
 from serving.api import problems
 from serving.api.messages import (
@@ -41,7 +42,7 @@ from serving.api.messages import (
 from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.batching import Batcher
-from serving.replica.metrics import Meter
+from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
 from serving.settings import QUEUES_OF_SHARED_POOL, Batching
 
@@ -68,6 +69,10 @@ class _Result:
     score: float
     started_at: float
     ended_at: float
+
+    @property
+    def is_anomalous(self) -> bool:
+        return self.served.detector.prompt_set.threshold.rejects(self.score)
 
 
 class Inspector:
@@ -96,7 +101,7 @@ class Inspector:
         self._max_waiting = batching.max_queue
         self._max_waiting_in_all = batching.max_queue * (QUEUES_OF_SHARED_POOL if shared else 1)
         self._served: dict[str, ServedCategory] = {}
-        self._backbones: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
+        self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._loading = threading.Lock()
         self._waiting: Counter[str] = Counter()
         self._seconds_per_image = 0.0
@@ -158,7 +163,7 @@ class Inspector:
                 )
                 result = await self._batcher.submit(category, job)
             conclude = partial(self._conclude, job, result, picture, received_at)
-            if picture is None and result.score <= _threshold(result):
+            if picture is None and not result.is_anomalous:
                 return conclude()  # no map at the size of the image
             return await loop.run_in_executor(self._decoders, conclude)
         except (ImageError, ProblemError) as error:
@@ -261,7 +266,7 @@ class Inspector:
     ) -> Inspected:
         about, threshold = result.served.about, result.served.detector.prompt_set.threshold
         inspection: Inspection | None = None
-        if picture is not None or result.score > threshold.value:
+        if picture is not None or result.is_anomalous:
             inspection = result.served.detector.conclude(result.map_SS, result.score, job.size)
         drawn = _draw(inspection, job.image, picture) if inspection and picture else None
         timings = Timings(
@@ -277,7 +282,7 @@ class Inspector:
             backbone=about.backbone,
             anomaly_score=result.score,
             threshold=threshold.value,
-            is_anomalous=result.score > threshold.value,
+            is_anomalous=result.is_anomalous,
             p_value=threshold.p_value(result.score),
             certified_false_alarm_rate=about.certified_false_alarm_rate,
             regions=[
@@ -303,7 +308,7 @@ class Inspector:
             )
         return Inspected(report=report, picture_png=drawn)
 
-    def _backbone(self, prompt_set: PromptSet) -> FrozenCLIP:
+    def _backbone(self, prompt_set: PromptSet) -> Backbone:
         """The backbone of a prompt set, which all categories that were fitted to it share."""
         with self._loading:
             backbone = self._backbones.get(prompt_set.fingerprint)
@@ -311,10 +316,6 @@ class Inspector:
                 backbone = load_backbone(prompt_set.backbone, device=self._device)
                 self._backbones[backbone.fingerprint] = backbone
             return backbone
-
-
-def _threshold(result: _Result) -> float:
-    return result.served.detector.prompt_set.threshold.value
 
 
 def _draw(inspection: Inspection, image: Image.Image | None, picture: Picture) -> bytes:

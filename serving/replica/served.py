@@ -11,7 +11,7 @@ from apt_ray.detection.calibration import Threshold, calibrate
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
 from serving.api.messages import CategoryReport
 from serving.controller.orders import Order
 from serving.regions import mask_of_box, mask_of_png
@@ -37,7 +37,7 @@ class ServedCategory:
 
 
 def build(
-    prompt_set: PromptSet, order: Order, backbone: FrozenCLIP, *, version: int, run_id: str
+    prompt_set: PromptSet, order: Order, backbone: Backbone, *, version: int, run_id: str
 ) -> ServedCategory:
     """The category as ordered.
 

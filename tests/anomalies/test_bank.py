@@ -1,6 +1,8 @@
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +15,14 @@ from apt_ray.anomalies.bank import (
     SELECTION_DRAWS,
     BankCache,
     SupportBank,
-    bank_key,
     encode_support,
 )
 from apt_ray.anomalies.families import GUIDANCE, SELECTION
 from apt_ray.data.folders import Category
-from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
+from tests.disks import full_disk
+from tests.fakes import bank_spec
 
 
 def test_a_bank_holds_every_draw_of_every_image(backbone: FrozenCLIP, bank: SupportBank) -> None:
@@ -51,14 +53,11 @@ def test_a_bank_is_repeatable_survives_pickling_and_counts_its_work(
 ) -> None:
     images = [read_image(category.good[0])]
     seen: list[tuple[int, int]] = []
+    spec = bank_spec(backbone, 1, seed=1, strengths=(0.2,))
     first = encode_support(
-        backbone,
-        images,
-        seed=1,
-        strengths=[0.2],
-        progress=lambda done, total: seen.append((done, total)),
+        backbone, images, spec, progress=lambda done, total: seen.append((done, total))
     )
-    second = pickle.loads(pickle.dumps(encode_support(backbone, images, seed=1, strengths=[0.2])))  # noqa: S301
+    second = pickle.loads(pickle.dumps(encode_support(backbone, images, spec)))  # noqa: S301
     assert torch.equal(first.noisy_SDNE[0.2], second.noisy_SDNE[0.2])
     assert first.selection is not None
     assert second.selection is not None
@@ -70,7 +69,9 @@ def test_a_bank_is_repeatable_survives_pickling_and_counts_its_work(
 def test_a_single_image_is_judged_on_another_crop_of_it(
     backbone: FrozenCLIP, category: Category
 ) -> None:
-    one = encode_support(backbone, [read_image(category.good[0])], seed=0, strengths=[0.2])
+    one = encode_support(
+        backbone, [read_image(category.good[0])], bank_spec(backbone, 1, strengths=(0.2,))
+    )
     assert not torch.allclose(one.clean_SVNE, one.judged_clean_SVNE)
     cosine = (
         one.clean_SVNE.float().mean((0, 1, 2)) * one.judged_clean_SVNE.float().mean((0, 1, 2))
@@ -90,7 +91,12 @@ def _disk(size: int = 128) -> Image.Image:
 
 
 def test_noise_stays_on_the_part(backbone: FrozenCLIP) -> None:
-    bank = encode_support(backbone, [_disk()], seed=0, strengths=[0.3], judged=False)
+    def encoded(**fields: Any) -> SupportBank:
+        return encode_support(
+            backbone, [_disk()], bank_spec(backbone, 1, strengths=(0.3,), **fields)
+        )
+
+    bank = encoded(judged=False)
     assert 0.15 < bank.objects_SN.float().mean() < 0.45
     off_part_N = ~bank.objects_SN[0]
     # The disk lies in the middle, so its mirror images do too.
@@ -98,25 +104,18 @@ def test_noise_stays_on_the_part(backbone: FrozenCLIP) -> None:
     assert (labels_DN == 0).float().mean() > 0.97
     assert (bank.noisy_labels_SDN == 1).any()
 
-    whole = encode_support(
-        backbone, [_disk()], seed=0, strengths=[0.3], region="object", judged=False
-    )
+    whole = encoded(region="everywhere", judged=False)
     on_part = bank.objects_SN[0]
     assert (whole.noisy_labels_SDN[0][:, on_part] == 1).float().mean() > 0.8
 
-    judged = [
-        encode_support(backbone, [_disk()], seed=0, strengths=[0.3], region=region).selection
-        for region in ("random", "object")
-    ]
+    judged = [encoded(region=region).selection for region in ("random", "everywhere")]
     assert judged[0] is not None
     assert judged[1] is not None
     # Wherever noise falls, trials are judged on the same pixels.
     assert torch.equal(judged[0].tokens_FSDNE, judged[1].tokens_FSDNE)
 
-    everywhere = encode_support(
-        backbone, [_disk()], seed=0, strengths=[0.3], object_mask=False, judged=False
-    )
-    assert everywhere.objects_SN.all()
+    unmasked = encoded(object_mask=False, judged=False)
+    assert unmasked.objects_SN.all()
 
 
 def test_a_draw_remembers_the_view_that_it_was_made_from(
@@ -133,9 +132,9 @@ def test_a_draw_remembers_the_view_that_it_was_made_from(
 
 def test_a_cached_bank_is_the_one_that_was_saved(bank: SupportBank, tmp_path: Path) -> None:
     cache = BankCache(tmp_path / "banks")
-    assert cache.load("key") is None
-    cache.save("key", bank)
-    cached = cache.load("key")
+    assert cache.load(bank.spec) is None
+    cache.save(bank)
+    cached = cache.load(bank.spec)
     assert cached is not None
     assert cached.guidance.names == bank.guidance.names
     assert cached.nbytes == bank.nbytes
@@ -148,7 +147,7 @@ def test_a_cached_bank_is_the_one_that_was_saved(bank: SupportBank, tmp_path: Pa
     assert torch.equal(cached.selection.labels_FSDN, bank.selection.labels_FSDN)
     assert torch.equal(cached.noisy_views_SD, bank.noisy_views_SD)
     assert torch.equal(cached.objects_SN, bank.objects_SN)
-    assert (cached.region, cached.object_mask) == (bank.region, bank.object_mask)
+    assert cached.spec == bank.spec
     assert torch.equal(cached.judged_clean_SVNE, bank.judged_clean_SVNE)
 
 
@@ -156,37 +155,23 @@ def test_a_damaged_bank_counts_as_none_and_a_full_disk_does_no_harm(
     bank: SupportBank, tmp_path: Path
 ) -> None:
     cache = BankCache(tmp_path)
-    cache.save("key", bank)
+    cache.save(bank)
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    assert cache.load("key") is None
-    BankCache(Path("/proc/none")).save("key", bank)
+    assert cache.load(bank.spec) is None
+    for folder in (Path("/proc/none"), file):
+        BankCache(folder).save(bank)
+    with full_disk(1000):
+        BankCache(tmp_path / "new").save(bank)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_banks_used_least_recently_make_room(bank: SupportBank, tmp_path: Path) -> None:
     cache = BankCache(tmp_path, limit_bytes=int(2.5 * bank.nbytes))
-    for age, key in enumerate("ab"):
-        cache.save(key, bank)
-        os.utime(tmp_path / f"{key}.safetensors", (1000 + age, 1000 + age))
-    assert cache.load("a") is not None
-    cache.save("c", bank)
-    assert [cache.load(key) is not None for key in "abc"] == [True, False, True]
-
-
-def test_a_key_covers_backbone_pictures_and_seed(category: Category, tmp_path: Path) -> None:
-    pictures = list(category.good[:2])
-    keys = {
-        bank_key("f", pictures, seed=0),
-        bank_key("g", pictures, seed=0),
-        bank_key("f", pictures, seed=1),
-        bank_key("f", pictures[::-1], seed=0),
-        bank_key("f", pictures, seed=0, strengths=[0.1]),
-        bank_key("f", pictures, seed=0, object_mask=False),
-    }
-    assert len(keys) == 6
-    copies = [tmp_path / "x.png", tmp_path / "y.png"]
-    for copy, picture in zip(copies, pictures, strict=True):
-        copy.write_bytes(picture.read_bytes())
-    assert bank_key("f", copies, seed=0) in keys
-    with pytest.raises(DataError, match="missing"):
-        bank_key("f", [tmp_path / "missing.png"], seed=0)
+    banks = [replace(bank, spec=bank.spec.model_copy(update={"seed": seed})) for seed in range(3)]
+    for age, one in enumerate(banks[:2]):
+        cache.save(one)
+        os.utime(tmp_path / f"{one.spec.digest}.safetensors", (1000 + age, 1000 + age))
+    assert cache.load(banks[0].spec) is not None
+    cache.save(banks[2])
+    assert [cache.load(one.spec) is not None for one in banks] == [True, False, True]

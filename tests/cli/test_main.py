@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from apt_ray.cli.main import main
+from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.images import read_image
 
@@ -37,7 +38,7 @@ def test_every_switch_of_the_method_is_a_flag(
     category = min(sample_data.iterdir())
     file = tmp_path / "set.safetensors"
     switches = (
-        "--tiles 2 --attention value_value --reference-layers 1 3 --noise mixed --region object"
+        "--tiles 2 --attention value_value --reference-layers 1 3 --noise mixed --region everywhere"
         " --no-object-mask --anomalous-prompts 2 --margin-weight 0.5 --smgs penalty"
         " --no-self-optimising --reference-rotations 4 --reference-size 50"
     )
@@ -120,6 +121,24 @@ def test_a_mistake_gives_one_clear_line_and_status_one(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--json", "--out"])
+def test_results_that_cannot_be_written_are_one_clear_line(
+    category: Category,
+    prompt_set: PromptSet,
+    tmp_path: Path,
+    flag: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "set.safetensors"
+    prompt_set.save(file)
+    arguments = ["inspect", str(file), str(category.good[0]), flag, str(file / "results")]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write {file}/results")
+    assert error.endswith("or choose another place\n")
+    assert PromptSet.load(file).provenance == prompt_set.provenance
 
 
 def test_a_folder_of_several_products_cannot_be_fitted_at_once(

@@ -8,9 +8,12 @@ from safetensors.torch import load_file, save_file
 from apt_ray.data.folders import Category
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import PromptSetError
+from apt_ray.detection.rule import RULE_VERSION
+from apt_ray.errors import PromptSetError, WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
+
+WRITTEN_BY_0_1 = Path(__file__).with_name("prompt_set_0_1.safetensors")
 
 
 def test_saved_and_loaded_prompt_sets_give_bit_identical_maps(
@@ -28,6 +31,12 @@ def test_saved_and_loaded_prompt_sets_give_bit_identical_maps(
         assert first.anomaly_score == second.anomaly_score
     assert loaded.to_bytes() == prompt_set.to_bytes()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_place_that_takes_no_file_is_named(prompt_set: PromptSet, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot write .*choose another place"):
+        prompt_set.save(tmp_path / "file" / "set.safetensors")
 
 
 def test_a_file_that_is_missing_cut_short_or_foreign_is_refused(
@@ -65,6 +74,30 @@ def test_another_format_version_is_refused_by_its_number(
     path = _rewrite(prompt_set, tmp_path / "set.safetensors", format_version=99)
     with pytest.raises(PromptSetError, match="format 99"):
         PromptSet.load(path)
+
+
+def test_a_format_to_come_is_refused_by_its_number_whatever_else_it_says(
+    prompt_set: PromptSet, tmp_path: Path
+) -> None:
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", format_version=2, novelty=1)
+    with pytest.raises(PromptSetError, match="format 2, this version of apt-ray reads 1"):
+        PromptSet.load(path)
+
+
+def test_a_set_of_another_score_rule_is_refused_with_the_remedy(
+    prompt_set: PromptSet, tmp_path: Path
+) -> None:
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", rule_version=RULE_VERSION + 1)
+    with pytest.raises(PromptSetError, match=r"threshold means nothing.*fit or register"):
+        PromptSet.load(path)
+
+
+def test_a_set_that_an_earlier_version_wrote_still_loads() -> None:
+    """`apt-ray fit --shots 2 --reference-size 16 --context-length 2 --region object` of 0.1."""
+    old = PromptSet.load(WRITTEN_BY_0_1)
+    assert old.provenance.library_version == "0.1.0"
+    assert old.provenance.rule_version == 1
+    assert old.settings.region == "everywhere"
 
 
 def test_unknown_fields_are_refused(prompt_set: PromptSet, tmp_path: Path) -> None:

@@ -3,19 +3,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
 
+from apt_ray.config import FitSettings
+from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
+    ScoreRule,
     anomalous_probability,
     anomaly_maps,
-    auroc,
     fuse,
     reference_probability,
     resize_map,
     top_mean,
 )
 from apt_ray.features.constants import BackboneConstants
+from tests.fakes import FakeBackbone
 
 CONSTANTS = BackboneConstants(
     dense_scale=2.0,
@@ -73,16 +76,31 @@ def test_a_map_is_brought_to_width_and_height() -> None:
     assert resize_map(torch.rand(32, 32), (50, 20)).shape == (20, 50)
 
 
-def test_batched_auroc_equals_scikit_learn_with_ties_and_ignored_entries() -> None:
-    g = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 8, (5, 200), generator=g).float()
-    labels = torch.randint(-1, 2, (5, 200), generator=g)
-    ours = auroc(scores, labels)
-    for row in range(5):
-        known = labels[row] >= 0
-        theirs = roc_auc_score(labels[row][known], scores[row][known])
-        assert ours[row].item() == pytest.approx(theirs)
+def test_a_score_is_made_of_patches_memory_and_whole_image() -> None:
+    """Written out for two patches on a map of two pixels, so that nothing is smoothed away."""
+    backbone = FakeBackbone(patches=1, patch=1)
+    red, blue = (backbone.preprocess([Image.new("RGB", (1, 1), c)]) for c in ("red", "blue"))
+    memory = ReferenceMemory.of(backbone.encode_images(red))
+    features = backbone.encode_images(blue)
+    text_PE = torch.eye(4)[[0, 2]]  # normal is red, anomalous is blue
+    rule = ScoreRule.of(backbone, FitSettings(reference_weight=0.25, cls_weight=0.5))
+    p_prompt = 1 / (1 + math.exp(10 * (0 - 0.5**0.5)))
+    p_ref = 1 / (1 + math.exp(-(20 * 0.5 - 5)))
+    fused = 1 / (0.75 / p_prompt + 0.25 / p_ref)
+    maps_1SS, scores_1 = rule.score(features, text_PE, memory)
+    assert maps_1SS.flatten().tolist() == pytest.approx([fused], abs=1e-3)
+    assert scores_1.item() == pytest.approx(0.5 * fused + 0.5 * p_prompt, abs=1e-3)
 
 
-def test_auroc_without_one_of_the_two_classes_is_not_a_number() -> None:
-    assert auroc(torch.rand(1, 4), torch.zeros(1, 4)).isnan().all()
+def test_outside_of_the_region_of_interest_nothing_counts() -> None:
+    backbone = FakeBackbone(patches=8, patch=8)
+    rule = ScoreRule.of(backbone, FitSettings())
+    p_1N = torch.full((1, 64), 0.1)
+    p_1N[0, 9] = 0.9  # second row, second column
+    inside_SS = torch.zeros(64, 64)
+    inside_SS[32:, 32:] = 1
+    whole, inside = rule.score_patches(p_1N), rule.score_patches(p_1N, interest_SS=inside_SS)
+    assert whole[1].item() > 0.5
+    assert inside[1].item() == pytest.approx(0.1, abs=1e-3)
+    assert inside[0][0, :32].max() == 0
+    assert torch.equal(inside[0][0, 32:, 32:], whole[0][0, 32:, 32:])

@@ -22,14 +22,6 @@ from apt_ray.pretraining.captions import (
 )
 from apt_ray.pretraining.defects import DEFECTS
 from apt_ray.pretraining.draws import Draws
-from apt_ray.pretraining.evaluation import (
-    PRIOR,
-    HeldOut,
-    encode_held_out,
-    fit_constants,
-    measure,
-    state_features,
-)
 from apt_ray.pretraining.features import encode_images, position_embedding
 from apt_ray.pretraining.generator import (
     DEFECT_NAMES,
@@ -38,6 +30,14 @@ from apt_ray.pretraining.generator import (
     generate,
 )
 from apt_ray.pretraining.losses import known_labels, participation_ratio
+from apt_ray.pretraining.measuring import (
+    PRIOR,
+    HeldOut,
+    encode_held_out,
+    fit_constants,
+    measure,
+    state_features,
+)
 from apt_ray.pretraining.settings import TrainSettings
 from apt_ray.pretraining.surfaces import SURFACES
 from apt_ray.pretraining.train import Pretraining

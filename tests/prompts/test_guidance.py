@@ -5,11 +5,13 @@ from apt_ray.features.clip import FrozenCLIP
 from apt_ray.prompts.guidance import (
     ANOMALOUS_STATES,
     META_STEP,
+    NORMAL_STATES,
     meta_features,
     move_meta,
     remove_conflict,
     state_contexts,
 )
+from tests.fakes import FakeBackbone
 
 
 def _lane(*values: float) -> torch.Tensor:
@@ -51,16 +53,27 @@ def test_surgery_acts_on_each_lane_by_itself() -> None:
     assert ((full * guide).flatten(1).sum(1) > -1e-4).all(), "nothing points against the guide"
 
 
-def test_the_meta_prompt_starts_as_two_unit_vectors(backbone: FrozenCLIP) -> None:
-    meta_PE = meta_features(backbone)
-    assert meta_PE.shape[0] == 2
-    assert torch.allclose(meta_PE.norm(dim=1), torch.ones(2))
+def test_the_meta_prompt_starts_at_the_mean_of_what_the_states_say() -> None:
+    backbone = FakeBackbone()
+    meta_2E = meta_features(backbone)
+    for side_E, states in zip(meta_2E, (NORMAL_STATES, ANOMALOUS_STATES), strict=True):
+        mean_E = sum(backbone.encode_texts([state])[0] for state in states) / len(states)
+        torch.testing.assert_close(side_E, mean_E / mean_E.norm())
+    assert not torch.allclose(*meta_2E, atol=0.1)
 
 
 def test_the_meta_prompt_moves_a_tenth_of_the_way() -> None:
-    moved = move_meta(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]))
-    expected = torch.tensor([1 - META_STEP, META_STEP])
-    assert torch.allclose(moved[0, 0], expected / expected.norm())
+    meta = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
+    learned = torch.tensor([[0, 1.0, 0], [1.0, 0, 0], [0, 0, 1.0]])  # its anomalous sides differ
+    moved = move_meta(torch.stack([meta, meta]), torch.stack([learned, learned.roll(1, 0)]))
+    to_middle = META_STEP / 2**0.5
+    expected = torch.tensor(
+        [
+            [[1 - META_STEP, META_STEP, 0], [to_middle, 1 - META_STEP, to_middle]],
+            [[1 - META_STEP, 0, META_STEP], [to_middle, 1 - META_STEP + to_middle, 0]],
+        ]
+    )
+    torch.testing.assert_close(moved, expected / expected.norm(dim=-1, keepdim=True))
 
 
 def test_contexts_that_start_at_states_say_what_is_written(backbone: FrozenCLIP) -> None:
@@ -73,10 +86,37 @@ def test_contexts_that_start_at_states_say_what_is_written(backbone: FrozenCLIP)
     )
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 30])
-def test_every_prompt_starts_at_words_of_its_own(backbone: FrozenCLIP, length: int) -> None:
-    contexts = state_contexts(backbone, 4, length)
-    assert contexts.shape == (4, length, backbone.token_width)
-    if length > 1:
-        assert not torch.equal(contexts[0], contexts[1])
-        assert not torch.equal(contexts[1], contexts[2])
+class Reader(FakeBackbone):
+    """Embeds each word as a number, and so can read a context aloud."""
+
+    words = sorted({word for state in NORMAL_STATES + ANOMALOUS_STATES for word in state.split()})
+
+    def embed_words(self, text: str) -> torch.Tensor:
+        return torch.tensor([[float(self.words.index(word))] for word in text.split()])
+
+    def read(self, context_LC: torch.Tensor) -> str:
+        return " ".join(self.words[int(number)] for number in context_LC[:, 0])
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 19])
+def test_every_prompt_starts_at_words_of_its_own(length: int) -> None:
+    reader = Reader()
+    contexts = state_contexts(reader, 8, length)
+    assert contexts.shape[:2] == (8, length)
+    # Each ends with another state; what stands before it is cut at the front.
+    normal, anomalous = (" ".join(states).split() for states in (NORMAL_STATES, ANOMALOUS_STATES))
+    ends = [normal.index("without") + 2, *(_end_of(state) for state in (3, 4, 5, 0, 1, 2, 3))]
+    for context_LC, words, end in zip(contexts, [normal, *[anomalous] * 7], ends, strict=True):
+        assert reader.read(context_LC).split() == (words + words[:end])[-length:]
+
+
+def _end_of(state: int) -> int:
+    """Words up to the end of an anomalous state."""
+    return sum(len(text.split()) for text in ANOMALOUS_STATES[: state + 1])
+
+
+def test_a_context_longer_than_all_states_says_them_again() -> None:
+    reader = Reader()
+    words = " ".join(NORMAL_STATES[4:] + NORMAL_STATES[:4]).split()
+    said = reader.read(state_contexts(reader, 1, 2 * len(words) + 5)[0]).split()
+    assert said == words[-5:] + words + words

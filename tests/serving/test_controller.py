@@ -122,10 +122,12 @@ class Line:
         self.controller = controller
         self.cut = False
 
-    async def follow(self, report: ReplicaReport, *, wait_s: float) -> Orders:
+    async def follow(
+        self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float
+    ) -> Orders:
         if self.cut:
             raise ConnectionError("the line is cut")
-        return await self.controller.follow("tail", "r", report, wait_s=wait_s)
+        return await self.controller.follow(pool, replica, report, wait_s=wait_s)
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
         if self.cut:
@@ -138,6 +140,7 @@ def replica(line: Line, folder: Path) -> tuple[Follower, Inspector, Access]:
     access = Access(Auth())
     follower = Follower(
         "tail",
+        "r",
         line,
         cache=Cache(str(folder), "registry"),
         inspector=inspector,
@@ -230,4 +233,7 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
         cache.put(dataclasses.replace(stored, version=version))
     assert cache.get("nut", 8) is not None
     assert len(list(tmp_path.glob("*/nut/*"))) == 3
-    Cache("/proc/nowhere", "registry").put(stored)  # a folder that cannot be written is no error
+    # A folder that cannot be written is no error.
+    for folder in ("/proc/nowhere", str(file)):
+        Cache(folder, "registry").put(stored)
+        Cache(folder, "registry").remember("orders", Orders())

@@ -11,7 +11,7 @@ from serving.api.pools import Answering
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
 from serving.settings import Batching
-from tests.serving.test_root import AUTH, LIMITS, Control, root_of
+from tests.serving.test_root import AUTH, LIMITS, KnownController, root_of
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,10 @@ def description(prompt_set: PromptSet) -> BaseSchema:
     inspector = Inspector(limits=LIMITS.image, batching=Batching(), shared=True)
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     inspector.load("blister", Order(version=7), stored)
-    control = Control()
-    control.states["washer"] = "READY"
+    controller = KnownController()
+    controller.states["washer"] = "READY"
     return schemathesis.openapi.from_asgi(
-        "/openapi.json", root_of(Answering(inspector), control, AUTH)
+        "/openapi.json", root_of(Answering(inspector), controller, AUTH)
     )
 
 

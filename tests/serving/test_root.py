@@ -38,7 +38,7 @@ def token(name: str, *scopes: str) -> dict[str, object]:
     return {"name": name, "sha256": digest, "scopes": scopes}
 
 
-class Control:
+class KnownController:
     """A controller that knows two categories."""
 
     def __init__(self) -> None:
@@ -86,13 +86,15 @@ def tail(prompt_set: PromptSet) -> Inspector:
     return inspector
 
 
-def root_of(service: Any, control: Control | None = None, auth: Auth | None = None) -> FastAPI:
+def root_of(
+    service: Any, controller: KnownController | None = None, auth: Auth | None = None
+) -> FastAPI:
     access = Access(Auth())
     pools = Pools(lambda pool: service, access)
     routes = {"blister": ("tail",), "washer": ("tail", "washer")}
     pools.follow(Routes(pools=routes, auth=auth or Auth()))
     return create_root_api(
-        pools, control or Control(), http=LIMITS, access=access, webhook_secret=SECRET
+        pools, controller or KnownController(), http=LIMITS, access=access, webhook_secret=SECRET
     )
 
 
@@ -174,7 +176,7 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
 
 
 def test_the_root_starts_without_the_controller_from_its_cache(tmp_path: Path) -> None:
-    class Routing(Control):
+    class Routing(KnownController):
         async def routes(self, known: str) -> Routes:
             if self.away:
                 raise RayServeException("the controller has ended")
@@ -184,23 +186,23 @@ def test_the_root_starts_without_the_controller_from_its_cache(tmp_path: Path) -
         access = Access(Auth())
         return Pools(lambda pool: Answering(None), access, Cache(str(folder), "r")), access  # type: ignore[arg-type]
 
-    control = Routing()
+    controller = Routing()
     first, _ = pools(tmp_path)
-    asyncio.run(first.start(control, patience_s=5))
-    control.away = True
+    asyncio.run(first.start(controller, patience_s=5))
+    controller.away = True
     second, access = pools(tmp_path)
-    asyncio.run(second.start(control, patience_s=60))
+    asyncio.run(second.start(controller, patience_s=60))
     assert second.categories == ["nut"]
     with pytest.raises(ProblemError, match="no token"):
         access.check(None, "inspect")
     third, _ = pools(tmp_path / "nothing")
     with pytest.raises(FleetError, match="controller does not answer"):
-        asyncio.run(third.start(control, patience_s=0.1))
+        asyncio.run(third.start(controller, patience_s=0.1))
 
 
 def test_the_root_lists_and_explains(tail: Inspector) -> None:
-    control = Control()
-    root = root_of(Answering(tail), control)
+    controller = KnownController()
+    root = root_of(Answering(tail), controller)
     unknown = ask(root, "POST", "/v1/screw/inspect", content=b"BM")
     assert unknown.status_code == 404
     assert "blister, washer" in unknown.json()["remedy"]
@@ -211,13 +213,13 @@ def test_the_root_lists_and_explains(tail: Inspector) -> None:
         {"category": "blister", "inspect": "/v1/blister/inspect", "status": "READY"},
         {"category": "washer", "inspect": "/v1/washer/inspect", "status": "LOADING"},
     ]
-    control.states["washer"] = "READY"
+    controller.states["washer"] = "READY"
     assert ask(root, "GET", "/readyz").json() == {"status": "ok"}
     assert ask(root, "GET", "/fleet/status").json()["revision"] == 3
     assert ask(root, "GET", "/fleet/audit").json()["lines"] == [{"operation": "deploy"}]
     assert ask(root, "POST", "/fleet/refresh").json() == {"status": "ok"}
-    assert control.woken == ["refresh"]
-    control.away = True
+    assert controller.woken == ["refresh"]
+    controller.away = True
     for path in ("/v1", "/readyz", "/fleet/status"):
         answer = ask(root, "GET", path)
         assert (answer.status_code, "controller" in answer.json()["detail"]) == (503, True)
@@ -300,8 +302,8 @@ def test_tokens_change_while_the_fleet_runs(tail: Inspector) -> None:
 
 
 def test_only_a_signed_and_fresh_webhook_wakes_the_controller(tail: Inspector) -> None:
-    control = Control()
-    root = root_of(Answering(tail), control)
+    controller = KnownController()
+    root = root_of(Answering(tail), controller)
     body = json.dumps({"entity": "model_version_alias"}).encode()
 
     def deliver(secret: str = SECRET, age_s: int = 0, **changed: str) -> httpx.Response:
@@ -315,7 +317,7 @@ def test_only_a_signed_and_fresh_webhook_wakes_the_controller(tail: Inspector) -
         return ask(root, "POST", "/webhooks/mlflow", content=body, headers=headers)
 
     assert deliver().status_code == 200
-    assert control.woken == ["webhook id"]
+    assert controller.woken == ["webhook id"]
     for refused in (
         deliver(secret="another"),
         deliver(age_s=3600),
@@ -324,4 +326,4 @@ def test_only_a_signed_and_fresh_webhook_wakes_the_controller(tail: Inspector) -
     ):
         assert refused.status_code == 403
         assert refused.json()["remedy"]
-    assert control.woken == ["webhook id"]
+    assert controller.woken == ["webhook id"]

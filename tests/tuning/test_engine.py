@@ -12,7 +12,9 @@ from apt_ray.anomalies.bank import SupportBank
 from apt_ray.config import FitSettings
 from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
-from apt_ray.validation.synthetic import HeldOutTrial
+from apt_ray.prompts.lanes import folds
+from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.validation.synthetic import judge_folds
 from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
 from tuning.engine import Engine, EngineLimits
 
@@ -63,17 +65,15 @@ def test_calls_of_all_lengths_and_categories_equal_trials_alone(
             engine.submit(each)
             time.sleep(0.05)  # so that they stand at different steps
         for each in calls:
-            alone = HeldOutTrial(
-                backbone,
-                [bank] * (1 + (each.category == "textile")),
-                FitSettings.parse(each.settings),
-            )
-            alone.advance(STEPS)
+            banks = [bank] * (1 + (each.category == "textile"))
+            trainer = PromptTrainer(backbone, folds(banks, FitSettings.parse(each.settings)))
+            trainer.advance(STEPS)
+            alone = judge_folds(backbone, trainer.lanes, trainer.text_features())
             found = result(engine, each.id)
             assert found.error is None
-            assert found.held_out == pytest.approx(alone.value().value, abs=1e-4)
-            assert found.held_out_sd == pytest.approx(alone.value().sd, abs=1e-4)
-            assert found.families == pytest.approx(alone.value().families, abs=1e-3)
+            assert found.held_out == pytest.approx(alone.value, abs=1e-4)
+            assert found.held_out_sd == pytest.approx(alone.sd, abs=1e-4)
+            assert found.families == pytest.approx(alone.families, abs=1e-3)
 
 
 def test_rung_by_rung_on_two_engines_equals_one_call(
@@ -169,7 +169,7 @@ def test_banks_make_room_for_one_another(backbone: FrozenCLIP, bank: SupportBank
 
     limits = EngineLimits(bank_mib=bank.nbytes // 2**20 + 1)
     engine = Engine(backbone, load, limits=limits)
-    a, b = (BankName("washer", region, True) for region in ("random", "object"))
+    a, b = (BankName("washer", region, True) for region in ("random", "everywhere"))
     for name in (a, a, b, a):
         engine.banks(name)
     engine.close()

@@ -4,8 +4,43 @@ import pytest
 
 from apt_ray.errors import SettingsError
 from tuning.calls import RungResult
-from tuning.records import SearchStore, TrialRecord
+from tuning.records import SearchPlan, SearchStore, TrialRecord
+from tuning.settings import SearchSettings
+from tuning.space import Axis
 
+PLAN = SearchPlan(data="x", categories=("washer",), settings=SearchSettings())
+WRITTEN_PLAN = """{
+  "data": "/data/products",
+  "categories": ["washer", "textile"],
+  "settings": {
+    "shots": 4,
+    "support_seeds": [0, 1, 2],
+    "trials": 16,
+    "live_trials": 8,
+    "searcher": "random",
+    "scheduler": "asha",
+    "objective": "mean",
+    "steps": 100,
+    "time_budget_s": null,
+    "seed": 0,
+    "promote": "auto",
+    "space": {
+      "noise_strength": {"low": null, "high": null, "log": false, "choices": [0.1, 0.3]}
+    },
+    "backbone": {
+      "name": "builtin",
+      "pretrained": null,
+      "quick_gelu": null,
+      "input_size": null,
+      "tiles": 1,
+      "precision": "float32",
+      "attention": "locality",
+      "locality_radius": 3,
+      "locality_blocks": 1,
+      "reference_layers": null
+    }
+  }
+}"""
 RECORD = TrialRecord(category="washer", number=3, settings={"smgs_weight": 0.5})
 
 
@@ -43,16 +78,26 @@ def test_a_failed_rung_ends_a_trial_with_its_reason() -> None:
 
 
 def test_the_plan_of_a_search_is_found_by_its_name(tmp_path: Path) -> None:
-    SearchStore(str(tmp_path), "monday").create({"data": "x"})
-    assert SearchStore(str(tmp_path), "monday").plan() == {"data": "x"}
+    SearchStore(str(tmp_path), "monday").create(PLAN)
+    assert SearchStore(str(tmp_path), "monday").plan() == PLAN
     with pytest.raises(SettingsError, match=r"no search tuesday .* only monday"):
         SearchStore(str(tmp_path), "tuesday").plan()
+
+
+def test_a_plan_on_disk_is_resumed_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "monday").mkdir()
+    (tmp_path / "monday" / "search.json").write_text(WRITTEN_PLAN)
+    plan = SearchStore(str(tmp_path), "monday").plan()
+    assert plan.categories == ("washer", "textile")
+    assert plan.settings == SearchSettings(
+        trials=16, space={"noise_strength": Axis(choices=(0.1, 0.3))}
+    )
 
 
 def test_a_storage_that_takes_no_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="--storage"):
-        SearchStore(str(tmp_path / "file"), "search").create({})
+        SearchStore(str(tmp_path / "file"), "search").create(PLAN)
 
 
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,9 @@ import math
 import pytest
 
 from apt_ray.errors import DataError
-from tuning.plots import draw_plots
 from tuning.records import TrialRecord
 from tuning.results import choose_winner, importances
-from tuning.space import DEFAULT_SPACE, Axis, starting_point
+from tuning.space import DEFAULT_SPACE, starting_point
 
 TRIAL = TrialRecord(
     category="washer",
@@ -68,21 +67,3 @@ def test_the_setting_that_decides_is_the_most_important() -> None:
 
 def test_too_few_trials_say_nothing_of_importance() -> None:
     assert importances([TRIAL, trial(1)], DEFAULT_SPACE) == {}
-
-
-def test_every_plot_is_drawn_also_of_choices_and_stopped_trials() -> None:
-    space = {"smgs_weight": Axis(low=0.0, high=1.0), "mode": Axis(choices=("a", "b"))}
-    trials = [
-        trial(0, settings={"smgs_weight": 0.1, "mode": "a"}),
-        trial(1, settings={"smgs_weight": 0.9, "mode": "b"}, steps=(25,), held_out=(0.5,)),
-        trial(2, settings={"smgs_weight": 0.9, "mode": "b"}, steps=(), held_out=()),
-    ]
-    plots = draw_plots(trials, trials[0], space, {"mode": 0.9, "smgs_weight": 0.1})
-    assert set(plots) == {
-        "trials",
-        "value_over_time",
-        "slices",
-        "parallel_coordinates",
-        "importances",
-    }
-    assert all(picture.width >= 700 for picture in plots.values())

@@ -164,7 +164,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     space = tmp_path / "space.yaml"
     space.write_text(
         "context_length: {low: 2, high: 16}\nnoise_strength: {choices: [0.1, 0.3]}\n"
-        "region: {choices: [random, object]}\n"
+        "region: {choices: [random, everywhere]}\n"
     )
     register(registry, before, support=tuple(pictures[-2:]))
     submitted = subprocess.run(
@@ -217,7 +217,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     )
     assert winner["steps"] == found.settings.steps == 8
     assert all(winner[name] == washer["settings"][name] for name in read_space(space))
-    assert {trial["region"] for trial in washer["trials"]} == {"random", "object"}
+    assert {trial["region"] for trial in washer["trials"]} == {"random", "everywhere"}
     # One for each seed and region.
     assert len(list((tmp_path / "banks").glob("*.safetensors"))) == 4
 
@@ -282,7 +282,16 @@ def test_a_stopped_search_registers_the_best_so_far_within_ten_seconds(
 ) -> None:
     running.start(
         *("--shots", "2", "--seeds", "0", "--max-steps", "400", "--data", sample_data),
-        *("--categories", "blister", "--trials", "3", "--live-trials", "1"),
+        *(
+            "--categories",
+            "blister",
+            "--trials",
+            "3",
+            "--live-trials",
+            "1",
+            "--summary",
+            "/dev/full",
+        ),
     )
     running.wait_for(lambda: running.reports("blister") >= 1)
     running.process.send_signal(signal.SIGTERM)
@@ -294,6 +303,7 @@ def test_a_stopped_search_registers_the_best_so_far_within_ten_seconds(
     assert version.tags["search_status"] == "cut off"
     assert CHAMPION not in version.aliases
     assert "--resume" in running.log()
+    assert "error: cannot write /dev/full (No space left on device)" in running.log()
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.config import FitSettings
 from tuning.records import TrialRecord
 from tuning.searcher import CategoriesSearcher
 from tuning.settings import SearchSettings
@@ -11,21 +11,7 @@ from tuning.space import DEFAULT_SPACE, starting_point
 
 
 def settings(**changes: Any) -> SearchSettings:
-    values = {
-        "shots": 2,
-        "support_seeds": (0,),
-        "trials": 4,
-        "live_trials": 2,
-        "searcher": "random",
-        "scheduler": "none",
-        "objective": "mean",
-        "steps": 8,
-        "time_budget_s": None,
-        "seed": 0,
-        "promote": "auto",
-        "space": DEFAULT_SPACE,
-        "backbone": BackboneSpec(),
-    }
+    values = {"shots": 2, "support_seeds": (0,), "trials": 4, "scheduler": "none", "steps": 8}
     return SearchSettings.parse(values | changes)
 
 

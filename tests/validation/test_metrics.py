@@ -3,10 +3,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
+from sklearn import metrics as scikit_learn
 
 from apt_ray.errors import DataError, SettingsError
-from apt_ray.validation.metrics import aupro, image_auroc, pixel_auroc, pixel_auroc_and_aupro
+from apt_ray.validation.metrics import (
+    aupro,
+    counts_above,
+    image_auroc,
+    pixel_auroc,
+    pixel_auroc_and_aupro,
+    precision_recall_curve,
+    roc_curve,
+)
 
 
 def brute_force_aupro(maps: list[np.ndarray], masks: list[np.ndarray], max_fpr: float) -> float:
@@ -90,9 +98,20 @@ def test_auroc_equals_scikit_learn(levels: int) -> None:
     masks = [rng.random(m.shape) < 0.2 for m in maps]
     flat_maps = np.concatenate([m.ravel() for m in maps])
     flat_masks = np.concatenate([m.ravel() for m in masks])
-    expected = roc_auc_score(flat_masks, flat_maps)
+    expected = scikit_learn.roc_auc_score(flat_masks, flat_maps)
     assert pixel_auroc(maps, masks) == pytest.approx(expected, abs=1e-12)
     assert image_auroc(flat_maps, flat_masks) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [3, 10**6])
+def test_curves_equal_those_of_scikit_learn(levels: int) -> None:
+    rng = np.random.default_rng(levels)
+    scores, is_anomalous = rng.integers(0, levels, 60) / levels, rng.random(60) < 0.3
+    counts = counts_above(scores, is_anomalous)
+    false_alarms, found, _ = scikit_learn.roc_curve(is_anomalous, scores, drop_intermediate=False)
+    np.testing.assert_allclose(roc_curve(*counts), (false_alarms, found))
+    precision, recall, _ = scikit_learn.precision_recall_curve(is_anomalous, scores)
+    np.testing.assert_allclose(precision_recall_curve(*counts), (recall[::-1], precision[::-1]))
 
 
 def test_image_auroc_written_out() -> None:

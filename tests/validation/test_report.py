@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from apt_ray.validation.report.page import write_report
 
 from apt_ray.cli.main import main
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category
-from apt_ray.errors import DataError
+from apt_ray.errors import WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.validation.evaluation import Result, evaluate
 from apt_ray.validation.examples import choose
-from apt_ray.validation.report import write_report
 
 
 class Page(HTMLParser):
@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     results: list[Result], backbone: FrozenCLIP, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="give --report a folder that can be written"):
+    with pytest.raises(WriteError, match=r"cannot write .*index.html \(a file is where a folder"):
         write_report(tmp_path / "file", results, backbone=backbone, settings=FitSettings())
 
 

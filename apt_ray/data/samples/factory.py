@@ -1,7 +1,6 @@
 """The sample factory: made-up product pictures with exact ground truth, in the MVTec AD layout."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from apt_ray.data.folders import GOOD
+from apt_ray.data.samples.board import Board
 from apt_ray.data.samples.products import Blister, Product, Textile, Washer
-from apt_ray.data.samples.scene import Scene
 from apt_ray.errors import DataError, SettingsError
+from apt_ray.files import write_json, writing
 
 _PRODUCTS: dict[str, type[Product]] = {"washer": Washer, "textile": Textile, "blister": Blister}
 SAMPLE_CATEGORIES: tuple[str, ...] = tuple(_PRODUCTS)
@@ -40,12 +40,12 @@ def draw_sample(
             f"{category} has no defect {defect_type!r}, only {', '.join(product_class.DEFECTS)}"
         )
     product_rng, defect_rng, camera_rng = np.random.default_rng(seed).spawn(3)
-    scene = Scene.blank(product_rng, size)
-    product = product_class(scene)
-    scene.rng = defect_rng
+    board = Board.blank(product_rng, size)
+    product = product_class(board)
+    board.rng = defect_rng
     if defect_type != GOOD:
         getattr(product, defect_type)()
-    return scene.photograph(camera_rng)
+    return board.photograph(camera_rng)
 
 
 def write_samples(
@@ -63,7 +63,7 @@ def write_samples(
     Each gets `good` training images, `test_good` good and `test_defective` defective test images
     with masks; the defect types take turns. A category appears whole or not at all. One that is
     there already with the same parameters is kept; any other non-empty folder of that name is a
-    DataError. `progress(done, total)` counts images.
+    DataError, and WriteError says that it cannot be written. `progress(done, total)` counts images.
     """
     if min(good, test_good, test_defective, seed) < 0 or good < 1 or size < 32:
         raise SettingsError(
@@ -85,9 +85,7 @@ def write_samples(
     total = len(missing) * (good + test_good + test_defective)
     done = 0
     for folder in missing:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".samples-") as staging:
-            staged = Path(staging) / folder.name
+        with writing(folder) as staged:
             for index, (split, defect_type) in enumerate(
                 _plan(folder.name, good, test_good, test_defective)
             ):
@@ -100,8 +98,7 @@ def write_samples(
                     _save(Image.fromarray(mask_HW), truth)
                 done += 1
                 progress(done, total)
-            (staged / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            staged.rename(folder)
+            write_json(staged / _MANIFEST, manifest)
     return folders
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import save
 
 from apt_ray.errors import BackboneError
 from apt_ray.features.torchvision_guard import import_open_clip
+from apt_ray.files import write_whole
 
 if TYPE_CHECKING:
     from open_clip import CLIP, SimpleTokenizer
@@ -124,10 +125,8 @@ def save_builtin(
     header = _Header(constants=constants, fill_seed=_FILL_SEED, fill_std=rows.float().std().item())
     data = save({**tensors, _ROWS: rows, _ROW_IDS: row_ids}, {_HEADER: header.model_dump_json()})
     path = folder / f"{NAME}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    path.with_suffix(".sha256").write_text(f"{digest}  {path.name}\n", encoding="ascii")
+    write_whole(path, data)
+    write_whole(path.with_suffix(".sha256"), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
     return path
 
 

@@ -1,3 +1,5 @@
 """The report of an evaluation: one HTML page that needs nothing but itself."""
 
-from apt_ray.validation.report.page import write_report as write_report
+from apt_ray.optional import require
+
+require("matplotlib", extra="report")

@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from apt_ray.validation.evaluation import Result
 from apt_ray.validation.intervals import ImageScores
+from apt_ray.validation.metrics import counts_above, precision_recall_curve, roc_curve
 
 Floats = NDArray[np.float64]
 Curve = tuple[Floats, Floats]
@@ -150,16 +150,22 @@ def _draw_curves(
 
 
 def _image_roc(scores: ImageScores) -> Curve:
-    false_alarms, found, _ = roc_curve(scores.is_anomalous_I, scores.score_I)
-    return false_alarms, found
+    return roc_curve(*counts_above(scores.score_I, scores.is_anomalous_I))
 
 
 def _image_precision_recall(scores: ImageScores) -> Curve:
-    precision, recall, _ = precision_recall_curve(scores.is_anomalous_I, scores.score_I)
-    return recall, precision
+    return precision_recall_curve(*counts_above(scores.score_I, scores.is_anomalous_I))
 
 
-def _pixel_counts(scores: ImageScores) -> tuple[Floats, Floats]:
+def _pixel_roc(scores: ImageScores) -> Curve:
+    return roc_curve(*_pixels_above(scores))
+
+
+def _pixel_precision_recall(scores: ImageScores) -> Curve:
+    return precision_recall_curve(*_pixels_above(scores))
+
+
+def _pixels_above(scores: ImageScores) -> tuple[Floats, Floats]:
     """Normal and anomalous pixels above each threshold, `(H,)`, the highest threshold first."""
     assert scores.normal_IH is not None
     assert scores.anomalous_IH is not None
@@ -170,16 +176,6 @@ def _pixel_counts(scores: ImageScores) -> tuple[Floats, Floats]:
     # Bins in which nothing lies would only make the page larger.
     moves_H = np.diff(normal_H + anomalous_H, prepend=0) > 0
     return normal_H[moves_H], anomalous_H[moves_H]
-
-
-def _pixel_roc(scores: ImageScores) -> Curve:
-    normal_H, anomalous_H = _pixel_counts(scores)
-    return normal_H / normal_H[-1], anomalous_H / anomalous_H[-1]
-
-
-def _pixel_precision_recall(scores: ImageScores) -> Curve:
-    normal_H, anomalous_H = _pixel_counts(scores)
-    return anomalous_H / anomalous_H[-1], anomalous_H / (normal_H + anomalous_H)
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageOps
 from apt_ray.anomalies.families import SELECTION
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.pixels import to_image
+from apt_ray.features.protocol import Backbone
 from apt_ray.images import draw_overlay
 
 _SIDE = 190
@@ -23,7 +24,7 @@ _MOST_IMAGES = 8
 
 
 def draw_support(
-    backbone: FrozenCLIP, prompt_set: PromptSet, images: Sequence[Image.Image]
+    backbone: Backbone, prompt_set: PromptSet, images: Sequence[Image.Image]
 ) -> Image.Image:
     """The support images above their overlays, captioned with their anomaly scores."""
     return draw_sheet(
@@ -31,7 +32,7 @@ def draw_support(
     )
 
 
-def draw_held_out(backbone: FrozenCLIP, prompt_set: PromptSet, image: Image.Image) -> Image.Image:
+def draw_held_out(backbone: Backbone, prompt_set: PromptSet, image: Image.Image) -> Image.Image:
     """One image under each held-out perturbation family above the overlays.
 
     The perturbations are those that selection judges by, of a kind that training never saw; the
@@ -40,14 +41,14 @@ def draw_held_out(backbone: FrozenCLIP, prompt_set: PromptSet, image: Image.Imag
     pixels = backbone.preprocess([image]).cpu()
     generator = torch.Generator().manual_seed(prompt_set.settings.seed)
     perturbed = {
-        name: _to_image(family(pixels, generator).pixels_B3HW[0])
+        name: to_image(family(pixels, generator).pixels_B3HW[0])
         for name, family in SELECTION.items()
     }
     return draw_sheet(backbone, prompt_set, perturbed)
 
 
 def draw_sheet(
-    backbone: FrozenCLIP, prompt_set: PromptSet, images: Mapping[str, Image.Image]
+    backbone: Backbone, prompt_set: PromptSet, images: Mapping[str, Image.Image]
 ) -> Image.Image:
     """Rows of captioned images, each above its overlay."""
     shown = dict(list(images.items())[:_MOST_IMAGES])
@@ -68,8 +69,3 @@ def draw_sheet(
             small = ImageOps.contain(picture, (_SIDE, _SIDE))
             sheet.paste(small, (left, top + _CAPTION + line * (_SIDE + _GAP)))
     return sheet
-
-
-def _to_image(pixels_3HW: torch.Tensor) -> Image.Image:
-    levels_HW3 = (pixels_3HW * 255).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(levels_HW3.numpy())

@@ -2,27 +2,27 @@
 
 import io
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.protocol import Backbone
+from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import METRICS, TestSet
 from apt_ray.validation.intervals import ImageScores
-from tuning.sheets import draw_sheet
+from apt_ray.validation.metrics import counts_above, precision_recall_curve, roc_curve
+from tuning.report.sheets import draw_sheet
 
 _SHOWN = 4
 
 
 def report_labelled(
-    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, *, support: Collection[Path]
+    backbone: Backbone, prompt_set: PromptSet, category: Category, *, support: Collection[Location]
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:
     """Metrics `test.*` in 0..1 and pictures; nothing where there are no good and defective ones."""
     if len({image.is_anomalous for image in category.held_out(support)}) < 2:
@@ -49,11 +49,10 @@ def _draw_scores(scores: ImageScores, threshold: float) -> Image.Image:
     figure = Figure(figsize=(7.6, 2.7), dpi=100, layout="constrained")
     roc, recall, histogram = figure.subplots(1, 3)
     truth, score_I = scores.is_anomalous_I, scores.score_I
-    false_alarms, hits, _ = roc_curve(truth, score_I)
-    roc.plot(false_alarms, hits)
+    counts = counts_above(score_I, truth)
+    roc.plot(*roc_curve(*counts))
     roc.set(xlabel="share of good parts rejected", ylabel="share of defects found", title="ROC")
-    precision, found, _ = precision_recall_curve(truth, score_I)
-    recall.plot(found, precision)
+    recall.plot(*precision_recall_curve(*counts))
     recall.set(xlabel="recall", ylabel="precision", title="precision and recall", ylim=(0, 1.02))
     bins = np.histogram_bin_edges(score_I, 20)
     for label, chosen in (("good", ~truth), ("defective", truth)):
@@ -67,7 +66,7 @@ def _draw_scores(scores: ImageScores, threshold: float) -> Image.Image:
 
 
 def _draw_extremes(
-    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, scores: ImageScores
+    backbone: Backbone, prompt_set: PromptSet, category: Category, scores: ImageScores
 ) -> Image.Image:
     """The defects that score highest and lowest, and the good parts that score highest."""
     order = np.argsort(scores.score_I)

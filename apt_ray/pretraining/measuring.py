@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_ray.detection.rule import top_mean
 from apt_ray.features.constants import BackboneConstants
 from apt_ray.pretraining.captions import (
     ANOMALOUS_STATES,
@@ -202,6 +203,5 @@ def _pixel_auroc(score_PN: Tensor, mask_PHW: Tensor) -> float:
 
 
 def _image_auroc(score_PN: Tensor, mask_PHW: Tensor) -> float:
-    count = max(1, score_PN.shape[1] // 100)
-    score_P = score_PN.topk(count, dim=1).values.mean(1)
+    score_P = top_mean(score_PN, count=max(1, score_PN.shape[1] // 100))
     return image_auroc(score_P.cpu().numpy(), mask_PHW.flatten(1).any(1).cpu().numpy())

@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 
 from apt_ray.pretraining.defects import DEFECTS
-from apt_ray.pretraining.pictures import main
+from apt_ray.pretraining.drawings import main
 from apt_ray.pretraining.surfaces import SURFACES
 
 

@@ -3,9 +3,9 @@ import json
 import re
 from pathlib import Path
 
-from serving.replica import metrics
+from serving.replica import meter
 
-DASHBOARD = Path(metrics.__file__).parents[1] / "dashboard.json"
+DASHBOARD = Path(meter.__file__).parents[1] / "dashboard.json"
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
@@ -14,7 +14,7 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
         target["expr"] for panel in dashboard["panels"] for target in panel["targets"]
     )
     shown = set(re.findall(r"ray_apt_(\w+?)(?:_total|_bucket|_sum|_count)?\b", queries))
-    source = inspect.getsource(metrics)
+    source = inspect.getsource(meter)
     counted = set(re.findall(r"_(?:counter|histogram)\(\s*\"(\w+)\"", source))
     counted |= set(re.findall(r"\{PREFIX\}(\w+)\"", source))
     assert shown == counted

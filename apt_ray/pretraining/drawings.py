@@ -1,6 +1,6 @@
 """Pictures of the generator and of a run, for people.
 
-`python -m apt_ray.pretraining.pictures sheet --out docs/generator.jpg` draws every kind of surface
+`python -m apt_ray.pretraining.drawings sheet --out docs/generator.jpg` draws every kind of surface
 and defect; `... curve RUN/curve.jsonl --out docs/pretraining-curve.png` draws the loss of a run.
 """
 
@@ -95,7 +95,7 @@ def _outline(query_P3HW: Tensor, mask_PHW: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m apt_ray.pretraining.pictures",
+        prog="python -m apt_ray.pretraining.drawings",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

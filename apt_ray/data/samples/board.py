@@ -1,6 +1,6 @@
 """The drawing board of the made-up products: shapes, noise, paint, and a camera.
 
-Legend: S side of the square scene in pixels. Coordinates x, y run from -1 to 1, right and down;
+Legend: S side of the square board in pixels. Coordinates x, y run from -1 to 1, right and down;
 colours, coverages and tones from 0 to 1.
 """
 
@@ -20,7 +20,7 @@ _SUPERSAMPLING = 2
 
 
 @dataclass(slots=True)
-class Scene:
+class Board:
     """A picture being drawn: pixels (3, S, S) and, so far, the ground truth (S, S)."""
 
     rng: np.random.Generator
@@ -30,8 +30,8 @@ class Scene:
     truth: Field
 
     @classmethod
-    def blank(cls, rng: np.random.Generator, size: int) -> "Scene":
-        """A black scene for a photograph of `size` pixels."""
+    def blank(cls, rng: np.random.Generator, size: int) -> "Board":
+        """A black board for a photograph of `size` pixels."""
         side = size * _SUPERSAMPLING
         axis = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
         x, y = np.meshgrid(axis, axis)
@@ -111,7 +111,7 @@ class Scene:
         np.maximum(self.truth, coverage, out=self.truth)
 
     def photograph(self, rng: np.random.Generator) -> tuple[Image.Image, NDArray[np.bool_]]:
-        """The scene as a camera sees it, and its ground-truth mask (H, W)."""
+        """The board as a camera sees it, and its ground-truth mask (H, W)."""
         tilt_x, tilt_y = rng.normal(0, 0.05, 2)
         light = 1 + tilt_x * self.x + tilt_y * self.y - 0.09 * (self.x**2 + self.y**2)
         exposed = np.clip(self.pixels * (light * rng.uniform(0.93, 1.07)), 0, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
@@ -17,8 +16,9 @@ from PIL import Image
 from scipy import ndimage
 
 from apt_ray.config import FitSettings
-from apt_ray.errors import DataError
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.detection.calibration import Threshold
+from apt_ray.features.protocol import Backbone
+from apt_ray.files import write_whole
 from apt_ray.images import draw_overlay, read_image, read_mask
 from apt_ray.validation.evaluation import METRICS, Result, percent
 from apt_ray.validation.examples import Example
@@ -68,29 +68,20 @@ def write_report(
     folder: Path,
     results: Sequence[Result],
     *,
-    backbone: FrozenCLIP,
+    backbone: Backbone,
     settings: FitSettings,
 ) -> Path:
     """Write `folder/index.html` about an evaluation; returns its path.
 
-    Scripts, styles and pictures are all inside; nothing is fetched when it is read. DataError if it
-    cannot be written.
+    Scripts, styles and pictures are all inside; nothing is fetched when it is read. WriteError if
+    it cannot be written.
     """
-    page = _page(results, backbone, settings)
     path = folder / "index.html"
-    part = path.with_name(f"{path.name}.part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)  # noqa: PTH105 (atomic, and says so)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path} ({error.strerror}): give --report a folder that can be written"
-        ) from error
+    write_whole(path, _page(results, backbone, settings))
     return path
 
 
-def _page(results: Sequence[Result], backbone: FrozenCLIP, settings: FitSettings) -> str:
+def _page(results: Sequence[Result], backbone: Backbone, settings: FitSettings) -> str:
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
         groups.setdefault((result.category, result.shots), []).append(result)
@@ -161,7 +152,7 @@ def _decisions(result: Result) -> str:
     """What the threshold does to the test images."""
     assert result.threshold is not None
     scores, threshold = result.scores, result.threshold
-    alarms_I = scores.score_I > threshold.value
+    alarms_I = np.array([threshold.rejects(score) for score in scores.score_I])
     good, defective = ~scores.is_anomalous_I, scores.is_anomalous_I
     rate = threshold.certified_false_alarm_rate
     promise = (
@@ -197,7 +188,7 @@ def _examples(result: Result) -> str:
     for kind, (title, text) in _KINDS.items():
         shown = [example for example in result.examples if example.kind == kind]
         if shown:
-            cards = "".join(_card(example, result.threshold.value) for example in shown)
+            cards = "".join(_card(example, result.threshold) for example in shown)
             parts.append(
                 f"<h3>{title}</h3><p class='quiet'>{text}</p><div class='cards'>{cards}</div>"
             )
@@ -210,12 +201,12 @@ def _examples(result: Result) -> str:
     return "".join(parts)
 
 
-def _card(example: Example, threshold: float) -> str:
+def _card(example: Example, threshold: Threshold) -> str:
     image = read_image(example.image.path)
-    overlay = draw_overlay(image, example.map_HW, threshold=threshold)
+    overlay = draw_overlay(image, example.map_HW, threshold=threshold.value)
     if example.image.mask is not None and example.image.is_anomalous:
         image = _outline(image, read_mask(example.image.mask, image.size))
-    is_alarm = example.score > threshold
+    is_alarm = threshold.rejects(example.score)
     is_right = is_alarm == example.image.is_anomalous
     verdict = "rejected" if is_alarm else "accepted"
     label = f"{example.image.defect_type}/{example.image.path.name}"

@@ -1,0 +1,118 @@
+"""What a bank is made from. No PyTorch here: the light processes of a search name banks by it."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import Field
+
+from apt_ray.config import NOISE_LADDER, FitSettings, NoiseRegion, Settings
+from apt_ray.errors import SettingsError
+from apt_ray.files import Location, read_file
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_CODE = ("anomalies/*.py", "features/**/*.py", "images.py")
+_LIBRARIES = ("torch", "pillow", "numpy")
+
+
+class BankSpec(Settings):
+    """All that a bank depends on: banks of equal specs are equal, down to the last bit.
+
+    A change of any field, of the code that perturbs or encodes, or of the libraries under it makes
+    another `digest`, and so another bank.
+    """
+
+    fingerprint: str = Field(description="Of the encoder.")
+    support: tuple[str, ...] = Field(
+        min_length=1, description="A digest of each support image, in order."
+    )
+    seed: int = Field(ge=0, description="Of all noise, regions and perturbations.")
+    strengths: tuple[float, ...] = Field(
+        default=NOISE_LADDER, description="Rungs of the noise ladder that lanes may ask for."
+    )
+    region: NoiseRegion = Field(default="random", description="Where noise falls.")
+    object_mask: bool = Field(
+        default=True,
+        description="Keep noise on the part, where the encoder tells it from its ground.",
+    )
+    judged: bool = Field(
+        default=False, description="Whether what judges trials is encoded as well."
+    )
+
+    @classmethod
+    def of(
+        cls,
+        settings: FitSettings,
+        support: Sequence[Location],
+        *,
+        fingerprint: str,
+        seed: int | None = None,
+        strengths: Sequence[float] | None = None,
+        judged: bool = False,
+    ) -> "BankSpec":
+        """The spec of the bank that a lane with these settings learns from.
+
+        Args:
+            settings: of the lane.
+            support: files of the support images.
+            fingerprint: of the encoder.
+            seed: of the bank; None is that of the settings.
+            strengths: None is that of the settings alone.
+            judged: whether trials are judged on it.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        return cls(
+            fingerprint=fingerprint,
+            support=file_digests(support),
+            seed=settings.seed if seed is None else seed,
+            strengths=(settings.noise_strength,) if strengths is None else tuple(strengths),
+            region=settings.region,
+            object_mask=settings.object_mask,
+            judged=judged,
+        )
+
+    @property
+    def digest(self) -> str:
+        """40 hex digits: the bank's name on disk, in an object store and in a call."""
+        content = f"{_code_digest()} {self.model_dump_json()}"
+        return hashlib.sha256(content.encode()).hexdigest()[:40]
+
+    def suits(self, settings: FitSettings) -> bool:
+        """Whether a lane with these settings can learn from the bank."""
+        return (
+            settings.noise_strength in self.strengths
+            and settings.region == self.region
+            and settings.object_mask == self.object_mask
+        )
+
+    def check(self, settings: FitSettings) -> None:
+        """SettingsError, with what differs, unless the bank `suits` the settings."""
+        if not self.suits(settings):
+            raise SettingsError(
+                f"the anomaly bank was encoded with noise of strength"
+                f" {', '.join(map(str, self.strengths))}, region {self.region!r} and object_mask"
+                f" {self.object_mask}, not {settings.noise_strength}, {settings.region!r} and"
+                f" {settings.object_mask}: encode the support set with these settings"
+            )
+
+
+def file_digests(paths: Sequence[Location]) -> tuple[str, ...]:
+    """The SHA-256 of each file, in hex; DataError if one cannot be read."""
+    return tuple(hashlib.sha256(read_file(path)).hexdigest() for path in paths)
+
+
+@lru_cache(maxsize=1)
+def _code_digest() -> str:
+    """Of the code that perturbs and encodes, and of the libraries that compute for it."""
+    digest = hashlib.sha256()
+    for name in _LIBRARIES:
+        digest.update(f"{name} {version(name)}\n".encode())
+    for pattern in _CODE:
+        for source in sorted(_PACKAGE.glob(pattern)):
+            digest.update(source.relative_to(_PACKAGE).as_posix().encode())
+            digest.update(hashlib.sha256(source.read_bytes()).digest())
+    return digest.hexdigest()

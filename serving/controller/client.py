@@ -1,0 +1,35 @@
+"""The controller as the other processes of the fleet reach it."""
+
+from typing import Protocol
+
+from serving.controller.orders import FleetStatus, Orders, ReplicaReport, Routes, StoredVersion
+
+
+class ControllerClient(Protocol):
+    """What may be asked of the controller; any error means that it does not answer."""
+
+    async def follow(
+        self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float
+    ) -> Orders:
+        """What a pool shall serve, once it differs from `report.orders` or after `wait_s`."""
+        ...
+
+    async def fetch(self, category: str, version: int) -> StoredVersion:
+        """A version's prompt set; an AptError says why there is none."""
+        ...
+
+    async def routes(self, known: str) -> Routes:
+        """Which pool has what, once its etag differs from `known` or after a while."""
+        ...
+
+    async def status(self) -> FleetStatus:
+        """Everything at a glance."""
+        ...
+
+    async def audit_lines(self) -> list[dict[str, object]]:
+        """The last operations, oldest first."""
+        ...
+
+    async def wake(self, reason: str) -> None:
+        """Ask the registry now."""
+        ...

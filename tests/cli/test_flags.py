@@ -1,0 +1,63 @@
+"""Flags that are made from settings."""
+
+import argparse
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from apt_ray.cli.flags import add_flags, given
+from apt_ray.config import Flag, Settings
+from apt_ray.errors import SettingsError
+
+
+class Sorting(Settings):
+    """Settings of every kind."""
+
+    speed: int = Field(default=3, ge=1, description="Parts a second.")
+    arm: Literal["left", "right"] = Field(default="left", description="The arm that sorts.")
+    is_gentle: bool = Field(default=True, description="Whether parts are laid down.")
+    bins: Annotated[tuple[int, ...], Flag(names=("--boxes", "--bins"), metavar="N")] = Field(
+        default=(1, 2), description="Where 100% of the parts go."
+    )
+    name: str | None = Field(default=None, description="What the sorter is called.")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Sorting, prefix="sort_", without={"name"})
+    return parser
+
+
+def read(*arguments: str, **others: object) -> Sorting:
+    return given(parser().parse_args(arguments), Sorting, prefix="sort_", **others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", Sorting()),
+        ("--speed 2 --arm right --no-is-gentle", Sorting(speed=2, arm="right", is_gentle=False)),
+        ("--boxes 3,4", Sorting(bins=(3, 4))),
+        ("--bins 3 4", Sorting(bins=(3, 4))),
+    ],
+)
+def test_flags_give_settings(arguments: str, expected: Sorting) -> None:
+    assert read(*arguments.split()) == expected
+
+
+def test_fields_without_a_flag_are_given_beside() -> None:
+    assert read("--speed", "2", name="A") == Sorting(speed=2, name="A")
+    with pytest.raises(SystemExit):
+        read("--name", "A")
+
+
+def test_a_value_out_of_range_is_named() -> None:
+    with pytest.raises(SettingsError, match="speed"):
+        read("--speed", "0")
+
+
+def test_the_help_is_that_of_the_fields() -> None:
+    shown = " ".join(parser().format_help().split())
+    assert "--boxes N [N ...], --bins N [N ...] Where 100% of the parts go. (1,2)" in shown
+    assert "--speed SPEED Parts a second. (3)" in shown
