@@ -40,7 +40,7 @@ from apt_ray.prompts.lanes import fold
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
 from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
-from tuning.cluster import start_encoding, start_engines, wait_until_ready
+from tuning.cluster import start_encoding, start_engines
 from tuning.progress import say
 from tuning.records import SearchPlan, SearchStore
 from tuning.results import choose_winner
@@ -126,7 +126,6 @@ def _search(
     store.create(SearchPlan(data="", categories=(category.name,), settings=settings))
     engine = EngineSettings.parse({"mode": mode, "threads": options.engine_threads})
     engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
-    wait_until_ready(engines)
     (name,) = settings.bank_names(category.name)
     banks, shots = start_encoding(
         name,
@@ -145,7 +144,7 @@ def _search(
         began=time.time(),
     )
     ray.get(list(shots))
-    searcher = CategoriesSearcher(settings, {category.name: []}, lambda name: True)
+    searcher = CategoriesSearcher(settings, {category.name: []}, lambda name: "ready")
     run_trials(plan, searcher, trials=settings.trials)
     return choose_winner(store.trials(category.name)).held_out[-1]
 

@@ -1,10 +1,11 @@
 """What runs PyTorch on the cluster: engines, one a GPU or a node, and tasks that encode banks."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,29 +139,66 @@ class EngineActor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engines:
-    """The engines of a search.
+    """The engines of a search; the first of them has loaded its backbone.
 
     Attributes:
         actors: One a GPU, or one a node; a single one where trials do not ask them.
         are_shared: Whether trials ask them; else each trial has an engine of its own, and these
             fit the winners.
         threads: PyTorch's threads in each.
-        fingerprint: Of the backbone, once the first engine has loaded it.
+        fingerprint: Of the backbone.
     """
 
     actors: tuple["ActorHandle[Any]", ...]
     are_shared: bool
     threads: int
-    fingerprint: "ObjectRef[str]"
+    fingerprint: str
+    _turns: Iterator[int] = field(default_factory=itertools.count, repr=False)
+
+    def fit(self, job: FitJob, banks: Banks) -> tuple[bytes, dict[str, Image.Image]]:
+        """The prompt set of the best settings, as its file, and pictures of what it sees."""
+        fit: Any = self._next().fit.options(max_task_retries=-1)
+        fitted: tuple[bytes, dict[str, Image.Image]] = ray.get(fit.remote(job, list(banks)))
+        return fitted
+
+    def compare(
+        self, candidate: PromptSet, champion: PromptSet, images: Sequence[Image.Image]
+    ) -> HeldOutComparison:
+        """Two versions of a prompt set on normal images that neither has seen."""
+        files = [prompt_set.to_bytes() for prompt_set in (candidate, champion)]
+        compare: Any = self._next().compare.options(max_task_retries=-1)
+        comparison: HeldOutComparison = ray.get(compare.remote(*files, list(images)))
+        return comparison
+
+    def drain(self, timeout_s: float) -> None:
+        """Have them drop all calls of trials; a lost one is not waited for any longer."""
+        drained: list[ObjectRef[None]] = [actor.drain.remote() for actor in self.actors]
+        ray.wait(drained, num_returns=len(drained), timeout=timeout_s)
+
+    def _next(self) -> "ActorHandle[Any]":
+        """They take turns at what is done once a category."""
+        return self.actors[next(self._turns) % len(self.actors)]
 
 
-def start_engines(backbone: BackboneSpec, settings: EngineSettings, *, callers: int) -> Engines:
+def start_engines(
+    backbone: BackboneSpec,
+    settings: EngineSettings,
+    *,
+    callers: int,
+    check: Callable[[], None] = lambda: None,
+) -> Engines:
     """Start an engine on every GPU, or on every node where there is none.
+
+    Returns once the first has loaded its backbone; its own error if it cannot.
 
     Args:
         backbone: What they load.
         settings: How they compute.
         callers: How many may wait for an answer at a time.
+        check: Called twice a second while they load; may raise.
+
+    Raises:
+        SettingsError: None can be placed or started, or it takes minutes.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     gpu_nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= settings.gpus]
@@ -187,20 +225,13 @@ def start_engines(backbone: BackboneSpec, settings: EngineSettings, *, callers: 
         actors=actors,
         are_shared=are_shared,
         threads=threads,
-        fingerprint=actors[0].fingerprint.remote(),
+        fingerprint=_when_loaded(actors[0].fingerprint.remote(), check),
     )
 
 
-def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None) -> None:
-    """Return once the first engine has loaded its backbone; its own error if it cannot.
-
-    `check` is called twice a second, and may raise.
-
-    Raises:
-        SettingsError: It cannot be placed or started, or takes minutes.
-    """
+def _when_loaded(fingerprint: "ObjectRef[str]", check: Callable[[], None]) -> str:
     deadline = time.monotonic() + _READY_TIMEOUT_S
-    while not ray.wait([engines.fingerprint], timeout=0.5)[0]:
+    while not ray.wait([fingerprint], timeout=0.5)[0]:
         check()
         if time.monotonic() > deadline:
             raise SettingsError(
@@ -208,7 +239,7 @@ def wait_until_ready(engines: Engines, check: Callable[[], None] = lambda: None)
                 " the cluster lacks, and Ray's logs for what the engine does"
             )
     try:
-        ray.get(engines.fingerprint)
+        return ray.get(fingerprint)
     except RayActorError as error:
         raise SettingsError(
             f"no engine could be started: {error} (does this machine use the same Ray token as the"
@@ -222,7 +253,7 @@ def start_encoding(
     seeds: Sequence[int],
     *,
     backbone: BackboneSpec,
-    fingerprint: "ObjectRef[str]",
+    fingerprint: str,
     cache: Path | None,
 ) -> "tuple[Banks, tuple[ObjectRef[int], ...]]":
     """The banks of a name on their way, and small objects that tell when they are there."""
@@ -233,6 +264,16 @@ def start_encoding(
     ]
     banks, shots = zip(*started, strict=True)
     return banks, shots
+
+
+def are_encoded(shots: "Sequence[ObjectRef[int]]") -> bool:
+    """Whether the banks that these small objects tell of are there; the error of one that failed
+    once none is on its way."""
+    _, missing = ray.wait(list(shots), num_returns=len(shots), timeout=0)
+    if missing:
+        return False
+    ray.get(list(shots))
+    return True
 
 
 def _as_task(function: Callable[..., tuple[object, object]]) -> Any:

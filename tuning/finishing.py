@@ -1,22 +1,21 @@
 """The end of a category's search: its winner is fitted on all shots and registered, once."""
 
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Event, Lock
 from typing import Literal
 
 from PIL import Image
-from ray.exceptions import RayTaskError
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import AptError, RegistryError
+from apt_ray.errors import RegistryError
 from apt_ray.files import Location
 from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
 from apt_ray.registry.promotion import Compare
 from tuning.cluster import FitJob
+from tuning.outcome import Outcome
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord
 from tuning.report.plots import draw_plots, encode
@@ -31,19 +30,16 @@ Fit = Callable[[FitJob], tuple[bytes, dict[str, Image.Image]]]
 
 
 class Finisher:
-    """Fits and registers categories in the background, and collects what came of them.
+    """Fits and registers categories in the background.
 
     Args:
         settings: Of the search.
         store: Where the trials are, and where the winners are kept.
         registry: Where the winners go; while it is away, they wait.
         provenance: Tags of every version.
+        outcome: Where what came of them is noted; what has failed there is not begun.
         fit: Fits on the cluster.
         compare: Judges a winner against the champion, on the cluster.
-
-    Attributes:
-        tuned: What was registered.
-        failures: Category -> why it was not.
     """
 
     def __init__(
@@ -52,15 +48,14 @@ class Finisher:
         store: SearchStore,
         registry: Registry,
         provenance: Mapping[str, str],
+        outcome: Outcome,
         *,
         fit: Fit,
         compare: Compare,
     ) -> None:
-        self.tuned: list[TunedCategory] = []
-        self.failures: dict[str, str] = {}
         self._settings, self._store, self._registry = settings, store, registry
         self._provenance = {**provenance, "search": store.name}
-        self._fit, self._compare = fit, compare
+        self._outcome, self._fit, self._compare = outcome, fit, compare
         self._lock = Lock()
         self._hurry = Event()
         self._pool = ThreadPoolExecutor(thread_name_prefix="finish")
@@ -72,7 +67,7 @@ class Finisher:
         One that was cut off is registered as a candidate, and may be resumed.
         """
         with self._lock:
-            if category.name not in self._futures and category.name not in self.failures:
+            if category.name not in self._futures and category.name not in self._outcome.failures:
                 self._futures[category.name] = self._pool.submit(self._finish, category, status)
 
     def hurry(self) -> None:
@@ -83,25 +78,13 @@ class Finisher:
         """Whether all that was started has ended, by the time that is given."""
         return not wait(self._futures.values(), timeout_s).not_done
 
-    def fail(self, name: str, error: Exception) -> None:
-        """Note why a category cannot be registered."""
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        is_expected = isinstance(cause, AptError)
-        if not is_expected:
-            traceback.print_exception(error)
-        self.failures[name] = str(cause) if is_expected else f"{type(cause).__name__}: {cause}"
-        say(f"{name} failed: {self.failures[name]}")
-
     def _finish(self, category: Category, status: Literal["complete", "cut off"]) -> None:
         try:
             tuned = self._tuned(category, status)
         except Exception as error:
-            self.fail(category.name, error)
-            return
-        with self._lock:
-            self.tuned.append(tuned)
-        version = tuned.version
-        say(f"{category.name}: version {version.version} is {' and '.join(version.aliases)}")
+            self._outcome.fail(category.name, error)
+        else:
+            self._outcome.succeed(tuned)
 
     def _tuned(self, category: Category, status: Literal["complete", "cut off"]) -> TunedCategory:
         name, settings, started = category.name, self._settings, time.monotonic()

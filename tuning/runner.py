@@ -6,29 +6,28 @@ others.
 
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import ray
-from PIL import Image
 from ray import ObjectRef, tune
-from ray.actor import ActorHandle
 from ray.tune.experiment import Trial
 
 from apt_ray.anomalies.bank import default_cache_folder
 from apt_ray.data.folders import Category
-from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import AptError
 from apt_ray.registry import Registry
-from apt_ray.validation.versions import HeldOutComparison
 from tuning.calls import BankName
-from tuning.cluster import Engines, FitJob, start_encoding, start_engines, wait_until_ready
+from tuning.cluster import Engines, are_encoded, start_encoding, start_engines
+from tuning.encoding import Encoding, HasEnded
 from tuning.finishing import Finisher
+from tuning.outcome import Outcome
 from tuning.progress import Progress, say
 from tuning.records import SearchStore
-from tuning.results import TunedCategory
 from tuning.searcher import CategoriesScheduler, CategoriesSearcher
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.tracking import TrialLog
@@ -48,14 +47,12 @@ class SearchStopped(BaseException):
 class _StopRequest(tune.Callback):
     """Takes note of SIGTERM; what waits asks it now and then.
 
-    The handler itself must not raise: inside of Ray's own calls that becomes a SystemError.
+    The handler itself must not raise: inside of Ray's own calls that becomes a SystemError. It
+    takes the signal over from ray.init(), which sets a handler of its own.
     """
 
     def __init__(self) -> None:
         self._is_made = False
-
-    def listen(self) -> None:
-        """Take the signal over; after ray.init(), which sets a handler of its own."""
         signal.signal(signal.SIGTERM, self._note)
 
     def check(self) -> None:
@@ -72,8 +69,16 @@ class _StopRequest(tune.Callback):
         self._is_made = True
 
 
-class Search:
-    """The search over some categories on a connected Ray.
+def run_search(
+    categories: Sequence[Category],
+    settings: SearchSettings,
+    engine: EngineSettings,
+    store: SearchStore,
+    registry: Registry,
+    provenance: Mapping[str, str],
+    outcome: Outcome,
+) -> None:
+    """Search, fit and register categories on a connected Ray.
 
     Args:
         categories: What is searched.
@@ -82,208 +87,186 @@ class Search:
         store: Where everything is kept that must not be lost.
         registry: Where winners and trials go.
         provenance: Tags of every version.
+        outcome: Where it is noted what has become of each category; failures are not raised.
+
+    Raises:
+        SettingsError: No engine can be started.
+        SearchStopped: SIGTERM came; what could be registered by then is.
     """
-
-    def __init__(
-        self,
-        categories: Sequence[Category],
-        settings: SearchSettings,
-        engine: EngineSettings,
-        store: SearchStore,
-        registry: Registry,
-        provenance: Mapping[str, str],
-    ) -> None:
-        self._categories = {category.name: category for category in categories}
-        self._settings, self._engine, self._store = settings, engine, store
-        self._registry = registry
-        self._began = time.time()
-        self._finisher = Finisher(
-            settings, store, registry, provenance, fit=self._fit, compare=self._compare
+    began = time.time()
+    stop_request = _StopRequest()
+    try:
+        engines = start_engines(
+            settings.backbone,
+            engine,
+            callers=settings.live_trials + 2,  # every live trial may ask, and fits may run
+            check=stop_request.check,
         )
-        self._stop_request = _StopRequest()
-        self._engines: Engines | None = None
-        self._banks: dict[BankName, Banks] = {}
-        self._encoding: dict[str, tuple[ObjectRef[int], ...]] = {}
-        self._ended: dict[str, set[int]] = {name: set() for name in self._categories}
-
-    @property
-    def tuned(self) -> list[TunedCategory]:
-        """What was registered so far."""
-        return self._finisher.tuned
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """Category -> why it was not registered."""
-        return self._finisher.failures
-
-    def run(self) -> None:
-        """Search, fit and register every category; failures are collected, not raised.
-
-        Raises:
-            SettingsError: No engine can be started.
-            SearchStopped: SIGTERM came; what could be registered by then is.
-        """
-        self._log = TrialLog(self._registry, self._store.name)
-        self._stop_request.listen()
-        try:
-            self._start_engines()
-            for category in self._categories.values():
-                self._encode(category)
-            self._run_trials()
-            for name, category in self._categories.items():
-                is_whole = len(self._ended[name]) == self._settings.trials
-                self._finisher.start(category, "complete" if is_whole else "cut off")
-            while not self._finisher.wait(_CHECK_S):
-                self._stop_request.check()
-            self._log.close(_LOG_S)
-        except SearchStopped:
-            self._stop()
-            raise
-        if self._log.missing:
-            say(
-                f"{self._log.missing} trials are not in MLflow, they are kept in {self._store.uri}:"
-                f" write them with --resume {self._store.name}"
-            )
-        say(f"MLflow took {self._log.seconds:.1f} s for the trials, beside the search")
-
-    def _start_engines(self) -> None:
-        # Every live trial may ask, and a fit may run.
-        self._engines = start_engines(
-            self._settings.backbone, self._engine, callers=self._settings.live_trials + 2
+        say(
+            f"{len(engines.actors)} engine(s) ready, {engines.threads} threads each"
+            if engines.are_shared
+            else "each trial has a backbone of its own"
         )
-        wait_until_ready(self._engines, self._stop_request.check)
-        if self._engines.are_shared:
-            say(
-                f"{len(self._engines.actors)} engine(s) ready, {self._engines.threads} threads each"
-            )
-        else:
-            say("each trial has a backbone of its own")
-
-    def _run_trials(self) -> None:
-        """Run what is left of the trials of all categories that can be searched."""
-        assert self._engines is not None
-        settings = self._settings
-        records = {category: self._store.trials(category) for category in self._encoding}
-        ended = [record for known in records.values() for record in known if record.has_ended]
-        if ended:
-            say(f"{len(ended)} trials have ended before, they are not run again")
-        if not self._engines.are_shared:
-            self._wait_for_banks()
+        encoding, banks = _start_encoding(categories, settings, engine, engines, outcome)
         plan = TrialPlan(
-            store=self._store,
+            store=store,
             settings=settings,
-            banks=self._banks,
-            engines=self._engines.actors if self._engines.are_shared else (),
-            threads=self._engine.threads or 1,
-            began=self._began,
+            banks=banks,
+            engines=engines.actors if engines.are_shared else (),
+            threads=engine.threads or 1,
+            began=began,
         )
-        run_trials(
-            plan,
-            CategoriesSearcher(settings, records, self._is_ready),
-            trials=settings.trials * len(records),
-            callbacks=[
-                self._stop_request,
-                Progress(list(records), settings.trials, settings.steps, self._end_trial),
-            ],
+        finisher = Finisher(
+            settings,
+            store,
+            registry,
+            provenance,
+            outcome,
+            fit=lambda job: engines.fit(job, banks[job.bank]),
+            compare=engines.compare,
         )
+        _Search(
+            categories={category.name: category for category in categories},
+            plan=plan,
+            engines=engines,
+            encoding=encoding,
+            finisher=finisher,
+            log=TrialLog(registry, store.name),
+            outcome=outcome,
+            stop_request=stop_request,
+        ).run()
+    except SearchStopped:
+        say(f"stopped: go on with --resume {store.name}")
+        raise
 
-    def _encode(self, category: Category) -> None:
-        assert self._engines is not None
-        settings, folder = self._settings, self._engine.bank_cache
+
+def _start_encoding(
+    categories: Sequence[Category],
+    settings: SearchSettings,
+    engine: EngineSettings,
+    engines: Engines,
+    outcome: Outcome,
+) -> tuple[Encoding, dict[BankName, Banks]]:
+    """The banks of all categories on their way; one without enough images fails."""
+    folder = engine.bank_cache
+    cache = default_cache_folder() if folder is None else Path(folder) if folder else None
+    banks: dict[BankName, Banks] = {}
+    tasks: dict[str, HasEnded] = {}
+    for category in categories:
         try:
             supports = [
                 category.support_set(settings.shots, seed) for seed in settings.support_seeds
             ]
         except AptError as error:
-            self._finisher.fail(category.name, error)
-            return
-        cache = default_cache_folder() if folder is None else Path(folder) if folder else None
-        encoding: list[ObjectRef[int]] = []
+            outcome.fail(category.name, error)
+            continue
+        encoded: list[ObjectRef[int]] = []
         for name in settings.bank_names(category.name):
-            self._banks[name], shots = start_encoding(
+            banks[name], shots = start_encoding(
                 name,
                 supports,
                 settings.support_seeds,
                 backbone=settings.backbone,
-                fingerprint=self._engines.fingerprint,
+                fingerprint=engines.fingerprint,
                 cache=cache,
             )
-            encoding += shots
-        self._encoding[category.name] = tuple(encoding)
+            encoded += shots
+        tasks[category.name] = partial(are_encoded, encoded)
+    return Encoding(tasks), banks
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """The trials of all categories, and the end of each category."""
+
+    categories: Mapping[str, Category]
+    plan: TrialPlan
+    engines: Engines
+    encoding: Encoding
+    finisher: Finisher
+    log: TrialLog
+    outcome: Outcome
+    stop_request: _StopRequest
+    _ended: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def run(self) -> None:
+        try:
+            self._run_trials()
+            for name, category in self.categories.items():
+                is_whole = len(self._ended[name]) == self.plan.settings.trials
+                self.finisher.start(category, "complete" if is_whole else "cut off")
+            while not self.finisher.wait(_CHECK_S):
+                self.stop_request.check()
+            self.log.close(_LOG_S)
+        except SearchStopped:
+            self._stop()
+            raise
+        if self.log.missing:
+            store = self.plan.store
+            say(
+                f"{self.log.missing} trials are not in MLflow, they are kept in {store.uri}: write"
+                f" them with --resume {store.name}"
+            )
+        say(f"MLflow took {self.log.seconds:.1f} s for the trials, beside the search")
+
+    def _run_trials(self) -> None:
+        """Run what is left of the trials of all categories that can be searched."""
+        settings, store = self.plan.settings, self.plan.store
+        records = {category: store.trials(category) for category in self.encoding.categories}
+        ended = [record for known in records.values() for record in known if record.has_ended]
+        if ended:
+            say(f"{len(ended)} trials have ended before, they are not run again")
+        if not self.engines.are_shared:
+            self._wait_for_banks()
+        run_trials(
+            self.plan,
+            CategoriesSearcher(settings, records, self.encoding.state, self._take_in),
+            trials=settings.trials * len(records),
+            callbacks=[
+                self.stop_request,
+                Progress(list(records), settings.trials, settings.steps, self._end_trial),
+            ],
+        )
 
     def _wait_for_banks(self) -> None:
         """Trials that hold CPUs of their own would leave none to encode the other categories."""
         started = time.monotonic()
-        while any(self._is_ready(name) is False for name in list(self._encoding)):
-            self._stop_request.check()
+        self._take_in()
+        while self.encoding.is_waiting:
             time.sleep(_CHECK_S)
+            self._take_in()
         say(f"support sets encoded in {time.monotonic() - started:.0f} s")
 
-    def _is_ready(self, name: str) -> bool | None:
-        """Whether the banks of a category are encoded; None if they cannot be."""
-        if name in self.failures:
-            return None
-        shots = self._encoding.get(name, ())
-        if shots:
-            _, missing = ray.wait(list(shots), num_returns=len(shots), timeout=0)
-            if missing:
-                return False
-            try:
-                ray.get(list(shots))
-            except Exception as error:
-                self._finisher.fail(name, error)
-                return None
-            del self._encoding[name]
-        return True
+    def _take_in(self) -> None:
+        """Find out what has come from outside: a request to stop, banks."""
+        self.stop_request.check()
+        for category, error in self.encoding.poll().items():
+            self.outcome.fail(category, error)
 
     def _end_trial(self, name: str, number: int) -> None:
         """Close a trial's record; the last one's end is that of its category's search."""
-        record = self._store.trial(name, number)
+        store = self.plan.store
+        record = store.trial(name, number)
         if record is not None:
             if not record.has_ended:
                 record = record.model_copy(update={"status": "stopped early"})
-                self._store.save_trial(record)
-            self._log.add([record])
+                store.save_trial(record)
+            self.log.add([record])
         self._ended[name].add(number)
-        if len(self._ended[name]) == self._settings.trials:
-            self._finisher.start(self._categories[name], "complete")
-
-    def _fit(self, job: FitJob) -> tuple[bytes, dict[str, Image.Image]]:
-        """Fit in an engine, which has the backbone and the bank."""
-        fit: Any = self._engine_for(job.category).fit.options(max_task_retries=-1)
-        fitted: Any = fit.remote(job, list(self._banks[job.bank]))
-        result: tuple[bytes, dict[str, Image.Image]] = ray.get(fitted)
-        return result
-
-    def _compare(
-        self, candidate: PromptSet, champion: PromptSet, images: Sequence[Image.Image]
-    ) -> HeldOutComparison:
-        """Compare in an engine, which has the backbone."""
-        files = [prompt_set.to_bytes() for prompt_set in (candidate, champion)]
-        engine = self._engine_for(candidate.category)
-        compared: Any = engine.compare.options(max_task_retries=-1).remote(*files, list(images))
-        comparison: HeldOutComparison = ray.get(compared)
-        return comparison
-
-    def _engine_for(self, category: str) -> "ActorHandle[Any]":
-        """An engine for what is done once a category."""
-        assert self._engines is not None
-        place = list(self._categories).index(category) % len(self._engines.actors)
-        return self._engines.actors[place]
+        if len(self._ended[name]) == self.plan.settings.trials:
+            self.finisher.start(self.categories[name], "complete")
 
     def _stop(self) -> None:
         """Register the best so far of every category that is not done, within seconds."""
         deadline = time.monotonic() + _STOP_S
         say("stopping: the best so far becomes the candidate")
-        self._finisher.hurry()
-        if self._engines is not None:
-            ray.wait([actor.drain.remote() for actor in self._engines.actors], timeout=1.0)
-            for name, category in self._categories.items():
-                if any(trial.steps for trial in self._store.trials(name)):
-                    self._finisher.start(category, "cut off")
-        self._finisher.wait(deadline - time.monotonic())
-        self._log.close(max(0.0, deadline - time.monotonic()))
-        say(f"stopped: go on with --resume {self._store.name}")
+        self.finisher.hurry()
+        self.engines.drain(1.0)
+        for name, category in self.categories.items():
+            if any(trial.steps for trial in self.plan.store.trials(name)):
+                self.finisher.start(category, "cut off")
+        self.finisher.wait(deadline - time.monotonic())
+        self.log.close(max(0.0, deadline - time.monotonic()))
 
 
 def run_trials(

@@ -101,9 +101,10 @@ def _search(command: Command) -> int:
     settings = plan.settings
 
     from apt_ray.registry import open_registry
+    from tuning.outcome import Outcome
     from tuning.progress import say
     from tuning.report.tables import closing_table
-    from tuning.runner import Search, SearchStopped
+    from tuning.runner import SearchStopped, run_search
 
     registry = open_registry(options.mlflow)
     registry.check()
@@ -114,19 +115,18 @@ def _search(command: Command) -> int:
         f" {settings.steps} steps, {settings.shots} shots; registry at {registry.address}"
     )
     say(f"if it is cut off: --storage {options.storage} --resume {name}")
-    search = Search(categories, settings, command.engine, store, registry, provenance)
-    is_stopped = False
+    outcome, is_stopped = Outcome(), False
     try:
-        search.run()
+        run_search(categories, settings, command.engine, store, registry, provenance, outcome)
     except SearchStopped:
         is_stopped = True
     seconds = time.monotonic() - started
-    if search.tuned:
-        print(f"\n{closing_table(search.tuned)}\n")
-    say(f"{len(search.tuned)} of {len(categories)} categories registered in {seconds:.0f} s")
-    for category, reason in search.failures.items():
+    if outcome.tuned:
+        print(f"\n{closing_table(outcome.tuned)}\n")
+    say(f"{len(outcome.tuned)} of {len(categories)} categories registered in {seconds:.0f} s")
+    for category, reason in outcome.failures.items():
         say(f"not registered: {category}: {reason}")
-    status = 1 if search.failures else 0
+    status = 1 if outcome.failures else 0
     if options.summary:
         summary = {
             "search": name,
@@ -135,10 +135,10 @@ def _search(command: Command) -> int:
             "settings": settings.model_dump(mode="json"),
             "provenance": provenance,
             "seconds": round(seconds, 2),
-            "categories": [category.summary() for category in search.tuned]
+            "categories": [category.summary() for category in outcome.tuned]
             + [
                 {"category": category, "status": "failed", "reason": reason}
-                for category, reason in search.failures.items()
+                for category, reason in outcome.failures.items()
             ],
         }
         try:

@@ -13,6 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuning.encoding import BankState
 from tuning.records import TrialRecord
 from tuning.settings import RUNGS, SearchSettings
 from tuning.space import distributions, starting_point
@@ -30,18 +31,21 @@ class CategoriesSearcher(Searcher):
     Args:
         settings: Of the search.
         records: Category -> what an earlier run of the same search has recorded.
-        is_ready: Whether trials of a category can start; False is asked again later, None drops it.
+        bank_state: Category -> whether its trials can start; one that has failed is left out.
+        take_in: Called before each draw: finds out what has become of the banks, and may raise to
+            end the search. While Ray Tune waits for a draw it does nothing else.
     """
 
     def __init__(
         self,
         settings: SearchSettings,
         records: Mapping[str, Sequence[TrialRecord]],
-        is_ready: Callable[[str], bool | None],
+        bank_state: Callable[[str], BankState],
+        take_in: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(metric="held_out", mode="max")
         self._settings = settings
-        self._is_ready = is_ready
+        self._bank_state, self._take_in = bank_state, take_in
         self._distributions = distributions(settings.space)
         self._studies = {category: self._study() for category in records}
         self._recorded = {
@@ -53,18 +57,19 @@ class CategoriesSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial: its category, number and settings; None where none is ready."""
+        self._take_in()
         open_categories = sorted(
             (
                 category
                 for category, number in self._next.items()
-                if number < self._settings.trials and self._is_ready(category) is not None
+                if number < self._settings.trials and self._bank_state(category) != "failed"
             ),
             key=lambda category: self._next[category],
         )
         if not open_categories:
             return Searcher.FINISHED
         for category in open_categories:
-            if self._is_ready(category):
+            if self._bank_state(category) == "ready":
                 return self._draw(trial_id, category)
         return None
 

@@ -185,6 +185,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
 
     assert "failed with exit code 1" in log, log
     assert "Traceback" not in log
+    assert log.count("blister failed: ") == 1
     assert re.search(r"washer +4/4 +0 +\d\.\d+ ± \d\.\d+", log)
     assert re.search(r"not registered: blister: .*blister/train/good/\S+ is damaged", log)
     assert re.search(r"^category +context .*\nwasher .* 2 +", log, re.MULTILINE)

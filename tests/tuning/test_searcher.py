@@ -4,6 +4,7 @@ import pytest
 from ray.tune.search import Searcher
 
 from apt_ray.config import FitSettings
+from tuning.encoding import BankState
 from tuning.records import TrialRecord
 from tuning.searcher import CategoriesSearcher
 from tuning.settings import SearchSettings
@@ -15,12 +16,16 @@ def settings(**changes: Any) -> SearchSettings:
     return SearchSettings.parse(values | changes)
 
 
+def ready(category: str) -> BankState:
+    return "ready"
+
+
 def draw(searcher: CategoriesSearcher, count: int) -> list[dict[str, Any]]:
     return [searcher.suggest(f"trial{number}") for number in range(count)]
 
 
 def test_categories_take_turns_from_the_defaults_on() -> None:
-    searcher = CategoriesSearcher(settings(), {"a": [], "b": []}, lambda name: True)
+    searcher = CategoriesSearcher(settings(), {"a": [], "b": []}, ready)
     drawn = draw(searcher, 8)
     assert [(each["category"], each["number"]) for each in drawn] == [
         (name, number) for number in range(4) for name in "ab"
@@ -33,22 +38,22 @@ def test_categories_take_turns_from_the_defaults_on() -> None:
 
 
 def test_a_category_that_is_not_ready_waits_and_a_broken_one_is_left_out() -> None:
-    ready: dict[str, bool | None] = {"a": False, "b": None}
-    searcher = CategoriesSearcher(settings(), {"a": [], "b": []}, ready.get)
+    states: dict[str, BankState] = {"a": "waiting", "b": "failed"}
+    searcher = CategoriesSearcher(settings(), {"a": [], "b": []}, states.__getitem__)
     assert searcher.suggest("early") is None
-    ready["a"] = True
+    states["a"] = "ready"
     assert {each["category"] for each in draw(searcher, 4)} == {"a"}
     assert searcher.suggest("further") == Searcher.FINISHED
 
 
 @pytest.mark.parametrize("kind", ["random", "optuna"])
 def test_a_resumed_search_repeats_what_is_recorded(kind: str) -> None:
-    first = draw(CategoriesSearcher(settings(searcher=kind), {"a": []}, lambda name: True), 4)
+    first = draw(CategoriesSearcher(settings(searcher=kind), {"a": []}, ready), 4)
     known = [
         TrialRecord(category="a", number=number, settings=first[number]["settings"])
         for number in (0, 2)
     ]
-    again = draw(CategoriesSearcher(settings(searcher=kind), {"a": known}, lambda name: True), 4)
+    again = draw(CategoriesSearcher(settings(searcher=kind), {"a": known}, ready), 4)
     if kind == "random":
         assert again == first
     else:
@@ -57,7 +62,7 @@ def test_a_resumed_search_repeats_what_is_recorded(kind: str) -> None:
 
 def test_optuna_learns_from_both_objectives() -> None:
     chosen = settings(searcher="optuna", objective="pareto", trials=30)
-    searcher = CategoriesSearcher(chosen, {"a": []}, lambda name: True)
+    searcher = CategoriesSearcher(chosen, {"a": []}, ready)
     weights = []
     for number in range(30):
         drawn = searcher.suggest(str(number))
@@ -69,7 +74,7 @@ def test_optuna_learns_from_both_objectives() -> None:
 
 
 def test_a_trial_that_failed_or_was_stopped_is_taken_note_of() -> None:
-    searcher = CategoriesSearcher(settings(searcher="optuna"), {"a": []}, lambda name: True)
+    searcher = CategoriesSearcher(settings(searcher="optuna"), {"a": []}, ready)
     draw(searcher, 3)
     searcher.on_trial_complete("trial0", None, error=True)
     searcher.on_trial_result("trial1", {"rung": 1, "held_out": 0.4})
