@@ -126,19 +126,13 @@ def _search(
     store.create(SearchPlan(data="", categories=(category.name,), settings=settings))
     engine = EngineSettings.parse({"mode": mode, "threads": options.engine_threads})
     engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
-    (name,) = settings.bank_names(category.name)
-    banks, shots = start_encoding(
-        name,
-        [category.support_set(settings.shots, seed) for seed in settings.support_seeds],
-        settings.support_seeds,
-        backbone=settings.backbone,
-        fingerprint=engines.fingerprint,
-        cache=None,
-    )
+    supports = [category.support_set(settings.shots, seed) for seed in settings.support_seeds]
+    specs = settings.bank_specs(supports, fingerprint=engines.fingerprint)
+    banks, shots = start_encoding(*zip(*specs, strict=True), backbone=settings.backbone, cache=None)
     plan = TrialPlan(
         store=store,
         settings=settings,
-        banks={name: banks},
+        banks={category.name: banks},
         engines=engines.actors if engines.are_shared else (),
         threads=options.engine_threads or 1,
         began=time.time(),

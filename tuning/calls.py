@@ -7,22 +7,7 @@ again, of another engine or after a crash, has the same result.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from apt_ray.config import FitSettings
-
-
-class BankName(NamedTuple):
-    """Which anomaly banks: those of a category whose noise falls where the settings put it."""
-
-    category: str
-    region: str
-    object_mask: bool
-
-    @classmethod
-    def of(cls, category: str, settings: FitSettings) -> "BankName":
-        """The banks that these settings learn from."""
-        return cls(category, settings.region, settings.object_mask)
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,22 +16,17 @@ class RungCall:
 
     Attributes:
         id: The same for every repetition of the same call, and for no other.
-        category: Whose anomaly banks the lanes learn from.
+        banks: Digests of the banks that the lanes learn from, one for each support seed.
         settings: Values of FitSettings; `steps` is the length of the schedule.
         steps: The step to stop at.
         state: Where the lanes stand; None is their start.
     """
 
     id: str
-    category: str
+    banks: tuple[str, ...]
     settings: Mapping[str, Any]
     steps: int
     state: bytes | None
-
-    @property
-    def bank(self) -> BankName:
-        """The banks that it needs; SettingsError if the settings are not valid."""
-        return BankName.of(self.category, FitSettings.parse(self.settings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
