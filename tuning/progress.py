@@ -7,7 +7,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from tuning.report.tables import align
+from apt_ray.tables import align
 
 _SECONDS_BETWEEN_TABLES = 15.0
 

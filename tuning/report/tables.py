@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from apt_ray.tables import align
 from tuning.results import TunedCategory
 
 
@@ -28,12 +29,3 @@ def closing_table(tuned: Sequence[TunedCategory]) -> str:
             )
         )
     return align(rows)
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
