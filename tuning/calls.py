@@ -6,7 +6,7 @@ again, of another engine or after a crash, has the same result.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -50,7 +50,7 @@ class RungResult:
     held_out_sd: float = 0.0
     pixel: float = 0.0
     image: float = 0.0
-    families: Mapping[str, float]
+    families: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
 

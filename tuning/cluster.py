@@ -30,7 +30,7 @@ from apt_ray.prompts.fit import fit
 from apt_ray.validation.versions import HeldOutComparison, compare_prompt_sets
 from tuning.banks import BankRefs, CategoryBanks
 from tuning.calls import RungCall, RungResult
-from tuning.engine import Engine, EngineStatus
+from tuning.engine import Engine
 from tuning.report.labelled import report_labelled
 from tuning.report.sheets import draw_held_out, draw_support
 from tuning.settings import EngineSettings
@@ -46,10 +46,10 @@ class FitJob:
     Attributes:
         category: Its name.
         support: Files of the support images.
-        calibration: Files of further good images.
+        calibration: Files of further normal images.
         settings: Of the winner.
         metrics: Figures kept with the prompt set.
-        labelled: Whose labelled pictures are reported on, where there are any; they choose nothing.
+        labelled: Whose labelled images are reported on, where there are any; they choose nothing.
     """
 
     category: str
@@ -88,9 +88,6 @@ class EngineActor:
 
     def drain(self) -> None:
         self._engine.drain()
-
-    def status(self) -> EngineStatus:
-        return self._engine.status()
 
     def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
         """The prompt set of the best settings, as its file, and pictures of what it sees.

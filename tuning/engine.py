@@ -54,13 +54,11 @@ class EngineStatus:
         training: Lanes in the batch.
         waiting: Calls that wait for room.
         lane_steps: Steps done since the start, summed over lanes.
-        busy_s: Seconds spent on them.
     """
 
     training: int
     waiting: int
     lane_steps: int
-    busy_s: float
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -104,7 +102,6 @@ class Engine:
         self._trainer = PromptTrainer(backbone)
         self._training: list[_Slot] = []
         self._lane_steps = 0
-        self._busy_s = 0.0
         self._changed = threading.Condition()
         self._is_closed = False
         self._is_draining = False
@@ -180,7 +177,6 @@ class Engine:
                 training=len(self._trainer.lanes),
                 waiting=waiting,
                 lane_steps=self._lane_steps,
-                busy_s=self._busy_s,
             )
 
     def close(self) -> None:
@@ -201,12 +197,10 @@ class Engine:
                 if self._is_closed:
                     return
                 self._expire()
-            started = time.perf_counter()
             self._drop_forgotten()
             self._admit()
             if self._training:
                 self._step()
-            self._busy_s += time.perf_counter() - started
 
     def _expire(self) -> None:
         oldest = time.monotonic() - self._limits.lease_s
@@ -237,12 +231,10 @@ class Engine:
                 if self._training and not self._fits(sum(bank.shots for bank in banks)):
                     return
                 self._join(slot, banks)
-            except AptError as error:
-                self._settle(slot, RungResult(families={}, error=str(error)))
             except Exception as error:  # one call's trouble is not to end the others
-                self._settle(
-                    slot, RungResult(families={}, error=f"{type(error).__name__}: {error}")
-                )
+                is_expected = isinstance(error, AptError)
+                reason = str(error) if is_expected else f"{type(error).__name__}: {error}"
+                self._settle(slot, RungResult(error=reason))
 
     def _fits(self, lanes: int) -> bool:
         return len(self._trainer.lanes) + lanes <= self._limits.lanes
@@ -268,7 +260,7 @@ class Engine:
         except Exception as error:  # out of memory, most likely: say so to every caller
             for slot in self._training:
                 reason = f"the engine failed in training: {type(error).__name__}: {error}"
-                self._settle(slot, RungResult(families={}, error=reason))
+                self._settle(slot, RungResult(error=reason))
             self._training, self._trainer = [], PromptTrainer(self.backbone)
             return
         self._lane_steps += len(self._trainer.lanes)

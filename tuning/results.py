@@ -60,7 +60,16 @@ def importances(trials: Sequence[TrialRecord], space: Space) -> dict[str, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunedCategory:
-    """A category whose winner is registered."""
+    """A category whose winner is registered.
+
+    Attributes:
+        trials: All of its trials, in the order of drawing.
+        winner: The trial whose settings the prompt set was fitted with.
+        importances: Searched setting -> share in the variance of the value; may be empty.
+        prompt_set: The fit on all shots.
+        version: What the registry made of it.
+        seconds: "search" (since its start), "fit" and "register", by the clock.
+    """
 
     trials: Sequence[TrialRecord]
     winner: TrialRecord

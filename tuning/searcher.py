@@ -145,7 +145,7 @@ class CategoriesScheduler(FIFOScheduler):
     def __init__(self, settings: SearchSettings) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kind = settings.scheduler
-        self._of: dict[str, TrialScheduler] = {}
+        self._schedulers: dict[str, TrialScheduler] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Both are given at once to every category's scheduler."""
@@ -171,8 +171,8 @@ class CategoriesScheduler(FIFOScheduler):
 
     def _scheduler(self, trial: Trial) -> TrialScheduler:
         category = trial.config["category"]
-        if category not in self._of:
-            self._of[category] = (
+        if category not in self._schedulers:
+            self._schedulers[category] = (
                 FIFOScheduler()  # type: ignore[no-untyped-call]
                 if self._kind == "none"
                 else ASHAScheduler(
@@ -184,4 +184,4 @@ class CategoriesScheduler(FIFOScheduler):
                     reduction_factor=2,
                 )
             )
-        return self._of[category]
+        return self._schedulers[category]

@@ -6,7 +6,7 @@ them.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,7 +80,7 @@ def run_trial(config: Mapping[str, Any], *, plan: TrialPlan) -> None:
             steps=settings.rung_steps(rung),
             state=state,
         )
-        result = _ask(list(_engines(plan, banks, number)), call)
+        result = _ask(_engines(plan, banks, number), call)
         state = result.state
         elapsed = time.time() - plan.began
         record = record.reported(result, elapsed, is_last=rung == RUNGS)
@@ -107,20 +107,18 @@ def _ask(engines: Sequence[SomeEngine], call: RungCall) -> RungResult:
         except (EngineBusyError, UnknownCallError, RayActorError) as error:
             if time.monotonic() > deadline:
                 return RungResult(
-                    families={},
                     error=f"no engine served the trial for {_PATIENCE_S:.0f} s ({error}): look at"
                     " Ray's logs, then --resume the search",
                 )
             time.sleep(min(2.0, 0.1 * 2 ** min(attempt, 10)))
 
 
-def _engines(plan: TrialPlan, banks: BankRefs, number: int) -> Iterator[SomeEngine]:
-    """All engines, the trial's first choice first."""
+def _engines(plan: TrialPlan, banks: BankRefs, number: int) -> list[SomeEngine]:
+    """All engines that a trial may ask, its first choice first."""
     if not plan.engines:
-        yield _OwnEngine(plan.settings.backbone, banks, plan.threads)
-        return
-    for place in range(len(plan.engines)):
-        yield _RemoteEngine(plan.engines[(number + place) % len(plan.engines)], banks)
+        return [_OwnEngine(plan.settings.backbone, banks, plan.threads)]
+    first = number % len(plan.engines)
+    return [_RemoteEngine(actor, banks) for actor in plan.engines[first:] + plan.engines[:first]]
 
 
 class _RemoteEngine:

@@ -1,4 +1,4 @@
-"""Plots of a category's trials, as pictures."""
+"""Plots of a category's trials."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -26,30 +26,28 @@ def draw_plots(
     """Name -> plot of all trials that have reported."""
     reported = [trial for trial in trials if trial.held_out]
     plots = {
-        "trials": _picture(1, lambda axes: _draw_steps(axes[0], reported, winner)),
-        "value_over_time": _picture(1, lambda axes: _draw_time(axes[0], reported)),
-        "slices": _picture(
+        "trials": _plot(1, lambda axes: _draw_steps(axes[0], reported, winner)),
+        "value_over_time": _plot(1, lambda axes: _draw_time(axes[0], reported)),
+        "slices": _plot(
             len(space), lambda axes: _draw_slices(axes, reported, winner, space, importances)
         ),
-        "parallel_coordinates": _picture(
+        "parallel_coordinates": _plot(
             1, lambda axes: _draw_parallel(axes[0], reported, winner, space)
         ),
     }
     if importances:
-        plots["importances"] = _picture(1, lambda axes: _draw_importances(axes[0], importances))
+        plots["importances"] = _plot(1, lambda axes: _draw_importances(axes[0], importances))
     return plots
 
 
-def encode(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _picture(columns: int, draw: Callable[[list[Axes]], None]) -> Image.Image:
+def _plot(columns: int, draw: Callable[[list[Axes]], None]) -> Image.Image:
     figure = Figure(figsize=(max(7.6, 3.0 * columns), 3.6), dpi=100, layout="constrained")
     draw(list(figure.subplots(1, columns, squeeze=False)[0]))
+    return render(figure)
+
+
+def render(figure: Figure) -> Image.Image:
+    """The figure as an RGB image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
