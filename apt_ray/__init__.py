@@ -1,4 +1,4 @@
-"""Finds defects in pictures of products, from a handful of good pictures.
+"""Finds defects in images of products, from a handful of good images.
 
 The names below are the whole interface that most programs need; each is loaded when it is first
 used, so that `import apt_ray` costs nothing.
@@ -10,30 +10,91 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apt_ray.config import BackboneSpec as BackboneSpec
     from apt_ray.config import FitSettings as FitSettings
+    from apt_ray.data.folders import Category as Category
+    from apt_ray.data.folders import LabelledImage as LabelledImage
     from apt_ray.data.folders import find_categories as find_categories
+    from apt_ray.detection.calibration import Threshold as Threshold
     from apt_ray.detection.detector import Detector as Detector
+    from apt_ray.detection.detector import Inspection as Inspection
+    from apt_ray.detection.detector import Region as Region
     from apt_ray.detection.prompt_set import PromptSet as PromptSet
+    from apt_ray.errors import AptError as AptError
+    from apt_ray.errors import BackboneError as BackboneError
+    from apt_ray.errors import DataError as DataError
+    from apt_ray.errors import FleetError as FleetError
+    from apt_ray.errors import ImageError as ImageError
+    from apt_ray.errors import ImageTooLargeError as ImageTooLargeError
+    from apt_ray.errors import MissingDependencyError as MissingDependencyError
+    from apt_ray.errors import PromptSetError as PromptSetError
+    from apt_ray.errors import RegistryConflictError as RegistryConflictError
+    from apt_ray.errors import RegistryError as RegistryError
+    from apt_ray.errors import RegistryUnavailableError as RegistryUnavailableError
+    from apt_ray.errors import SettingsError as SettingsError
+    from apt_ray.errors import UnsupportedImageError as UnsupportedImageError
     from apt_ray.features.clip import load_backbone as load_backbone
+    from apt_ray.features.protocol import Backbone as Backbone
+    from apt_ray.images import ImageLimits as ImageLimits
+    from apt_ray.images import decode_image as decode_image
     from apt_ray.images import draw_overlay as draw_overlay
     from apt_ray.images import read_image as read_image
     from apt_ray.prompts.fit import fit as fit
+    from apt_ray.validation.evaluation import Result as Result
+    from apt_ray.validation.evaluation import evaluate as evaluate
+
+    __version__: str
 
 _HOME = {
+    # Learn and inspect, in the order in which they are used.
+    "load_backbone": "features.clip",
     "BackboneSpec": "config",
-    "Detector": "detection.detector",
+    "Backbone": "features.protocol",
+    "find_categories": "data.folders",
+    "Category": "data.folders",
+    "LabelledImage": "data.folders",
+    "fit": "prompts.fit",
     "FitSettings": "config",
     "PromptSet": "detection.prompt_set",
-    "draw_overlay": "images",
-    "find_categories": "data.folders",
-    "fit": "prompts.fit",
-    "load_backbone": "features.clip",
+    "Threshold": "detection.calibration",
+    "Detector": "detection.detector",
+    "Inspection": "detection.detector",
+    "Region": "detection.detector",
     "read_image": "images",
+    "decode_image": "images",
+    "ImageLimits": "images",
+    "draw_overlay": "images",
+    "evaluate": "validation.evaluation",
+    "Result": "validation.evaluation",
+    # What they raise.
+    "AptError": "errors",
+    "SettingsError": "errors",
+    "DataError": "errors",
+    "ImageError": "errors",
+    "ImageTooLargeError": "errors",
+    "UnsupportedImageError": "errors",
+    "BackboneError": "errors",
+    "PromptSetError": "errors",
+    "RegistryError": "errors",
+    "RegistryUnavailableError": "errors",
+    "RegistryConflictError": "errors",
+    "FleetError": "errors",
+    "MissingDependencyError": "errors",
 }
 
 __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("apt-ray")
+        except PackageNotFoundError:
+            return "unknown"  # a checkout that is not installed
     if name not in _HOME:
         raise AttributeError(f"module 'apt_ray' has no attribute {name!r}")
     return getattr(import_module(f"apt_ray.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

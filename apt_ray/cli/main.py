@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import apt_ray
 from apt_ray.cli import compare, evaluate, fit, inspect, registry, sample
 from apt_ray.errors import AptError
 
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with `apt-ray sample --out data`, then"
         " `apt-ray fit --data data/washer --out washer.safetensors`.",
     )
+    parser.add_argument("--version", action="version", version=f"apt-ray {apt_ray.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (sample, fit, inspect, evaluate, compare, registry):
         module.add_to(commands)

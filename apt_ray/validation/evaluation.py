@@ -55,7 +55,7 @@ class Result:
     examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
 
     def as_dict(self) -> dict[str, object]:
-        """The figures; the scores of single images are kept by `comparison.save_scores`."""
+        """The figures; the scores of single images are kept by `intervals.save_scores`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
 
@@ -80,7 +80,7 @@ def evaluate(
 
     Raises:
         DataError: too few images, no test images of one kind, a broken file, a mask of another
-        size.
+            size.
     """
     settings = settings or FitSettings()
     report = progress or (lambda _what, _done, _total: None)

@@ -1,0 +1,127 @@
+"""The wheel: what it holds, and that its core works where nothing else is installed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Outside of the core.
+OPTIONAL = ("ray", "mlflow", "optuna", "sklearn", "matplotlib", "fastapi", "boto3", "psycopg2")
+
+
+def pip(python: Path | str, *arguments: str) -> None:
+    subprocess.run(
+        [python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built from a copy: setuptools writes beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in ("apt_ray", "tuning", "serving", "tests", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, source / package, ignore=ignored)
+    arguments = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
+    pip(sys.executable, *arguments, str(source))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_it_holds_the_three_packages_and_no_more(wheel: Path) -> None:
+    names = ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
+        "apt_ray",
+        "tuning",
+        "serving",
+    }
+    assert not [name for name in names if name.startswith(("apt_ray/dev", "apt_ray/pretraining"))]
+
+
+def test_it_is_typed_and_holds_what_is_read_at_run_time(wheel: Path) -> None:
+    assert {
+        "apt_ray/py.typed",
+        "tuning/py.typed",
+        "serving/py.typed",
+        "apt_ray/features/builtin/apt-mini.safetensors",
+        "apt_ray/features/builtin/LICENSE-WEIGHTS",
+        "serving/console/index.html",
+        "serving/dashboard.json",
+        "serving/fleet.yaml",
+    } <= set(ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_core_alone_fits_inspects_and_evaluates(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    commands = tmp_path / "venv" / "bin"
+    # Most of what is installed is never imported, and need not be compiled.
+    install = ("install", "--no-compile", "--constraint", str(ROOT / "constraints.txt"))
+    pip(commands / "python", *install, str(wheel))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def run(*command: str) -> "subprocess.CompletedProcess[str]":
+        # Nothing of the checkout is on the path.
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(
+            [commands / command[0], *command[1:]],
+            cwd=empty,
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def succeeds(*command: str) -> str:
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    found = f"import importlib.util as u; print([n for n in {OPTIONAL} if u.find_spec(n)])"
+    assert succeeds("python", "-c", found) == "[]\n"
+
+    def refuses(command: Sequence[str], message: str) -> None:
+        done = run(*command)
+        assert done.returncode == 1
+        assert done.stderr.endswith(f"{message}\n"), done.stderr
+
+    quick = ("--shots", "2", "--steps", "5")
+    fit = ("apt-ray", "fit", "--data", "data/washer", "--out", "washer.safetensors", *quick)
+    inspect = ("apt-ray", "inspect", "washer.safetensors", "data/washer/test/scratch")
+    evaluate = ("apt-ray", "evaluate", "--data", "data", "--categories", "washer", *quick)
+    succeeds("apt-ray", "--version")
+    succeeds("apt-ray", "sample", "--out", "data")
+    succeeds(*fit)
+    assert "ANOMALOUS" in succeeds(*inspect)
+    assert "| washer | 2 | both |" in succeeds(*evaluate, "--seeds", "0")
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shutil.copy(next((empty / "data/washer/test/good").iterdir()), empty / "part.png")
+    assert succeeds("python", "-c", snippet).startswith(("True ", "False "))
+
+    refuses([*evaluate, "--report", "page"], "pip install 'apt-ray[report]'")
+    refuses([*fit, "--data", "s3://bucket/washer"], "pip install 'apt-ray[s3]'")
+    refuses(["python", "-c", "import apt_ray.registry"], "pip install 'apt-ray[registry]'")
+    refuses(["python", "-m", "tuning.search", "--data", "data"], "pip install 'apt-ray[tune]'")
+    refuses(["python", "-m", "serving.fleet", "status"], "pip install 'apt-ray[serve]'")
+    # What is said is right: the extra brings what was missing.
+    pip(commands / "python", *install, "apt-ray[s3]")
+    succeeds("python", "-c", "import boto3")
