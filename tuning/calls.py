@@ -36,9 +36,9 @@ class RungResult:
     Attributes:
         state: Where the lanes stand now.
         steps: Steps that the trial has taken in all.
-        held_out: Held-out value (AUROC, 0..1), mean over the lanes.
-        held_out_sd: Its standard deviation over the lanes.
-        pixel: Its part that ranks patches.
+        validation: Held-out value (AUROC, 0..1), mean over the lanes.
+        validation_sd: Its standard deviation over the lanes.
+        patch: Its part that ranks patches.
         image: Its part that ranks images.
         families: The value of each perturbation family.
         error: What was wrong with the call, if it was not served; the other values are void then.
@@ -46,9 +46,9 @@ class RungResult:
 
     state: bytes = b""
     steps: int = 0
-    held_out: float = 0.0
-    held_out_sd: float = 0.0
-    pixel: float = 0.0
+    validation: float = 0.0
+    validation_sd: float = 0.0
+    patch: float = 0.0
     image: float = 0.0
     families: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None

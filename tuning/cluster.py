@@ -27,12 +27,12 @@ from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
-from apt_ray.validation.versions import HeldOutComparison, compare_prompt_sets
+from apt_ray.validation.versions import VersionComparison, compare_prompt_sets
 from tuning.banks import BankRefs, CategoryBanks
 from tuning.calls import RungCall, RungResult
 from tuning.engine import Engine
 from tuning.report.labelled import report_labelled
-from tuning.report.sheets import draw_held_out, draw_support
+from tuning.report.sheets import draw_perturbed, draw_support
 from tuning.settings import EngineSettings
 
 _READY_TIMEOUT_S = 300.0
@@ -108,7 +108,7 @@ class EngineActor:
         images = [read_image(path) for path in job.support]
         pictures = {
             "support_images": draw_support(backbone, prompt_set, images),
-            "held_out_perturbations": draw_held_out(backbone, prompt_set, images[0]),
+            "perturbations": draw_perturbed(backbone, prompt_set, images[0]),
         }
         if job.labelled is None:
             return prompt_set.to_bytes(), pictures
@@ -117,7 +117,7 @@ class EngineActor:
 
     def compare(
         self, candidate: bytes, champion: bytes, images: Sequence[Image.Image]
-    ) -> HeldOutComparison:
+    ) -> VersionComparison:
         """Two versions of a prompt set, as their files, on normal images that neither has seen."""
         torch.set_num_threads(self._threads)
         backbone = self._engine.backbone
@@ -156,11 +156,11 @@ class Engines:
 
     def compare(
         self, candidate: PromptSet, champion: PromptSet, images: Sequence[Image.Image]
-    ) -> HeldOutComparison:
+    ) -> VersionComparison:
         """Two versions of a prompt set on normal images that neither has seen."""
         files = [prompt_set.to_bytes() for prompt_set in (candidate, champion)]
         compare: Any = self._next().compare.options(max_task_retries=-1)
-        comparison: HeldOutComparison = ray.get(compare.remote(*files, list(images)))
+        comparison: VersionComparison = ray.get(compare.remote(*files, list(images)))
         return comparison
 
     def drain(self, timeout_s: float) -> None:

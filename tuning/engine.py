@@ -279,9 +279,9 @@ class Engine:
             RungResult(
                 state=pack(states),
                 steps=slot.call.steps,
-                held_out=value.value,
-                held_out_sd=value.sd,
-                pixel=value.pixel,
+                validation=value.value,
+                validation_sd=value.sd,
+                patch=value.patch,
                 image=value.image,
                 families=value.families,
             ),

@@ -275,7 +275,7 @@ def run_trials(
     tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": cpus}),
         tune_config=tune.TuneConfig(
-            metric="held_out",
+            metric="validation",
             mode="max",
             num_samples=trials,
             search_alg=searcher,

@@ -43,7 +43,7 @@ class SearchSettings(Settings):
     )
     objective: Literal["mean", "pareto"] = Field(
         default="mean",
-        description="The mean of the held-out values of images and of pixels, or both as two"
+        description="The mean of the validation values of images and of patches, or both as two"
         " objectives (with --searcher optuna --scheduler none); the mean chooses the winner either"
         " way.",
     )

@@ -69,8 +69,8 @@ def test_calls_of_all_lengths_and_categories_equal_trials_alone(
             alone = judge_folds(backbone, trainer.lanes, trainer.text_features())
             found = result(engine, each.id)
             assert found.error is None
-            assert found.held_out == pytest.approx(alone.value, abs=1e-4)
-            assert found.held_out_sd == pytest.approx(alone.sd, abs=1e-4)
+            assert found.validation == pytest.approx(alone.value, abs=1e-4)
+            assert found.validation_sd == pytest.approx(alone.sd, abs=1e-4)
             assert found.families == pytest.approx(alone.families, abs=1e-3)
 
 
@@ -81,8 +81,8 @@ def test_rung_by_rung_on_two_engines_equals_one_call(
         one.submit(call("whole"))
         one.submit(call("first", steps=3))
         two.submit(call("second", state=result(one, "first").state))
-        assert result(two, "second").held_out == pytest.approx(
-            result(one, "whole").held_out, abs=1e-4
+        assert result(two, "second").validation == pytest.approx(
+            result(one, "whole").validation, abs=1e-4
         )
 
 
