@@ -17,7 +17,7 @@ from tqdm import tqdm
 from apt_ray.errors import ImageError
 from apt_ray.files import write_json
 from apt_ray.images import ImageLimits, decode_image
-from tests.tuning.mutations import mutated
+from tests.mutations import mutated
 
 _LIMITS = ImageLimits(max_bytes=2**20, max_pixels=1_000_000)
 _SLOW_S = 1.0

@@ -126,19 +126,13 @@ def _search(
     store.create(SearchPlan(data="", categories=(category.name,), settings=settings))
     engine = EngineSettings.parse({"mode": mode, "threads": options.engine_threads})
     engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
-    (name,) = settings.bank_names(category.name)
-    banks, shots = start_encoding(
-        name,
-        [category.support_set(settings.shots, seed) for seed in settings.support_seeds],
-        settings.support_seeds,
-        backbone=settings.backbone,
-        fingerprint=engines.fingerprint,
-        cache=None,
-    )
+    supports = [category.support_set(settings.shots, seed) for seed in settings.support_seeds]
+    specs = settings.bank_specs(supports, fingerprint=engines.fingerprint)
+    banks, shots = start_encoding(*zip(*specs, strict=True), backbone=settings.backbone, cache=None)
     plan = TrialPlan(
         store=store,
         settings=settings,
-        banks={name: banks},
+        banks={category.name: banks},
         engines=engines.actors if engines.are_shared else (),
         threads=options.engine_threads or 1,
         began=time.time(),
@@ -146,7 +140,7 @@ def _search(
     ray.get(list(shots))
     searcher = CategoriesSearcher(settings, {category.name: []}, lambda name: "ready")
     run_trials(plan, searcher, trials=settings.trials)
-    return choose_winner(store.trials(category.name)).held_out[-1]
+    return choose_winner(store.trials(category.name)).validation[-1]
 
 
 def _idle(settings: SearchSettings, folder: Path) -> None:
@@ -156,7 +150,7 @@ def _idle(settings: SearchSettings, folder: Path) -> None:
 
 def _do_nothing(config: Mapping[str, Any]) -> None:
     for rung in range(RUNGS):
-        tune.report({"rung": rung, "held_out": 0.0})
+        tune.report({"rung": rung, "validation": 0.0})
 
 
 def _arithmetic(
@@ -250,7 +244,7 @@ def _ordinary_trial(config: Mapping[str, Any]) -> None:
         for trainer in trainers:
             trainer.advance(settings.steps * rung // RUNGS - trainer.steps_done)
         text_TPE = torch.cat([trainer.text_features() for trainer in trainers])
-        tune.report({"rung": rung, "held_out": judge_folds(backbone, lanes, text_TPE).value})
+        tune.report({"rung": rung, "validation": judge_folds(backbone, lanes, text_TPE).value})
 
 
 def _tune(

@@ -6,23 +6,8 @@ again, of another engine or after a crash, has the same result.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from apt_ray.config import FitSettings
-
-
-class BankName(NamedTuple):
-    """Which anomaly banks: those of a category whose noise falls where the settings put it."""
-
-    category: str
-    region: str
-    object_mask: bool
-
-    @classmethod
-    def of(cls, category: str, settings: FitSettings) -> "BankName":
-        """The banks that these settings learn from."""
-        return cls(category, settings.region, settings.object_mask)
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,22 +16,17 @@ class RungCall:
 
     Attributes:
         id: The same for every repetition of the same call, and for no other.
-        category: Whose anomaly banks the lanes learn from.
+        banks: Digests of the banks that the lanes learn from, one for each support seed.
         settings: Values of FitSettings; `steps` is the length of the schedule.
         steps: The step to stop at.
         state: Where the lanes stand; None is their start.
     """
 
     id: str
-    category: str
+    banks: tuple[str, ...]
     settings: Mapping[str, Any]
     steps: int
     state: bytes | None
-
-    @property
-    def bank(self) -> BankName:
-        """The banks that it needs; SettingsError if the settings are not valid."""
-        return BankName.of(self.category, FitSettings.parse(self.settings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +36,9 @@ class RungResult:
     Attributes:
         state: Where the lanes stand now.
         steps: Steps that the trial has taken in all.
-        held_out: Held-out value (AUROC, 0..1), mean over the lanes.
-        held_out_sd: Its standard deviation over the lanes.
-        pixel: Its part that ranks patches.
+        validation: Held-out value (AUROC, 0..1), mean over the lanes.
+        validation_sd: Its standard deviation over the lanes.
+        patch: Its part that ranks patches.
         image: Its part that ranks images.
         families: The value of each perturbation family.
         error: What was wrong with the call, if it was not served; the other values are void then.
@@ -66,11 +46,11 @@ class RungResult:
 
     state: bytes = b""
     steps: int = 0
-    held_out: float = 0.0
-    held_out_sd: float = 0.0
-    pixel: float = 0.0
+    validation: float = 0.0
+    validation_sd: float = 0.0
+    patch: float = 0.0
     image: float = 0.0
-    families: Mapping[str, float]
+    families: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apt_ray.anomalies.bank import BankCache, SupportBank, encode_support
-from apt_ray.anomalies.spec import BankSpec, file_digests
+from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
@@ -27,13 +27,13 @@ from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
-from apt_ray.validation.versions import HeldOutComparison, compare_prompt_sets
-from tuning.calls import BankName, RungCall, RungResult
-from tuning.engine import Engine, EngineStatus
+from apt_ray.validation.versions import VersionComparison, compare_prompt_sets
+from tuning.banks import BankRefs, CategoryBanks
+from tuning.calls import RungCall, RungResult
+from tuning.engine import Engine
 from tuning.report.labelled import report_labelled
-from tuning.report.sheets import draw_held_out, draw_support
+from tuning.report.sheets import draw_perturbed, draw_support
 from tuning.settings import EngineSettings
-from tuning.trial import Banks
 
 _READY_TIMEOUT_S = 300.0
 _IDLE_S = 10.0
@@ -46,10 +46,10 @@ class FitJob:
     Attributes:
         category: Its name.
         support: Files of the support images.
-        calibration: Files of further good images.
+        calibration: Files of further normal images.
         settings: Of the winner.
         metrics: Figures kept with the prompt set.
-        labelled: Whose labelled pictures are reported on, where there are any; they choose nothing.
+        labelled: Whose labelled images are reported on, where there are any; they choose nothing.
     """
 
     category: str
@@ -59,21 +59,16 @@ class FitJob:
     metrics: Mapping[str, float]
     labelled: Category | None = None
 
-    @property
-    def bank(self) -> BankName:
-        """The banks that it needs; the first is that of `support`."""
-        return BankName.of(self.category, self.settings)
-
 
 class EngineActor:
     """An Engine as a Ray actor; it can be lost at any time, as it keeps nothing between calls."""
 
     def __init__(self, backbone: BackboneSpec, *, device: str, threads: int) -> None:
         self._threads = threads
-        self._refs: dict[BankName, list[ObjectRef[SupportBank]]] = {}
+        self._refs: dict[str, ObjectRef[SupportBank]] = {}
         self._engine = Engine(
             load_backbone(backbone, device=device),
-            lambda name: ray.get(self._refs[name]),
+            lambda digest: ray.get(self._refs[digest]),
             threads=threads,
         )
 
@@ -81,8 +76,8 @@ class EngineActor:
         """The backbone's; answers once the engine is ready."""
         return self._engine.backbone.fingerprint
 
-    def submit(self, call: RungCall, banks: "list[ObjectRef[SupportBank]]") -> None:
-        self._refs.setdefault(call.bank, banks)
+    def submit(self, call: RungCall, banks: BankRefs) -> None:
+        self._refs.update(banks)
         self._engine.submit(call)
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
@@ -94,15 +89,13 @@ class EngineActor:
     def drain(self) -> None:
         self._engine.drain()
 
-    def status(self) -> EngineStatus:
-        return self._engine.status()
+    def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
+        """The prompt set of the best settings, as its file, and pictures of what it sees.
 
-    def fit(
-        self, job: FitJob, banks: "list[ObjectRef[SupportBank]]"
-    ) -> tuple[bytes, dict[str, Image.Image]]:
-        """The prompt set of the best settings, as its file, and pictures of what it sees."""
+        The first of `banks` is that of the job's support set.
+        """
         torch.set_num_threads(self._threads)
-        self._refs.setdefault(job.bank, banks)
+        self._refs.update(banks)
         backbone = self._engine.backbone
         prompt_set = fit(
             job.category,
@@ -110,12 +103,12 @@ class EngineActor:
             job.settings,
             backbone=backbone,
             calibration=job.calibration,
-            bank=self._engine.banks(job.bank)[0],
+            bank=self._engine.bank(next(iter(banks))),
         ).with_metrics(job.metrics)
         images = [read_image(path) for path in job.support]
         pictures = {
             "support_images": draw_support(backbone, prompt_set, images),
-            "held_out_perturbations": draw_held_out(backbone, prompt_set, images[0]),
+            "perturbations": draw_perturbed(backbone, prompt_set, images[0]),
         }
         if job.labelled is None:
             return prompt_set.to_bytes(), pictures
@@ -124,7 +117,7 @@ class EngineActor:
 
     def compare(
         self, candidate: bytes, champion: bytes, images: Sequence[Image.Image]
-    ) -> HeldOutComparison:
+    ) -> VersionComparison:
         """Two versions of a prompt set, as their files, on normal images that neither has seen."""
         torch.set_num_threads(self._threads)
         backbone = self._engine.backbone
@@ -155,19 +148,19 @@ class Engines:
     fingerprint: str
     _turns: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
-    def fit(self, job: FitJob, banks: Banks) -> tuple[bytes, dict[str, Image.Image]]:
+    def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
         """The prompt set of the best settings, as its file, and pictures of what it sees."""
         fit: Any = self._next().fit.options(max_task_retries=-1)
-        fitted: tuple[bytes, dict[str, Image.Image]] = ray.get(fit.remote(job, list(banks)))
+        fitted: tuple[bytes, dict[str, Image.Image]] = ray.get(fit.remote(job, dict(banks)))
         return fitted
 
     def compare(
         self, candidate: PromptSet, champion: PromptSet, images: Sequence[Image.Image]
-    ) -> HeldOutComparison:
+    ) -> VersionComparison:
         """Two versions of a prompt set on normal images that neither has seen."""
         files = [prompt_set.to_bytes() for prompt_set in (candidate, champion)]
         compare: Any = self._next().compare.options(max_task_retries=-1)
-        comparison: HeldOutComparison = ray.get(compare.remote(*files, list(images)))
+        comparison: VersionComparison = ray.get(compare.remote(*files, list(images)))
         return comparison
 
     def drain(self, timeout_s: float) -> None:
@@ -248,22 +241,28 @@ def _when_loaded(fingerprint: "ObjectRef[str]", check: Callable[[], None]) -> st
 
 
 def start_encoding(
-    name: BankName,
+    specs: Sequence[BankSpec],
     supports: Sequence[Sequence[Location]],
-    seeds: Sequence[int],
     *,
     backbone: BackboneSpec,
-    fingerprint: str,
     cache: Path | None,
-) -> "tuple[Banks, tuple[ObjectRef[int], ...]]":
-    """The banks of a name on their way, and small objects that tell when they are there."""
+) -> "tuple[CategoryBanks, tuple[ObjectRef[int], ...]]":
+    """Banks on their way, and small objects that tell when they are there.
+
+    Args:
+        specs: what they are made from.
+        supports: files of the support images of each.
+        backbone: what encodes.
+        cache: folder of banks on each node; None for none.
+    """
     task: Any = _as_task(encode_bank)
     started = [
-        task.remote(name, support, fingerprint, backbone=backbone, seed=seed, cache=cache)
-        for support, seed in zip(supports, seeds, strict=True)
+        task.remote(spec, support, backbone=backbone, cache=cache)
+        for spec, support in zip(specs, supports, strict=True)
     ]
-    banks, shots = zip(*started, strict=True)
-    return banks, shots
+    refs, shots = zip(*started, strict=True)
+    digests = [spec.digest for spec in specs]
+    return CategoryBanks(specs=tuple(specs), refs=dict(zip(digests, refs, strict=True))), shots
 
 
 def are_encoded(shots: "Sequence[ObjectRef[int]]") -> bool:
@@ -282,25 +281,9 @@ def _as_task(function: Callable[..., tuple[object, object]]) -> Any:
 
 
 def encode_bank(
-    name: BankName,
-    support: Sequence[Location],
-    fingerprint: str,
-    *,
-    backbone: BackboneSpec,
-    seed: int,
-    cache: Path | None,
+    spec: BankSpec, support: Sequence[Location], *, backbone: BackboneSpec, cache: Path | None
 ) -> tuple[SupportBank, int]:
-    """The bank of one support set and its shots; DataError if a picture cannot be read."""
-    spec = BankSpec.parse(
-        {
-            "fingerprint": fingerprint,
-            "support": file_digests(support),
-            "seed": seed,
-            "region": name.region,
-            "object_mask": name.object_mask,
-            "judged": True,
-        }
-    )
+    """The bank of a spec and its shots; DataError if an image cannot be read."""
     kept = None if cache is None else BankCache(cache)
     bank = None if kept is None else kept.load(spec)
     if bank is None:

@@ -21,10 +21,10 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.lanes import Lane, LaneState, folds
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
-from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
+from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
 
-LoadBanks = Callable[[BankName], Sequence[SupportBank]]
-"""The banks of a name, one a support seed."""
+LoadBank = Callable[[str], SupportBank]
+"""The bank whose spec has a digest."""
 
 _MIB = 2**20
 
@@ -54,13 +54,11 @@ class EngineStatus:
         training: Lanes in the batch.
         waiting: Calls that wait for room.
         lane_steps: Steps done since the start, summed over lanes.
-        busy_s: Seconds spent on them.
     """
 
     training: int
     waiting: int
     lane_steps: int
-    busy_s: float
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -80,7 +78,7 @@ class Engine:
 
     Args:
         backbone: The frozen model, on the device that computes.
-        load_banks: Called from the engine's thread for banks that it does not hold;
+        load_bank: Called from the engine's thread for a bank that it does not hold;
             an AptError from it is the result of the calls that needed them.
         limits: What the engine may hold.
         threads: PyTorch's threads on a CPU; None leaves PyTorch's own choice. It is a setting of
@@ -90,7 +88,7 @@ class Engine:
     def __init__(
         self,
         backbone: Backbone,
-        load_banks: LoadBanks,
+        load_bank: LoadBank,
         *,
         limits: EngineLimits | None = None,
         threads: int | None = None,
@@ -98,13 +96,12 @@ class Engine:
         self._threads = threads
         self.backbone = backbone
         self._limits = limits or EngineLimits()
-        self._load_banks = load_banks
-        self._banks: OrderedDict[BankName, tuple[SupportBank, ...]] = OrderedDict()
+        self._load_bank = load_bank
+        self._banks: OrderedDict[str, SupportBank] = OrderedDict()
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._trainer = PromptTrainer(backbone)
         self._training: list[_Slot] = []
         self._lane_steps = 0
-        self._busy_s = 0.0
         self._changed = threading.Condition()
         self._is_closed = False
         self._is_draining = False
@@ -153,15 +150,15 @@ class Engine:
         with self._changed:
             self._slots.pop(call_id, None)
 
-    def banks(self, name: BankName) -> tuple[SupportBank, ...]:
-        """The banks of a name, on the backbone's device."""
+    def bank(self, digest: str) -> SupportBank:
+        """The bank whose spec has this digest, on the backbone's device."""
         with self._changed:
-            if name in self._banks:
-                self._banks.move_to_end(name)
-                return self._banks[name]
-        loaded = tuple(bank.to(self.backbone.device) for bank in self._load_banks(name))
+            if digest in self._banks:
+                self._banks.move_to_end(digest)
+                return self._banks[digest]
+        loaded = self._load_bank(digest).to(self.backbone.device)
         with self._changed:
-            self._banks[name] = loaded
+            self._banks[digest] = loaded
             while len(self._banks) > 1 and self._banks_mib() > self._limits.bank_mib:
                 self._banks.popitem(last=False)
         return loaded
@@ -180,7 +177,6 @@ class Engine:
                 training=len(self._trainer.lanes),
                 waiting=waiting,
                 lane_steps=self._lane_steps,
-                busy_s=self._busy_s,
             )
 
     def close(self) -> None:
@@ -201,12 +197,10 @@ class Engine:
                 if self._is_closed:
                     return
                 self._expire()
-            started = time.perf_counter()
             self._drop_forgotten()
             self._admit()
             if self._training:
                 self._step()
-            self._busy_s += time.perf_counter() - started
 
     def _expire(self) -> None:
         oldest = time.monotonic() - self._limits.lease_s
@@ -233,16 +227,14 @@ class Engine:
             if slot is None:
                 return
             try:
-                banks = self.banks(slot.call.bank)
+                banks = [self.bank(digest) for digest in slot.call.banks]
                 if self._training and not self._fits(sum(bank.shots for bank in banks)):
                     return
                 self._join(slot, banks)
-            except AptError as error:
-                self._settle(slot, RungResult(families={}, error=str(error)))
             except Exception as error:  # one call's trouble is not to end the others
-                self._settle(
-                    slot, RungResult(families={}, error=f"{type(error).__name__}: {error}")
-                )
+                is_expected = isinstance(error, AptError)
+                reason = str(error) if is_expected else f"{type(error).__name__}: {error}"
+                self._settle(slot, RungResult(error=reason))
 
     def _fits(self, lanes: int) -> bool:
         return len(self._trainer.lanes) + lanes <= self._limits.lanes
@@ -268,7 +260,7 @@ class Engine:
         except Exception as error:  # out of memory, most likely: say so to every caller
             for slot in self._training:
                 reason = f"the engine failed in training: {type(error).__name__}: {error}"
-                self._settle(slot, RungResult(families={}, error=reason))
+                self._settle(slot, RungResult(error=reason))
             self._training, self._trainer = [], PromptTrainer(self.backbone)
             return
         self._lane_steps += len(self._trainer.lanes)
@@ -287,9 +279,9 @@ class Engine:
             RungResult(
                 state=pack(states),
                 steps=slot.call.steps,
-                held_out=value.value,
-                held_out_sd=value.sd,
-                pixel=value.pixel,
+                validation=value.value,
+                validation_sd=value.sd,
+                patch=value.patch,
                 image=value.image,
                 families=value.families,
             ),
@@ -301,7 +293,7 @@ class Engine:
         slot.done.set()
 
     def _banks_mib(self) -> float:
-        return sum(bank.nbytes for banks in self._banks.values() for bank in banks) / _MIB
+        return sum(bank.nbytes for bank in self._banks.values()) / _MIB
 
 
 def pack(states: Sequence[LaneState]) -> bytes:

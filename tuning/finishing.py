@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from threading import Event, Lock
+from threading import Event
 from typing import Literal
 
 from PIL import Image
@@ -12,18 +12,22 @@ from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError
 from apt_ray.files import Location
+from apt_ray.images import encode_png
 from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
 from apt_ray.registry.promotion import Compare
 from tuning.cluster import FitJob
 from tuning.outcome import Outcome
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord
-from tuning.report.plots import draw_plots, encode
+from tuning.report.plots import draw_plots
 from tuning.results import TunedCategory, choose_winner, importances
 from tuning.settings import SearchSettings
 
 _REGISTRY_PATIENCE_S = 600.0
 _REGISTRY_RETRY_S = 5.0
+
+SearchStatus = Literal["complete", "cut off"]
+"""Whether all trials of a category have ended; one that was cut off may be resumed."""
 
 Fit = Callable[[FitJob], tuple[bytes, dict[str, Image.Image]]]
 """Fits somewhere on the cluster: the file of the prompt set, and pictures."""
@@ -56,19 +60,17 @@ class Finisher:
         self._settings, self._store, self._registry = settings, store, registry
         self._provenance = {**provenance, "search": store.name}
         self._outcome, self._fit, self._compare = outcome, fit, compare
-        self._lock = Lock()
         self._hurry = Event()
         self._pool = ThreadPoolExecutor(thread_name_prefix="finish")
         self._futures: dict[str, Future[None]] = {}
 
-    def start(self, category: Category, status: Literal["complete", "cut off"]) -> None:
+    def start(self, category: Category, status: SearchStatus) -> None:
         """Finish a category with what its trials have reported; a second time does nothing.
 
         One that was cut off is registered as a candidate, and may be resumed.
         """
-        with self._lock:
-            if category.name not in self._futures and category.name not in self._outcome.failures:
-                self._futures[category.name] = self._pool.submit(self._finish, category, status)
+        if category.name not in self._futures and category.name not in self._outcome.failures:
+            self._futures[category.name] = self._pool.submit(self._finish, category, status)
 
     def hurry(self) -> None:
         """Wait no longer for a registry that is away."""
@@ -78,22 +80,22 @@ class Finisher:
         """Whether all that was started has ended, by the time that is given."""
         return not wait(self._futures.values(), timeout_s).not_done
 
-    def _finish(self, category: Category, status: Literal["complete", "cut off"]) -> None:
+    def _finish(self, category: Category, status: SearchStatus) -> None:
         try:
-            tuned = self._tuned(category, status)
+            tuned = self._fit_and_register(category, status)
         except Exception as error:
             self._outcome.fail(category.name, error)
         else:
             self._outcome.succeed(tuned)
 
-    def _tuned(self, category: Category, status: Literal["complete", "cut off"]) -> TunedCategory:
+    def _fit_and_register(self, category: Category, status: SearchStatus) -> TunedCategory:
         name, settings, started = category.name, self._settings, time.monotonic()
         trials = self._store.trials(name)
         winner = choose_winner(trials)
         shares = importances(trials, settings.space)
         plots = draw_plots(trials, winner, settings.space, shares)
         for plot, picture in plots.items():
-            self._store.write(f"{name}/plots/{plot}.png", encode(picture))
+            self._store.write(f"{name}/plots/{plot}.png", encode_png(picture))
         support = category.support_set(settings.shots, settings.support_seeds[0])
         others = [path for path in category.good if path not in support]
         fit_settings = settings.fit_settings(winner.settings)
@@ -112,11 +114,11 @@ class Finisher:
         )
         self._store.write(f"{name}/prompt_set.safetensors", content)
         prompt_set, fitted = PromptSet.from_bytes(content), time.monotonic()
-        version = self._version(
+        version = self._register(
             prompt_set, pictures | plots, trials, shares, status, support=support, others=others
         )
         if self._settings.promote == "auto" and status == "complete":
-            version = self._promoted(version, others)
+            version = self._promote(version, others)
         return TunedCategory(
             trials=trials,
             winner=winner,
@@ -130,13 +132,13 @@ class Finisher:
             },
         )
 
-    def _version(
+    def _register(
         self,
         prompt_set: PromptSet,
         pictures: Mapping[str, Image.Image],
         trials: Sequence[TrialRecord],
         shares: Mapping[str, float],
-        status: Literal["complete", "cut off"],
+        status: SearchStatus,
         *,
         support: Sequence[Location],
         others: Sequence[Location],
@@ -171,10 +173,8 @@ class Finisher:
                 say(f"{prompt_set.category} waits for the registry: {error}")
                 self._hurry.wait(_REGISTRY_RETRY_S)
 
-    def _promoted(
-        self, version: RegisteredVersion, normal: Sequence[Location]
-    ) -> RegisteredVersion:
-        """The version, after it was held against the champion; it stays a candidate if not better.
+    def _promote(self, version: RegisteredVersion, normal: Sequence[Location]) -> RegisteredVersion:
+        """Hold a version against the champion; it stays a candidate if it is not better.
 
         A verdict that was given before the search was killed stands.
         """

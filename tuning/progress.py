@@ -104,7 +104,7 @@ class _Row:
         # The clock runs from the first report on, since processes take long to start.
         self._first = self._first or (self._last, self._done())
         # Values of different rungs do not compare: the furthest rung counts.
-        reached = (result["rung"], result["held_out"], -result["held_out_sd"])
+        reached = (result["rung"], result["validation"], -result["validation_sd"])
         self._best = max(self._best or reached, reached)
 
     def cells(self) -> tuple[str, ...]:

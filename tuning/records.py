@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pydantic import model_validator
 
 from apt_ray.config import Settings
 from apt_ray.errors import SettingsError, WriteError
@@ -27,6 +28,7 @@ from tuning.settings import SearchSettings
 
 Status = Literal["running", "finished", "stopped early", "failed"]
 
+_OLDER_NAMES = {"held_out": "validation", "held_out_sd": "validation_sd", "pixel": "patch"}
 _SEARCH = "search.json"
 _PROBE = "writable"
 _ROOM_MIB = 256
@@ -54,9 +56,9 @@ class TrialRecord(Settings):
         number: Place in the order of drawing, from 0.
         settings: Searched setting -> value.
         steps: Optimisation steps done at each rung.
-        held_out: Held-out value (AUROC, 0..1) at each rung.
-        held_out_sd: Its standard deviation over support seeds and folds.
-        pixel: The part of the value that ranks patches.
+        validation: Held-out value (AUROC, 0..1) at each rung.
+        validation_sd: Its standard deviation over support seeds and folds.
+        patch: The part of the value that ranks patches.
         image: The part of the value that ranks images.
         seconds: Seconds since the search began, of each report.
         families: Held-out value of each perturbation family at the last rung.
@@ -68,14 +70,22 @@ class TrialRecord(Settings):
     number: int
     settings: dict[str, Any]
     steps: tuple[int, ...] = ()
-    held_out: tuple[float, ...] = ()
-    held_out_sd: tuple[float, ...] = ()
-    pixel: tuple[float, ...] = ()
+    validation: tuple[float, ...] = ()
+    validation_sd: tuple[float, ...] = ()
+    patch: tuple[float, ...] = ()
     image: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
     families: dict[str, float] = {}  # noqa: RUF012 - pydantic copies it
     status: Status = "running"
     error: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        """Searches of version 0.1 called the value held_out, and its part for patches pixel."""
+        if isinstance(values, dict):
+            return {_OLDER_NAMES.get(name, name): value for name, value in values.items()}
+        return values
 
     @property
     def has_ended(self) -> bool:
@@ -88,9 +98,9 @@ class TrialRecord(Settings):
         return self.model_copy(
             update={
                 "steps": (*self.steps, result.steps),
-                "held_out": (*self.held_out, result.held_out),
-                "held_out_sd": (*self.held_out_sd, result.held_out_sd),
-                "pixel": (*self.pixel, result.pixel),
+                "validation": (*self.validation, result.validation),
+                "validation_sd": (*self.validation_sd, result.validation_sd),
+                "patch": (*self.patch, result.patch),
                 "image": (*self.image, result.image),
                 "seconds": (*self.seconds, round(seconds, 2)),
                 "families": dict(result.families),
@@ -103,18 +113,18 @@ class TrialRecord(Settings):
         return {
             "rung": rung,
             "steps": self.steps[rung - 1],
-            "held_out": self.held_out[rung - 1],
-            "held_out_sd": self.held_out_sd[rung - 1],
-            "pixel": self.pixel[rung - 1],
+            "validation": self.validation[rung - 1],
+            "validation_sd": self.validation_sd[rung - 1],
+            "patch": self.patch[rung - 1],
             "image": self.image[rung - 1],
         }
 
     def metrics(self) -> dict[str, float]:
         """Its last held-out value, by the names under which a prompt set keeps it."""
         return {
-            "held_out": self.held_out[-1],
-            "held_out_sd": self.held_out_sd[-1],
-            **{f"held_out.{family}": value for family, value in self.families.items()},
+            "validation": self.validation[-1],
+            "validation_sd": self.validation_sd[-1],
+            **{f"validation.{family}": value for family, value in self.families.items()},
         }
 
     def row(self) -> dict[str, object]:
@@ -122,8 +132,8 @@ class TrialRecord(Settings):
         return {
             "trial": self.number,
             **self.settings,
-            "held_out": self.held_out[-1] if self.held_out else None,
-            "held_out_sd": self.held_out_sd[-1] if self.held_out_sd else None,
+            "validation": self.validation[-1] if self.validation else None,
+            "validation_sd": self.validation_sd[-1] if self.validation_sd else None,
             "steps": self.steps[-1] if self.steps else 0,
             "status": self.status,
         }

@@ -25,7 +25,7 @@ def choose_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
         raise _no_result(trials)
     contenders = [trial for trial in trials if len(trial.steps) == furthest]
     return max(
-        contenders, key=lambda trial: (_or_worst(trial.held_out[-1]), -trial.held_out_sd[-1])
+        contenders, key=lambda trial: (_or_worst(trial.validation[-1]), -trial.validation_sd[-1])
     )
 
 
@@ -44,10 +44,10 @@ def importances(trials: Sequence[TrialRecord], space: Space) -> dict[str, float]
     study = optuna.create_study(direction="maximize")
     known = distributions(space)
     for trial in trials:
-        if len(trial.steps) >= rung and math.isfinite(trial.held_out[rung - 1]):
+        if len(trial.steps) >= rung and math.isfinite(trial.validation[rung - 1]):
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=trial.settings, distributions=known, value=trial.held_out[rung - 1]
+                    params=trial.settings, distributions=known, value=trial.validation[rung - 1]
                 )
             )
     if len({trial.value for trial in study.trials}) < 2:
@@ -60,7 +60,16 @@ def importances(trials: Sequence[TrialRecord], space: Space) -> dict[str, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunedCategory:
-    """A category whose winner is registered."""
+    """A category whose winner is registered.
+
+    Attributes:
+        trials: All of its trials, in the order of drawing.
+        winner: The trial whose settings the prompt set was fitted with.
+        importances: Searched setting -> share in the variance of the value; may be empty.
+        prompt_set: The fit on all shots.
+        version: What the registry made of it.
+        seconds: "search" (since its start), "fit" and "register", by the clock.
+    """
 
     trials: Sequence[TrialRecord]
     winner: TrialRecord

@@ -14,14 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ray import ObjectRef, tune
+from ray import tune
 from ray.tune.experiment import Trial
 
 from apt_ray.anomalies.bank import default_cache_folder
 from apt_ray.data.folders import Category
 from apt_ray.errors import AptError
 from apt_ray.registry import Registry
-from tuning.calls import BankName
+from tuning.banks import CategoryBanks
 from tuning.cluster import Engines, are_encoded, start_encoding, start_engines
 from tuning.encoding import Encoding, HasEnded
 from tuning.finishing import Finisher
@@ -31,7 +31,7 @@ from tuning.records import SearchStore
 from tuning.searcher import CategoriesScheduler, CategoriesSearcher
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.tracking import TrialLog
-from tuning.trial import Banks, TrialPlan, run_trial
+from tuning.trial import TrialPlan, run_trial
 
 _TRIAL_CPUS = 0.01
 _STARTS_AGAIN = 8
@@ -122,7 +122,7 @@ def run_search(
             registry,
             provenance,
             outcome,
-            fit=lambda job: engines.fit(job, banks[job.bank]),
+            fit=lambda job: engines.fit(job, banks[job.category].of(job.settings)),
             compare=engines.compare,
         )
         _Search(
@@ -146,31 +146,24 @@ def _start_encoding(
     engine: EngineSettings,
     engines: Engines,
     outcome: Outcome,
-) -> tuple[Encoding, dict[BankName, Banks]]:
+) -> tuple[Encoding, dict[str, CategoryBanks]]:
     """The banks of all categories on their way; one without enough images fails."""
     folder = engine.bank_cache
     cache = default_cache_folder() if folder is None else Path(folder) if folder else None
-    banks: dict[BankName, Banks] = {}
+    banks: dict[str, CategoryBanks] = {}
     tasks: dict[str, HasEnded] = {}
     for category in categories:
         try:
             supports = [
                 category.support_set(settings.shots, seed) for seed in settings.support_seeds
             ]
+            specs = settings.bank_specs(supports, fingerprint=engines.fingerprint)
         except AptError as error:
             outcome.fail(category.name, error)
             continue
-        encoded: list[ObjectRef[int]] = []
-        for name in settings.bank_names(category.name):
-            banks[name], shots = start_encoding(
-                name,
-                supports,
-                settings.support_seeds,
-                backbone=settings.backbone,
-                fingerprint=engines.fingerprint,
-                cache=cache,
-            )
-            encoded += shots
+        banks[category.name], encoded = start_encoding(
+            *zip(*specs, strict=True), backbone=settings.backbone, cache=cache
+        )
         tasks[category.name] = partial(are_encoded, encoded)
     return Encoding(tasks), banks
 
@@ -282,7 +275,7 @@ def run_trials(
     tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": cpus}),
         tune_config=tune.TuneConfig(
-            metric="held_out",
+            metric="validation",
             mode="max",
             num_samples=trials,
             search_alg=searcher,

@@ -43,7 +43,7 @@ class CategoriesSearcher(Searcher):
         bank_state: Callable[[str], BankState],
         take_in: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(metric="held_out", mode="max")
+        super().__init__(metric="validation", mode="max")
         self._settings = settings
         self._bank_state, self._take_in = bank_state, take_in
         self._distributions = distributions(settings.space)
@@ -76,7 +76,7 @@ class CategoriesSearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Let Optuna know the value of a rung."""
         if self._settings.objective == "mean" and trial_id in self._asked:
-            self._asked[trial_id][1].report(result["held_out"], result["rung"])
+            self._asked[trial_id][1].report(result["validation"], result["rung"])
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -86,14 +86,14 @@ class CategoriesSearcher(Searcher):
         if category is None or trial is None:
             return
         study = self._studies[category]
-        if not result or "held_out" not in result:
+        if not result or "validation" not in result:
             study.tell(trial, state=TrialState.FAIL)
         elif self._settings.objective == "pareto":
-            study.tell(trial, [result["image"], result["pixel"]])
+            study.tell(trial, [result["image"], result["patch"]])
         elif result["rung"] < RUNGS:
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            study.tell(trial, result["held_out"])
+            study.tell(trial, result["validation"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as `save`: Ray Tune writes a pickle that nobody reads."""
@@ -145,7 +145,7 @@ class CategoriesScheduler(FIFOScheduler):
     def __init__(self, settings: SearchSettings) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kind = settings.scheduler
-        self._of: dict[str, TrialScheduler] = {}
+        self._schedulers: dict[str, TrialScheduler] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Both are given at once to every category's scheduler."""
@@ -163,7 +163,7 @@ class CategoriesScheduler(FIFOScheduler):
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         # ASHA wants a value, which a trial that failed at once does not have.
-        if "held_out" in result:
+        if "validation" in result:
             self._scheduler(trial).on_trial_complete(controller, trial, result)
 
     def on_trial_remove(self, controller: Any, trial: Trial) -> None:
@@ -171,17 +171,17 @@ class CategoriesScheduler(FIFOScheduler):
 
     def _scheduler(self, trial: Trial) -> TrialScheduler:
         category = trial.config["category"]
-        if category not in self._of:
-            self._of[category] = (
+        if category not in self._schedulers:
+            self._schedulers[category] = (
                 FIFOScheduler()  # type: ignore[no-untyped-call]
                 if self._kind == "none"
                 else ASHAScheduler(
                     time_attr="rung",
-                    metric="held_out",
+                    metric="validation",
                     mode="max",
                     max_t=RUNGS,
                     grace_period=1,
                     reduction_factor=2,
                 )
             )
-        return self._of[category]
+        return self._schedulers[category]

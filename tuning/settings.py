@@ -1,14 +1,15 @@
 """The settings of a search. Each field is a flag of `tuning/search.py`, too."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from apt_ray.anomalies.spec import BankSpec, file_digests
 from apt_ray.config import BackboneSpec, FitSettings, Flag, Settings
-from tuning.calls import BankName
+from apt_ray.files import Location
 from tuning.space import DEFAULT_SPACE, Space
 
 RUNGS = 4
@@ -42,7 +43,7 @@ class SearchSettings(Settings):
     )
     objective: Literal["mean", "pareto"] = Field(
         default="mean",
-        description="The mean of the held-out values of images and of pixels, or both as two"
+        description="The mean of the validation values of images and of patches, or both as two"
         " objectives (with --searcher optuna --scheduler none); the mean chooses the winner either"
         " way.",
     )
@@ -89,13 +90,39 @@ class SearchSettings(Settings):
         """The settings of a fit to the first support set, with searched values in place."""
         return FitSettings.parse({"steps": self.steps, "seed": self.support_seeds[0], **searched})
 
-    def bank_names(self, category: str) -> tuple[BankName, ...]:
-        """The banks that trials of a category may ask for."""
+    def bank_specs(
+        self, supports: Sequence[Sequence[Location]], *, fingerprint: str
+    ) -> list[tuple[BankSpec, Sequence[Location]]]:
+        """The banks that trials of a category may ask for, each with its support images' files.
+
+        Args:
+            supports: the files for each of `support_seeds`.
+            fingerprint: of the encoder.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        searched = [name for name in ("region", "object_mask") if name in self.space]
         places = [
-            self.space[name].ends if name in self.space else (getattr(FitSettings(), name),)
-            for name in ("region", "object_mask")
+            FitSettings.parse(dict(zip(searched, values, strict=True)))
+            for values in product(*(self.space[name].ends for name in searched))
         ]
-        return tuple(BankName(category, *place) for place in product(*places))
+        digests = [file_digests(support) for support in supports]
+        return [
+            (
+                BankSpec(
+                    fingerprint=fingerprint,
+                    support=digest,
+                    seed=seed,
+                    region=place.region,
+                    object_mask=place.object_mask,
+                    judged=True,
+                ),
+                support,
+            )
+            for place in places
+            for seed, support, digest in zip(self.support_seeds, supports, digests, strict=True)
+        ]
 
     def rung_steps(self, rung: int) -> int:
         """The step at which a rung, from 1 to RUNGS, reports."""

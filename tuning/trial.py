@@ -6,7 +6,7 @@ them.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,15 +17,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from apt_ray.config import BackboneSpec
-from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
+from tuning.banks import BankRefs, CategoryBanks
+from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
 from tuning.records import SearchStore, TrialRecord
 from tuning.settings import RUNGS, SearchSettings
 
 if TYPE_CHECKING:
     from apt_ray.anomalies.bank import SupportBank
-
-Banks = tuple["ObjectRef[SupportBank]", ...]
-"""The banks of a name in Ray's object store, one a support seed."""
 
 _ASK_S = 5.0
 _PATIENCE_S = 600.0
@@ -46,7 +44,7 @@ class TrialPlan:
     Attributes:
         store: Where they report.
         settings: Of the search.
-        banks: Name -> banks, all that a trial may ask for.
+        banks: Category -> all banks that its trials may ask for.
         engines: Those that may be asked; without any a trial has one of its own.
         threads: PyTorch's threads of an engine of its own.
         began: Time of the search's start, in seconds since the epoch.
@@ -54,7 +52,7 @@ class TrialPlan:
 
     store: SearchStore
     settings: SearchSettings
-    banks: Mapping[BankName, Banks]
+    banks: Mapping[str, CategoryBanks]
     engines: tuple["ActorHandle[Any]", ...]
     threads: int
     began: float
@@ -73,14 +71,16 @@ def run_trial(config: Mapping[str, Any], *, plan: TrialPlan) -> None:
     state = store.state(record)
     while not record.has_ended:
         rung = len(record.steps) + 1
+        fit_settings = settings.fit_settings(record.settings)
+        banks = plan.banks[category].of(fit_settings)
         call = RungCall(
             id=f"{store.name}/{category}/{number}/{rung}",
-            category=category,
-            settings=settings.fit_settings(record.settings).model_dump(),
+            banks=tuple(banks),
+            settings=fit_settings.model_dump(),
             steps=settings.rung_steps(rung),
             state=state,
         )
-        result = _ask(list(_engines(plan, call.bank, number)), call)
+        result = _ask(_engines(plan, banks, number), call)
         state = result.state
         elapsed = time.time() - plan.began
         record = record.reported(result, elapsed, is_last=rung == RUNGS)
@@ -107,31 +107,28 @@ def _ask(engines: Sequence[SomeEngine], call: RungCall) -> RungResult:
         except (EngineBusyError, UnknownCallError, RayActorError) as error:
             if time.monotonic() > deadline:
                 return RungResult(
-                    families={},
                     error=f"no engine served the trial for {_PATIENCE_S:.0f} s ({error}): look at"
                     " Ray's logs, then --resume the search",
                 )
             time.sleep(min(2.0, 0.1 * 2 ** min(attempt, 10)))
 
 
-def _engines(plan: TrialPlan, name: BankName, number: int) -> Iterator[SomeEngine]:
-    """All engines, the trial's first choice first."""
-    banks = plan.banks[name]
+def _engines(plan: TrialPlan, banks: BankRefs, number: int) -> list[SomeEngine]:
+    """All engines that a trial may ask, its first choice first."""
     if not plan.engines:
-        yield _OwnEngine(plan.settings.backbone, banks, plan.threads)
-        return
-    for place in range(len(plan.engines)):
-        yield _RemoteEngine(plan.engines[(number + place) % len(plan.engines)], banks)
+        return [_OwnEngine(plan.settings.backbone, banks, plan.threads)]
+    first = number % len(plan.engines)
+    return [_RemoteEngine(actor, banks) for actor in plan.engines[first:] + plan.engines[:first]]
 
 
 class _RemoteEngine:
     """An engine in an actor."""
 
-    def __init__(self, actor: "ActorHandle[Any]", banks: Banks) -> None:
+    def __init__(self, actor: "ActorHandle[Any]", banks: BankRefs) -> None:
         self._actor, self._banks = actor, banks
 
     def submit(self, call: RungCall) -> None:
-        ray.get(self._actor.submit.remote(call, list(self._banks)))
+        ray.get(self._actor.submit.remote(call, dict(self._banks)))
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
         answer: Any = self._actor.collect.remote(call_id, timeout_s)
@@ -145,12 +142,12 @@ class _RemoteEngine:
 class _OwnEngine:
     """An engine in this process, which then does import PyTorch."""
 
-    def __init__(self, backbone: BackboneSpec, banks: Banks, threads: int) -> None:
+    def __init__(self, backbone: BackboneSpec, banks: BankRefs, threads: int) -> None:
         self._engine, self._refs = _engine_of_this_process(backbone, threads)
         self._banks = banks
 
     def submit(self, call: RungCall) -> None:
-        self._refs[call.bank] = self._banks
+        self._refs.update(self._banks)
         self._engine.submit(call)
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
@@ -163,16 +160,16 @@ class _OwnEngine:
 @lru_cache(maxsize=1)
 def _engine_of_this_process(
     backbone: BackboneSpec, threads: int
-) -> "tuple[SomeEngine, dict[BankName, Banks]]":
+) -> "tuple[SomeEngine, dict[str, ObjectRef[SupportBank]]]":
     from apt_ray.features.clip import load_backbone
     from tuning.engine import Engine
 
-    refs: dict[BankName, Banks] = {}
+    refs: dict[str, ObjectRef[SupportBank]] = {}
     model = load_backbone(backbone)
     model.drop_vision()  # banks are encoded elsewhere
     engine = Engine(
         model,
-        lambda name: ray.get(list(refs[name])),
+        lambda digest: ray.get(refs[digest]),
         threads=threads,
     )
     return engine, refs

@@ -20,7 +20,7 @@ from apt_ray.tables import markdown
 from apt_ray.validation.versions import (
     MAX_FAMILY_LOSS,
     MIN_STANDARD_ERRORS,
-    HeldOutComparison,
+    VersionComparison,
     compare_prompt_sets,
 )
 
@@ -28,7 +28,7 @@ _MOST_IMAGES = 16
 
 Verdict = Literal["promoted", "kept", "uncomparable"]
 
-Compare = Callable[[PromptSet, PromptSet, Sequence[Image.Image]], HeldOutComparison]
+Compare = Callable[[PromptSet, PromptSet, Sequence[Image.Image]], VersionComparison]
 """Judges a candidate and a champion on normal images."""
 
 
@@ -51,7 +51,7 @@ class Promotion:
     champion: int | None
     verdict: Verdict
     why: str
-    comparison: HeldOutComparison | None = None
+    comparison: VersionComparison | None = None
     forced: str | None = None
     move: Move | None = None
 
@@ -62,7 +62,7 @@ class Promotion:
             tags["difference"] = (
                 f"{self.comparison.difference:+.4f} ± {self.comparison.standard_error:.4f}"
             )
-            tags["held_out_values"] = (
+            tags["validation_values"] = (
                 f"{self.comparison.candidate_SF.mean():.4f} against"
                 f" {self.comparison.champion_SF.mean():.4f} of version {self.champion}"
             )
@@ -234,7 +234,7 @@ class _Side:
         return cls(prompt_set=prompt_set, support=support, held_out=held_out, reason=reason)
 
 
-def explain(comparison: HeldOutComparison) -> str:
+def explain(comparison: VersionComparison) -> str:
     """The verdict of a comparison in words, with its numbers."""
     family, loss = comparison.worst_family
     gain = (
@@ -248,7 +248,7 @@ def explain(comparison: HeldOutComparison) -> str:
     return f"{gain}: not better by more than {MIN_STANDARD_ERRORS:g} standard errors"
 
 
-def _table(comparison: HeldOutComparison) -> str:
+def _table(comparison: VersionComparison) -> str:
     names = [*comparison.families, "all"]
     sides = [
         [*values_SF.mean(0), values_SF.mean()]

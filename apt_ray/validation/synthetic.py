@@ -18,13 +18,13 @@ from apt_ray.prompts.lanes import Lane
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutValue:
+class ValidationValue:
     """What a trial is worth, as AUROC in 0..1, higher is better.
 
     Attributes:
         value: mean over the lanes.
         sd: standard deviation over the lanes (0 for a single lane).
-        pixel: its part that ranks patches, `value` is the mean of both parts.
+        patch: its part that ranks patches, `value` is the mean of both parts.
         image: its part that ranks images.
         families: mean over the lanes for each perturbation family.
         lanes: the value of each lane.
@@ -32,24 +32,26 @@ class HeldOutValue:
 
     value: float
     sd: float
-    pixel: float
+    patch: float
     image: float
     families: dict[str, float]
     lanes: tuple[float, ...]
 
 
-def judge_folds(backbone: Backbone, folds: Sequence[Lane], text_TPE: torch.Tensor) -> HeldOutValue:
+def judge_folds(
+    backbone: Backbone, folds: Sequence[Lane], text_TPE: torch.Tensor
+) -> ValidationValue:
     """The held-out value of text features that the lanes of `fold` have learned."""
     value_2TF = torch.stack(
         [_judge(backbone, lane, text_PE) for lane, text_PE in zip(folds, text_TPE, strict=True)], 1
     )
     value_TF = value_2TF.mean(0)
     lanes = value_TF.nanmean(1).tolist()
-    pixel, image = value_2TF.flatten(1).nanmean(1).tolist()
-    return HeldOutValue(
+    patch, image = value_2TF.flatten(1).nanmean(1).tolist()
+    return ValidationValue(
         value=fmean(lanes),
         sd=stdev(lanes) if len(lanes) > 1 else 0.0,
-        pixel=pixel,
+        patch=patch,
         image=image,
         families=dict(zip(SELECTION, value_TF.nanmean(0).tolist(), strict=True)),
         lanes=tuple(lanes),

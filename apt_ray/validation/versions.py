@@ -1,4 +1,4 @@
-"""Two prompt sets on the same held-out bank: is one better, by more than chance?
+"""Two prompt sets on the same perturbed images: is one better, by more than chance?
 
 The bank is made from normal images that neither was fitted to, by the perturbation families that
 no prompt learns from. Both see the very same pixels and are scored as they serve.
@@ -38,7 +38,7 @@ _FIRST_SEED = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class HeldOutComparison:
+class VersionComparison:
     """Held-out values of a candidate and a champion, AUROC in 0..1.
 
     Attributes:
@@ -98,8 +98,8 @@ def compare_prompt_sets(
     backbone: Backbone | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> HeldOutComparison:
-    """`compare_held_out` of two prompt sets of one category, on the backbones that they name.
+) -> VersionComparison:
+    """`compare_detectors` of two prompt sets of one category, on the backbones that they name.
 
     Args:
         images: normal RGB images that neither was fitted to; at least one.
@@ -115,16 +115,16 @@ def compare_prompt_sets(
         if prompt_set.fingerprint not in loaded:
             loaded[prompt_set.fingerprint] = load_backbone(prompt_set.backbone, device=device)
     ours, theirs = (Detector(loaded[one.fingerprint], one) for one in (candidate, champion))
-    return compare_held_out(ours, theirs, images, progress=progress)
+    return compare_detectors(ours, theirs, images, progress=progress)
 
 
-def compare_held_out(
+def compare_detectors(
     candidate: Detector,
     champion: Detector,
     images: Sequence[Image.Image],
     *,
     progress: Progress | None = None,
-) -> HeldOutComparison:
+) -> VersionComparison:
     """Judge two detectors of one category on `images`, which neither was fitted to.
 
     The value of a detector for a seed and a family is the mean of the AUROC over pixels and that
@@ -157,7 +157,7 @@ def compare_held_out(
                 )
             if progress is not None:
                 progress(seed * len(SELECTION) + place + 1, SEEDS * len(SELECTION))
-    return HeldOutComparison(
+    return VersionComparison(
         families=tuple(SELECTION),
         candidate_SF=values[0],
         champion_SF=values[1],

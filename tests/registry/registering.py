@@ -29,7 +29,7 @@ def make_prompt_set(category: str, *, seed: int = 0) -> PromptSet:
             support_names=("0.png", "1.png", "2.png", "3.png"),
             created="2025-01-01T00:00:00+00:00",
             threshold=calibrate([0.1, 0.2, 0.3], 0.25),
-            metrics={"held_out": 0.9125, "held_out_sd": 0.0312, "held_out.scratch": 0.87},
+            metrics={"validation": 0.9125, "validation_sd": 0.0312, "validation.scratch": 0.87},
         ),
         text_features=text_PE,
         contexts=torch.randn(2, 8, 5, generator=g),

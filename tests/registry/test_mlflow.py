@@ -20,8 +20,8 @@ from apt_ray.registry import Registry, open_registry
 from tests.registry.registering import make_prompt_set
 
 TRIALS: list[Mapping[str, object]] = [
-    {"trial": 0, "noise_strength": 0.3, "held_out": 0.9, "status": "finished"},
-    {"trial": 1, "noise_strength": 0.6, "held_out": None, "status": "failed"},
+    {"trial": 0, "noise_strength": 0.3, "validation": 0.9, "status": "finished"},
+    {"trial": 1, "noise_strength": 0.6, "validation": None, "status": "failed"},
 ]
 PICTURE = Image.new("RGB", (24, 16), (200, 30, 30))
 
@@ -62,9 +62,9 @@ def test_version_carries_its_provenance(registry: Registry, mlflow_server: str) 
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics == {
-        "held_out": 0.9125,
-        "held_out_sd": 0.0312,
-        "held_out.scratch": 0.87,
+        "validation": 0.9125,
+        "validation_sd": 0.0312,
+        "validation.scratch": 0.87,
         "threshold": 0.3,
         "calibration_images": 3,
     }
@@ -84,7 +84,7 @@ def test_version_carries_its_provenance(registry: Registry, mlflow_server: str) 
     }
     table = client.download_artifacts(version.run_id, "version/trials.csv")
     assert Path(table).read_text().splitlines() == [
-        "trial,noise_strength,held_out,status",
+        "trial,noise_strength,validation,status",
         "0,0.3,0.9,finished",
         "1,0.6,,failed",
     ]

@@ -58,7 +58,7 @@ def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
     champion = registry.resolve("contest")
     assert champion.version == 2
     assert champion.tags["verdict"] == "promoted"
-    assert champion.tags["held_out_values"].endswith(" of version 1")
+    assert champion.tags["validation_values"].endswith(" of version 1")
     assert champion.tags["difference"].startswith("+0.")
     client = MlflowClient(mlflow_server)
     page = client.get_model_version("apt-contest", "2").description

@@ -50,7 +50,7 @@ def test_the_first_version_is_candidate_and_champion(registry: Registry) -> None
     assert (registered.category, registered.version) == ("first", 1)
     assert set(registered.aliases) == {CANDIDATE, CHAMPION}
     assert registered.settings["seed"] == "0"
-    assert registered.metrics["held_out"] == 0.9125
+    assert registered.metrics["validation"] == 0.9125
     loaded, version = registry.load("first")
     assert loaded.to_bytes() == prompt_set.to_bytes()
     assert version == registry.resolve("first", CANDIDATE)
@@ -193,7 +193,7 @@ def test_diff_names_what_differs(registry: Registry) -> None:
     assert differences["seed"] == ("0", "1")
     assert differences["version"] == ("1", "2")
     assert "sha256" in differences
-    assert not {"context_length", "held_out"} & set(differences)
+    assert not {"context_length", "validation"} & set(differences)
 
 
 def test_annotations_stay_with_their_version(registry: Registry) -> None:
@@ -223,7 +223,7 @@ def test_trials_may_be_logged_again(registry: Registry) -> None:
         category="logged",
         number=0,
         settings={"noise_strength": 0.3},
-        metrics={"held_out": ((10, 0.5), (20, 0.75))},
+        metrics={"validation": ((10, 0.5), (20, 0.75))},
         status="finished",
     )
     for _ in range(2):

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from apt_ray.registry.promotion import Promotion, explain
-from apt_ray.validation.versions import HeldOutComparison
+from apt_ray.validation.versions import VersionComparison
 
 
-def _comparison(*gains: float, spread: float = 0.01) -> HeldOutComparison:
+def _comparison(*gains: float, spread: float = 0.01) -> VersionComparison:
     """Over two seeds, the gain of each family, give or take the spread."""
     champion_SF = np.full((2, len(gains)), 0.8)
-    return HeldOutComparison(
+    return VersionComparison(
         families=("scratch", "blot", "blur")[: len(gains)],
         candidate_SF=champion_SF + gains + np.array([[spread], [-spread]]),
         champion_SF=champion_SF,
@@ -18,7 +18,7 @@ def _comparison(*gains: float, spread: float = 0.01) -> HeldOutComparison:
     )
 
 
-def _promotion(comparison: HeldOutComparison | None = None, **fields: object) -> Promotion:
+def _promotion(comparison: VersionComparison | None = None, **fields: object) -> Promotion:
     known = {"category": "washer", "candidate": 7, "champion": 3, "verdict": "kept", "why": "so"}
     return Promotion(**{**known, **fields}, comparison=comparison)
 
@@ -36,7 +36,7 @@ def _promotion(comparison: HeldOutComparison | None = None, **fields: object) ->
     ],
 )
 def test_a_verdict_is_explained_by_its_numbers(
-    comparison: HeldOutComparison, verdict: str, why: str
+    comparison: VersionComparison, verdict: str, why: str
 ) -> None:
     assert comparison.verdict == verdict
     figures, reason = explain(comparison).split(": ")
@@ -56,7 +56,7 @@ def test_tags_say_what_was_found_and_what_was_decided() -> None:
     assert _promotion(_comparison(0.05, 0.05), verdict="promoted").tags() == {
         "verdict": "promoted",
         "difference": "+0.0500 ± 0.0082",
-        "held_out_values": "0.8500 against 0.8000 of version 3",
+        "validation_values": "0.8500 against 0.8000 of version 3",
     }
 
 

@@ -12,7 +12,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import RULE_VERSION
 from apt_ray.errors import PromptSetError
 from apt_ray.registry import promote
-from apt_ray.validation.versions import HeldOutComparison
+from apt_ray.validation.versions import VersionComparison
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set, register
 
@@ -22,7 +22,7 @@ def of_another_rule(prompt_set: PromptSet) -> PromptSet:
     return replace(prompt_set, provenance=prompt_set.provenance.model_copy(update=rule))
 
 
-def never(*_: Any) -> HeldOutComparison:
+def never(*_: Any) -> VersionComparison:
     raise AssertionError("there is nothing to compare with")
 
 
@@ -61,10 +61,10 @@ def test_a_candidate_serves_if_it_is_better_by_more_than_chance(
 
     def compare(
         candidate: PromptSet, champion: PromptSet, images: Any, **_: Any
-    ) -> HeldOutComparison:
+    ) -> VersionComparison:
         seen.append(len(images))
         champion_SF = np.full((4, len(gains)), 0.6)
-        return HeldOutComparison(
+        return VersionComparison(
             families=tuple("abc"),
             candidate_SF=champion_SF + np.array(gains),
             champion_SF=champion_SF,

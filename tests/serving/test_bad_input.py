@@ -19,7 +19,7 @@ from serving.api.ingress import create_api
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
 from serving.settings import Auth, Batching, HttpLimits
-from tests.tuning.mutations import mutated, png_that_claims
+from tests.mutations import mutated, png_that_claims
 
 LIMITS = HttpLimits(max_bytes=2_000_000, max_pixels=4_000_000, timeout_s=20)
 EXPECTED = {200, 400, 408, 413, 415, 422, 429, 503}

@@ -18,7 +18,7 @@ from serving.api.access import Access
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, Picture
 from serving.settings import Auth, HttpLimits
-from tests.tuning.mutations import png_that_claims
+from tests.mutations import png_that_claims
 
 URL = "http://127.0.0.1:8000"
 

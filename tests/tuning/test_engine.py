@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from apt_ray.features.clip import FrozenCLIP
 from apt_ray.prompts.lanes import folds
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
-from tuning.calls import BankName, EngineBusyError, RungCall, RungResult, UnknownCallError
+from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
 from tuning.engine import Engine, EngineLimits
 
 STEPS = 8
@@ -23,18 +23,16 @@ STEPS = 8
 
 def call(call_id: str = "a", **changes: Any) -> RungCall:
     settings = {"steps": STEPS, "noise_strength": 0.3} | changes.pop("settings", {})
-    values = {"category": "washer", "settings": settings, "steps": STEPS, "state": None}
+    values = {"banks": ("washer",), "settings": settings, "steps": STEPS, "state": None}
     return RungCall(id=call_id, **(values | changes))
 
 
 @contextmanager
-def running(
-    backbone: FrozenCLIP, banks: dict[str, Sequence[SupportBank]], **limits: Any
-) -> Iterator[Engine]:
-    def load(name: BankName) -> Sequence[SupportBank]:
-        if name.category not in banks:
-            raise DataError(f"no banks of {name.category}")
-        return banks[name.category]
+def running(backbone: FrozenCLIP, banks: dict[str, SupportBank], **limits: Any) -> Iterator[Engine]:
+    def load(digest: str) -> SupportBank:
+        if digest not in banks:
+            raise DataError(f"no bank {digest}")
+        return banks[digest]
 
     engine = Engine(backbone, load, limits=EngineLimits(**limits))
     try:
@@ -55,41 +53,41 @@ def test_calls_of_all_lengths_and_categories_equal_trials_alone(
     calls = [
         call(
             str(i),
-            category=("washer", "textile")[i % 2],
+            banks=(("washer",), ("washer", "textile"))[i % 2],
             settings={"context_length": 2 + i, "smgs_weight": (0.0, 1.0)[i % 2]},
         )
         for i in range(3)
     ]
-    with running(backbone, {"washer": [bank], "textile": [bank, bank]}, lanes=8) as engine:
+    with running(backbone, {"washer": bank, "textile": bank}, lanes=8) as engine:
         for each in calls:
             engine.submit(each)
             time.sleep(0.05)  # so that they stand at different steps
         for each in calls:
-            banks = [bank] * (1 + (each.category == "textile"))
-            trainer = PromptTrainer(backbone, folds(banks, FitSettings.parse(each.settings)))
+            lanes = folds([bank] * len(each.banks), FitSettings.parse(each.settings))
+            trainer = PromptTrainer(backbone, lanes)
             trainer.advance(STEPS)
             alone = judge_folds(backbone, trainer.lanes, trainer.text_features())
             found = result(engine, each.id)
             assert found.error is None
-            assert found.held_out == pytest.approx(alone.value, abs=1e-4)
-            assert found.held_out_sd == pytest.approx(alone.sd, abs=1e-4)
+            assert found.validation == pytest.approx(alone.value, abs=1e-4)
+            assert found.validation_sd == pytest.approx(alone.sd, abs=1e-4)
             assert found.families == pytest.approx(alone.families, abs=1e-3)
 
 
 def test_rung_by_rung_on_two_engines_equals_one_call(
     backbone: FrozenCLIP, bank: SupportBank
 ) -> None:
-    with running(backbone, {"washer": [bank]}) as one, running(backbone, {"washer": [bank]}) as two:
+    with running(backbone, {"washer": bank}) as one, running(backbone, {"washer": bank}) as two:
         one.submit(call("whole"))
         one.submit(call("first", steps=3))
         two.submit(call("second", state=result(one, "first").state))
-        assert result(two, "second").held_out == pytest.approx(
-            result(one, "whole").held_out, abs=1e-4
+        assert result(two, "second").validation == pytest.approx(
+            result(one, "whole").validation, abs=1e-4
         )
 
 
 def test_a_call_made_twice_is_served_once(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": [bank]}) as engine:
+    with running(backbone, {"washer": bank}) as engine:
         engine.submit(call())
         engine.submit(call())
         first = result(engine, "a")
@@ -99,7 +97,7 @@ def test_a_call_made_twice_is_served_once(backbone: FrozenCLIP, bank: SupportBan
 
 
 def test_an_abandoned_call_expires(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": [bank]}, lease_s=0.2) as engine:
+    with running(backbone, {"washer": bank}, lease_s=0.2) as engine:
         engine.submit(call(settings={"steps": 100_000}, steps=100_000))
         deadline = time.monotonic() + 20
         while engine.status().training == 0 and time.monotonic() < deadline:
@@ -112,7 +110,7 @@ def test_an_abandoned_call_expires(backbone: FrozenCLIP, bank: SupportBank) -> N
 
 
 def test_a_call_that_is_asked_for_does_not_expire(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": [bank]}, lease_s=0.5) as engine:
+    with running(backbone, {"washer": bank}, lease_s=0.5) as engine:
         engine.submit(call(settings={"steps": 100_000}, steps=100_000))
         for _ in range(15):
             assert engine.collect("a", 0.1) is None
@@ -120,7 +118,7 @@ def test_a_call_that_is_asked_for_does_not_expire(backbone: FrozenCLIP, bank: Su
 
 
 def test_a_full_engine_refuses_and_says_so(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": [bank]}, calls=1) as engine:
+    with running(backbone, {"washer": bank}, calls=1) as engine:
         engine.submit(call("a"))
         with pytest.raises(EngineBusyError, match="live trials"):
             engine.submit(call("b"))
@@ -131,7 +129,7 @@ def test_a_full_engine_refuses_and_says_so(backbone: FrozenCLIP, bank: SupportBa
 
 
 def test_lanes_beyond_the_limit_wait(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": [bank]}, lanes=bank.shots) as engine:
+    with running(backbone, {"washer": bank}, lanes=bank.shots) as engine:
         long = {"settings": {"steps": 100_000}, "steps": 100_000}
         engine.submit(call("a", **long))
         engine.submit(call("b", **long))
@@ -144,7 +142,7 @@ def test_lanes_beyond_the_limit_wait(backbone: FrozenCLIP, bank: SupportBank) ->
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"category": "blister"}, "no banks of blister"),
+        ({"banks": ("blister",)}, "no bank blister"),
         ({"settings": {"context_length": 31}}, "at most 30"),
         ({"settings": {"noise_strength": 0.17}}, "noise_strength"),
         ({"steps": STEPS + 1}, "cannot go on"),
@@ -153,7 +151,7 @@ def test_lanes_beyond_the_limit_wait(backbone: FrozenCLIP, bank: SupportBank) ->
 def test_a_bad_call_is_answered_and_harms_no_other(
     backbone: FrozenCLIP, bank: SupportBank, changes: dict[str, Any], complaint: str
 ) -> None:
-    with running(backbone, {"washer": [bank]}) as engine:
+    with running(backbone, {"washer": bank}) as engine:
         engine.submit(call("good"))
         engine.submit(call("bad", **changes))
         assert complaint in (result(engine, "bad").error or "")
@@ -161,22 +159,21 @@ def test_a_bad_call_is_answered_and_harms_no_other(
 
 
 def test_banks_make_room_for_one_another(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    loads: list[BankName] = []
+    loads: list[str] = []
 
-    def load(name: BankName) -> list[SupportBank]:
-        loads.append(name)
-        return [bank]
+    def load(digest: str) -> SupportBank:
+        loads.append(digest)
+        return bank
 
     limits = EngineLimits(bank_mib=bank.nbytes // 2**20 + 1)
     engine = Engine(backbone, load, limits=limits)
-    a, b = (BankName("washer", region, True) for region in ("random", "everywhere"))
-    for name in (a, a, b, a):
-        engine.banks(name)
+    for digest in "aaba":
+        engine.bank(digest)
     engine.close()
-    assert loads == [a, b, a]
+    assert loads == ["a", "b", "a"]
 
 
 def test_a_closed_engine_leaves_no_thread(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": [bank]}) as engine:
+    with running(backbone, {"washer": bank}) as engine:
         engine.submit(call())
     assert "engine" not in [thread.name for thread in threading.enumerate()]

@@ -12,7 +12,7 @@ from apt_ray.config import BackboneSpec
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.registry import CANDIDATE, CHAMPION, Registry, default_pending
-from apt_ray.validation.versions import HeldOutComparison
+from apt_ray.validation.versions import VersionComparison
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set
 from tuning import finishing
@@ -69,9 +69,9 @@ class Search:
                 number=number,
                 settings=starting_point(DEFAULT_SPACE),
                 steps=(2, 4, 6),
-                held_out=(0.5, 0.6, value),
-                held_out_sd=(0.1, 0.1, 0.1),
-                pixel=(0.5, 0.6, value),
+                validation=(0.5, 0.6, value),
+                validation_sd=(0.1, 0.1, 0.1),
+                patch=(0.5, 0.6, value),
                 image=(0.5, 0.6, value),
                 seconds=(1.0, 2.0, 3.0),
                 status="stopped early",
@@ -96,10 +96,10 @@ class Search:
 
     def _compare(
         self, candidate: PromptSet, champion: PromptSet, images: Sequence[Image.Image]
-    ) -> HeldOutComparison:
+    ) -> VersionComparison:
         self.compared += 1
         champion_SF = np.full((2, 2), 0.8)
-        return HeldOutComparison(
+        return VersionComparison(
             families=("scratch", "stain"),
             candidate_SF=champion_SF + self._gain,
             champion_SF=champion_SF,
@@ -127,7 +127,7 @@ def test_the_winner_is_fitted_and_registered_with_its_provenance(
     (job,) = search.jobs
     assert len(job.support) == 2
     assert set(job.support) | set(job.calibration) == set(category.good)
-    assert (job.settings.steps, job.metrics["held_out"]) == (8, 0.8)
+    assert (job.settings.steps, job.metrics["validation"]) == (8, 0.8)
     assert job.labelled == category
 
     prompt_set, version = registry.load("washer")

@@ -45,7 +45,7 @@ RECORD = TrialRecord(category="washer", number=3, settings={"smgs_weight": 0.5})
 
 
 def result(**changes: object) -> RungResult:
-    values: dict[str, object] = {"state": b"state", "steps": 2, "held_out": 0.7, "families": {}}
+    values: dict[str, object] = {"state": b"state", "steps": 2, "validation": 0.7, "families": {}}
     return RungResult(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -108,3 +108,13 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_options_of_an_address_stay_behind_the_name() -> None:
     store = SearchStore("s3://bucket/searches?scheme=http", "monday")
     assert store.uri == "s3://bucket/searches/monday?scheme=http"
+
+
+def test_a_record_that_an_earlier_version_kept_is_read() -> None:
+    kept = (
+        '{"category": "washer", "number": 3, "settings": {}, "steps": [25], "held_out": [0.7],'
+        ' "held_out_sd": [0.1], "pixel": [0.8], "image": [0.6], "seconds": [1.5]}'
+    )
+    record = TrialRecord.model_validate_json(kept)
+    assert (record.validation, record.validation_sd, record.patch) == ((0.7,), (0.1,), (0.8,))
+    assert TrialRecord.model_validate_json(record.model_dump_json()) == record

@@ -198,7 +198,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
 
     shown = MlflowClient(tracking_uri).list_artifacts(version.run_id, "version/pictures")
     assert {Path(picture.path).stem for picture in shown} >= {
-        "held_out_perturbations",
+        "perturbations",
         "parallel_coordinates",
         "slices",
         "support_images",
@@ -211,10 +211,12 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     assert (washer["status"], washer["version"]) == ("registered", 2)
     assert FitSettings(**washer["settings"]) == found.settings
     assert washer["metrics"] == found.metrics
-    assert 0 <= washer["metrics"]["held_out"] <= 1
+    assert 0 <= washer["metrics"]["validation"] <= 1
     assert len(washer["trials"]) == 4
     winner = next(
-        trial for trial in washer["trials"] if trial["held_out"] == washer["metrics"]["held_out"]
+        trial
+        for trial in washer["trials"]
+        if trial["validation"] == washer["metrics"]["validation"]
     )
     assert winner["steps"] == found.settings.steps == 8
     assert all(winner[name] == washer["settings"][name] for name in read_space(space))
@@ -269,7 +271,7 @@ def test_a_killed_driver_is_resumed_where_it_was(
         if record.number in before:
             known = before[record.number]
             assert record.settings == known.settings
-            assert record.held_out[: len(known.steps)] == known.held_out
+            assert record.validation[: len(known.steps)] == known.validation
     version = open_registry(uri).resolve("textile", CANDIDATE).version
 
     running.start("--resume", running.name)  # nothing is left to do

@@ -68,7 +68,7 @@ def test_optuna_learns_from_both_objectives() -> None:
         drawn = searcher.suggest(str(number))
         weight = drawn["settings"]["smgs_weight"]
         weights.append(weight)
-        result = {"rung": 4, "held_out": weight, "image": weight, "pixel": weight}
+        result = {"rung": 4, "validation": weight, "image": weight, "patch": weight}
         searcher.on_trial_complete(str(number), result)
     assert sum(weights[20:]) / 10 > sum(weights[1:11]) / 10
 
@@ -77,7 +77,7 @@ def test_a_trial_that_failed_or_was_stopped_is_taken_note_of() -> None:
     searcher = CategoriesSearcher(settings(searcher="optuna"), {"a": []}, ready)
     draw(searcher, 3)
     searcher.on_trial_complete("trial0", None, error=True)
-    searcher.on_trial_result("trial1", {"rung": 1, "held_out": 0.4})
-    searcher.on_trial_complete("trial1", {"rung": 1, "held_out": 0.4})
-    searcher.on_trial_complete("trial2", {"rung": 4, "held_out": 0.7})
+    searcher.on_trial_result("trial1", {"rung": 1, "validation": 0.4})
+    searcher.on_trial_complete("trial1", {"rung": 1, "validation": 0.4})
+    searcher.on_trial_complete("trial2", {"rung": 4, "validation": 0.7})
     assert searcher.suggest("next")["number"] == 3

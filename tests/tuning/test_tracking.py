@@ -14,9 +14,9 @@ TRIAL = TrialRecord(
     number=3,
     settings={"noise_strength": 0.3},
     steps=(2, 4),
-    held_out=(0.5, 0.75),
-    held_out_sd=(0.1, 0.1),
-    pixel=(0.5, 0.75),
+    validation=(0.5, 0.75),
+    validation_sd=(0.1, 0.1),
+    patch=(0.5, 0.75),
     image=(0.5, 0.75),
     status="finished",
 )
@@ -39,4 +39,4 @@ def test_trials_wait_for_a_registry_that_is_away(
     assert log.missing == 0
     (logged,) = registry.trials.items()
     assert logged[0] == ("search", "washer", 3)
-    assert logged[1].metrics["held_out"] == ((2, 0.5), (4, 0.75))
+    assert logged[1].metrics["validation"] == ((2, 0.5), (4, 0.75))

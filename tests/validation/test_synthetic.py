@@ -36,7 +36,7 @@ def test_a_value_is_the_mean_over_seeds_and_folds(backbone: FrozenCLIP, bank: Su
     assert len(value.lanes) == 6
     assert value.value == pytest.approx(sum(value.lanes) / 6)
     assert set(value.families) == set(SELECTION)
-    assert value.value == pytest.approx((value.pixel + value.image) / 2)
+    assert value.value == pytest.approx((value.patch + value.image) / 2)
     assert sum(value.families.values()) / len(SELECTION) == pytest.approx(value.value, abs=0.05)
     assert all(0 <= lane <= 1 for lane in value.lanes)
     assert value.sd > 0
@@ -101,7 +101,7 @@ def test_a_value_is_what_scikit_learn_finds_on_the_image_that_a_fold_left_out() 
     assert value.lanes == pytest.approx(np.nanmean(value_TF, 1))
     assert value.value == pytest.approx(np.nanmean(value_TF, 1).mean())
     assert value.sd == pytest.approx(np.nanmean(value_TF, 1).std(ddof=1))
-    assert (value.pixel, value.image) == pytest.approx((np.nanmean(patch_TF), image_TF.mean()))
+    assert (value.patch, value.image) == pytest.approx((np.nanmean(patch_TF), image_TF.mean()))
     expected = dict(zip(SELECTION, np.nanmean(value_TF, 0), strict=True))
     assert value.families == pytest.approx(expected)
     (alone,) = judge_folds(FakeBackbone(), folds([bank], FitSettings())[1:], text_TPE[1:]).lanes

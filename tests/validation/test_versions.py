@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
 
-from apt_ray.validation.versions import HeldOutComparison
+from apt_ray.validation.versions import VersionComparison
 
 FAMILIES = tuple("abcdefg")
 
 
 def comparison(
     difference_SF: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]",
-) -> HeldOutComparison:
+) -> VersionComparison:
     champion_SF = np.full((4, len(FAMILIES)), 0.8)
-    return HeldOutComparison(
+    return VersionComparison(
         families=FAMILIES,
         candidate_SF=champion_SF + difference_SF,
         champion_SF=champion_SF,

@@ -1,6 +1,5 @@
-"""What a prompt set makes of labelled test pictures: reported with it, never used for choosing."""
+"""What a prompt set makes of labelled test images: reported with it, never used for choosing."""
 
-import io
 from collections.abc import Collection
 
 import numpy as np
@@ -16,6 +15,7 @@ from apt_ray.images import read_image
 from apt_ray.validation.evaluation import METRICS, TestSet
 from apt_ray.validation.intervals import ImageScores
 from apt_ray.validation.metrics import counts_above, precision_recall_curve, roc_curve
+from tuning.report.plots import render
 from tuning.report.sheets import draw_sheet
 
 _SHOWN = 4
@@ -24,7 +24,7 @@ _SHOWN = 4
 def report_labelled(
     backbone: Backbone, prompt_set: PromptSet, category: Category, *, support: Collection[Location]
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:
-    """Metrics `test.*` in 0..1 and pictures; nothing where there are no good and defective ones."""
+    """Metrics `test.*` in 0..1, and pictures; nothing unless some are normal, some anomalous."""
     if len({image.is_anomalous for image in category.held_out(support)}) < 2:
         return {}, {}
     detector = Detector(backbone, prompt_set)
@@ -60,9 +60,7 @@ def _draw_scores(scores: ImageScores, threshold: float) -> Image.Image:
     histogram.axvline(threshold, color="black", linestyle="--", label="threshold")
     histogram.set(xlabel="anomaly score", title="scores")
     histogram.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    return render(figure)
 
 
 def _draw_extremes(
@@ -78,9 +76,9 @@ def _draw_extremes(
         "faintest": defects[:half],
         "good, but": good[: -_SHOWN - 1 : -1],
     }
-    pictures = {
+    images = {
         f"{label} {scores.names[place]}": read_image(category.root / scores.names[place])
         for label, places in chosen.items()
         for place in places
     }
-    return draw_sheet(backbone, prompt_set, pictures)
+    return draw_sheet(backbone, prompt_set, images)

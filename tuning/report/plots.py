@@ -1,4 +1,4 @@
-"""Plots of a category's trials, as pictures."""
+"""Plots of a category's trials."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from tuning.records import TrialRecord
 from tuning.space import Axis, Space
 
 _COLOURS = "viridis"
-_VALUE = "held-out value (AUROC)"
+_VALUE = "validation value (AUROC)"
 
 
 def draw_plots(
@@ -24,32 +24,30 @@ def draw_plots(
     importances: Mapping[str, float],
 ) -> dict[str, Image.Image]:
     """Name -> plot of all trials that have reported."""
-    reported = [trial for trial in trials if trial.held_out]
+    reported = [trial for trial in trials if trial.validation]
     plots = {
-        "trials": _picture(1, lambda axes: _draw_steps(axes[0], reported, winner)),
-        "value_over_time": _picture(1, lambda axes: _draw_time(axes[0], reported)),
-        "slices": _picture(
+        "trials": _plot(1, lambda axes: _draw_steps(axes[0], reported, winner)),
+        "value_over_time": _plot(1, lambda axes: _draw_time(axes[0], reported)),
+        "slices": _plot(
             len(space), lambda axes: _draw_slices(axes, reported, winner, space, importances)
         ),
-        "parallel_coordinates": _picture(
+        "parallel_coordinates": _plot(
             1, lambda axes: _draw_parallel(axes[0], reported, winner, space)
         ),
     }
     if importances:
-        plots["importances"] = _picture(1, lambda axes: _draw_importances(axes[0], importances))
+        plots["importances"] = _plot(1, lambda axes: _draw_importances(axes[0], importances))
     return plots
 
 
-def encode(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _picture(columns: int, draw: Callable[[list[Axes]], None]) -> Image.Image:
+def _plot(columns: int, draw: Callable[[list[Axes]], None]) -> Image.Image:
     figure = Figure(figsize=(max(7.6, 3.0 * columns), 3.6), dpi=100, layout="constrained")
     draw(list(figure.subplots(1, columns, squeeze=False)[0]))
+    return render(figure)
+
+
+def render(figure: Figure) -> Image.Image:
+    """The figure as an RGB image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
@@ -59,11 +57,11 @@ def _draw_steps(axes: Axes, trials: Sequence[TrialRecord], winner: TrialRecord) 
     """Value against steps, a line a trial; the winner with its standard deviation."""
     for trial in trials:
         if trial is not winner:
-            axes.plot(trial.steps, trial.held_out, color="0.65", linewidth=1, marker=".")
+            axes.plot(trial.steps, trial.validation, color="0.65", linewidth=1, marker=".")
     axes.errorbar(
         winner.steps,
-        winner.held_out,
-        yerr=winner.held_out_sd,
+        winner.validation,
+        yerr=winner.validation_sd,
         color="tab:blue",
         linewidth=2,
         capsize=3,
@@ -76,7 +74,7 @@ def _draw_steps(axes: Axes, trials: Sequence[TrialRecord], winner: TrialRecord) 
 
 def _draw_time(axes: Axes, trials: Sequence[TrialRecord]) -> None:
     """Every trial's last value when it was reported, and the best one up to then."""
-    ended = sorted((trial.seconds[-1], trial.held_out[-1], len(trial.steps)) for trial in trials)
+    ended = sorted((trial.seconds[-1], trial.validation[-1], len(trial.steps)) for trial in trials)
     furthest = max(rungs for _, _, rungs in ended)
     whole = [(seconds, value) for seconds, value, rungs in ended if rungs == furthest]
     axes.scatter(
@@ -102,11 +100,11 @@ def _draw_slices(
     """Value against each searched setting, coloured by the order of drawing."""
     for axes, (name, axis) in zip(all_axes, space.items(), strict=True):
         x = [_number(trial.settings[name], axis) for trial in trials]
-        y = [trial.held_out[-1] for trial in trials]
+        y = [trial.validation[-1] for trial in trials]
         axes.scatter(x, y, c=[trial.number for trial in trials], cmap=_COLOURS, s=18)
         axes.scatter(
             _number(winner.settings[name], axis),
-            winner.held_out[-1],
+            winner.validation[-1],
             facecolors="none",
             edgecolors="tab:red",
             s=90,
@@ -124,12 +122,12 @@ def _draw_parallel(
     axes: Axes, trials: Sequence[TrialRecord], winner: TrialRecord, space: Space
 ) -> None:
     """One line a trial through its settings and its value, each brought to 0..1."""
-    names = [*space, "held_out"]
+    names = [*space, "validation"]
     columns = []
     for name, axis in space.items():
         column = np.array([_number(trial.settings[name], axis) for trial in trials], dtype=float)
         columns.append(np.log(column) if axis.log else column)
-    columns.append(np.array([trial.held_out[-1] for trial in trials]))
+    columns.append(np.array([trial.validation[-1] for trial in trials]))
     table = np.stack([_to_unit(column) for column in columns], 1)
     colours = colormaps[_COLOURS](table[:, -1])
     for trial, row, colour in zip(trials, table, colours, strict=True):
@@ -137,7 +135,8 @@ def _draw_parallel(
         axes.plot(row, color="tab:red" if is_winner else colour, linewidth=2.5 if is_winner else 1)
     for place, name in enumerate(names):
         values = [
-            trial.held_out[-1] if name == "held_out" else trial.settings[name] for trial in trials
+            trial.validation[-1] if name == "validation" else trial.settings[name]
+            for trial in trials
         ]
         numbers = [value for value in values if isinstance(value, int | float)]
         if numbers:

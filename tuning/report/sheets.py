@@ -32,8 +32,8 @@ def draw_support(
     )
 
 
-def draw_held_out(backbone: Backbone, prompt_set: PromptSet, image: Image.Image) -> Image.Image:
-    """One image under each held-out perturbation family above the overlays.
+def draw_perturbed(backbone: Backbone, prompt_set: PromptSet, image: Image.Image) -> Image.Image:
+    """One image under each perturbation family that judges trials, above the overlays.
 
     The perturbations are those that selection judges by, of a kind that training never saw; the
     image itself is of the support set.

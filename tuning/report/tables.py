@@ -8,7 +8,16 @@ from tuning.results import TunedCategory
 
 def closing_table(tuned: Sequence[TunedCategory]) -> str:
     """One line a category: the best settings and what came of them."""
-    header = ("category", "context", "noise", "smgs", "rate", "held-out", "threshold", "certified")
+    header = (
+        "category",
+        "context",
+        "noise",
+        "smgs",
+        "rate",
+        "validation",
+        "threshold",
+        "certified",
+    )
     rows = [(*header, "version", "matters most")]
     for category in tuned:
         settings, threshold = category.prompt_set.settings, category.prompt_set.threshold
@@ -21,7 +30,7 @@ def closing_table(tuned: Sequence[TunedCategory]) -> str:
                 f"{settings.noise_strength:g}",
                 f"{settings.smgs_weight:.2f}",
                 f"{settings.learning_rate:.4f}",
-                f"{category.winner.held_out[-1]:.3f} ± {category.winner.held_out_sd[-1]:.3f}",
+                f"{category.winner.validation[-1]:.3f} ± {category.winner.validation_sd[-1]:.3f}",
                 f"{threshold.value:.3f}",
                 "no" if rate is None else f"at {rate:g}",
                 str(category.version.version),

@@ -65,11 +65,11 @@ def describe_version(record: Record, run_id: str) -> str:
         if certified == "uncertified"
         else f"at most {certified} of good parts rejected"
     )
-    held_out = f"held-out {_spread(metrics, 'held_out')}, " if "held_out" in metrics else ""
+    validation = f"validation {_spread(metrics, 'validation')}, " if "validation" in metrics else ""
     families = {
-        name.removeprefix("held_out."): value
+        name.removeprefix("validation."): value
         for name, value in metrics.items()
-        if name.startswith("held_out.")
+        if name.startswith("validation.")
     }
     tests = {
         name.removeprefix("test."): value
@@ -79,12 +79,12 @@ def describe_version(record: Record, run_id: str) -> str:
     searched = ("context_length", "noise_strength", "smgs_weight", "learning_rate")
     others = [name for name, value in params.items() if name not in searched and value != "None"]
     sections = [
-        f"{held_out}threshold {metrics['threshold']:.4f} ({promise}), "
+        f"{validation}threshold {metrics['threshold']:.4f} ({promise}), "
         f"{params['shots']} shots, backbone {tags['backbone']}",
     ]
     if families:
         sections += [
-            "### Held-out perturbations (AUROC; what it was chosen by)",
+            "### Validation (AUROC on perturbed normal images; what it was chosen by)",
             _table(families, [[f"{value:.3f}" for value in families.values()]]),
         ]
     if tests:

@@ -7,8 +7,8 @@ def test_every_plot_is_drawn_also_of_choices_and_stopped_trials() -> None:
     space = {"smgs_weight": Axis(low=0.0, high=1.0), "mode": Axis(choices=("a", "b"))}
     trials = [
         trial(0, settings={"smgs_weight": 0.1, "mode": "a"}),
-        trial(1, settings={"smgs_weight": 0.9, "mode": "b"}, steps=(25,), held_out=(0.5,)),
-        trial(2, settings={"smgs_weight": 0.9, "mode": "b"}, steps=(), held_out=()),
+        trial(1, settings={"smgs_weight": 0.9, "mode": "b"}, steps=(25,), validation=(0.5,)),
+        trial(2, settings={"smgs_weight": 0.9, "mode": "b"}, steps=(), validation=()),
     ]
     plots = draw_plots(trials, trials[0], space, {"mode": 0.9, "smgs_weight": 0.1})
     assert set(plots) == {
