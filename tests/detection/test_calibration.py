@@ -66,7 +66,7 @@ def false_alarms(
     set_threshold: Callable[[list[float]], Threshold],
     images: int,
 ) -> int:
-    """How many of 1,000 good images are rejected, each by a calibration set of its own."""
+    """How many of 1,000 normal images are rejected, each by a calibration set of its own."""
     rng = np.random.default_rng(0)
     alarms = 0
     for _ in range(REPETITIONS):
@@ -109,7 +109,7 @@ def test_what_is_uncertified_does_not_hold_the_rate() -> None:
 def test_the_rate_holds_for_generated_pictures_of_good_parts(
     backbone: FrozenCLIP, prompt_set: PromptSet
 ) -> None:
-    """Each repetition draws its calibration pictures and its test picture from a stock of good
+    """Each repetition draws its calibration images and its test image from a stock of good
     ones, without replacement: that leaves them exchangeable, and so the rate exact."""
     detector = Detector(backbone, prompt_set)
     pictures = [

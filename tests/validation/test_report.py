@@ -76,7 +76,7 @@ def test_the_page_holds_everything_and_fetches_nothing(
     )
     assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
     assert f"{100 * results[-1].image_auroc:.1f}" in text  # type: ignore[operator]
-    assert "good images are rejected" in text
+    assert "normal images are rejected" in text
 
 
 def test_examples_are_telling(results: list[Result], category: Category) -> None:
