@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from apt_ray.validation.report.page import write_report
 
 from apt_ray.cli.main import main
 from apt_ray.config import FitSettings
@@ -14,6 +13,7 @@ from apt_ray.errors import WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.validation.evaluation import Result, evaluate
 from apt_ray.validation.examples import choose
+from apt_ray.validation.report.html import write_report
 
 
 class Page(HTMLParser):
