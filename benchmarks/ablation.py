@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
-            draw_products(Path(folder), options.products, options.pictures)
+            draw_products(Path(folder), options.products, options.images)
         categories = find_categories(options.data or Path(folder), options.categories)
         rows = [
             "| variant | prompts image / pixel | reference image / pixel | both image / pixel |"
@@ -117,7 +117,7 @@ def draw_products(root: Path, products: int, images: int, size: int = 192) -> No
     each and `images` test images, half of them defective."""
     for surface in HELD_OUT_SURFACES:
         for product in range(products):
-            count = 8 + pictures
+            count = 8 + images
             pairs = generate(
                 _FIRST_SEED + 1000 * product + torch.arange(count),
                 size=size,
