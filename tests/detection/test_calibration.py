@@ -38,10 +38,10 @@ def test_enough_images_certify_the_rate_and_give_the_right_order_statistic() -> 
 def test_flagging_and_p_value_agree() -> None:
     scores = np.random.default_rng(0).random(59).tolist()
     threshold = calibrate(scores, 0.1)
-    for score in np.random.default_rng(1).random(200).tolist():
+    for score in (*scores, *np.random.default_rng(1).random(200).tolist()):
         p_value = threshold.p_value(score)
         assert p_value is not None
-        assert (score > threshold.value) == (p_value <= 0.1)
+        assert threshold.rejects(score) == (p_value <= 0.1)
 
 
 def test_too_few_images_are_uncertified() -> None:
