@@ -1,4 +1,4 @@
-"""Finds defects in images of products, from a handful of good images.
+"""Finds defects in images of products, from a handful of normal images.
 
 The names below are the whole interface that most programs need; each is loaded when it is first
 used, so that `import apt_ray` costs nothing.
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from apt_ray.errors import RegistryUnavailableError as RegistryUnavailableError
     from apt_ray.errors import SettingsError as SettingsError
     from apt_ray.errors import UnsupportedImageError as UnsupportedImageError
+    from apt_ray.errors import WriteError as WriteError
     from apt_ray.features.clip import load_backbone as load_backbone
     from apt_ray.features.protocol import Backbone as Backbone
+    from apt_ray.files import location as location
     from apt_ray.images import ImageLimits as ImageLimits
     from apt_ray.images import decode_image as decode_image
     from apt_ray.images import draw_overlay as draw_overlay
@@ -48,6 +50,7 @@ _HOME = {
     "load_backbone": "features.clip",
     "BackboneSpec": "config",
     "Backbone": "features.protocol",
+    "location": "files",
     "find_categories": "data.folders",
     "Category": "data.folders",
     "LabelledImage": "data.folders",
@@ -77,6 +80,7 @@ _HOME = {
     "RegistryUnavailableError": "errors",
     "RegistryConflictError": "errors",
     "FleetError": "errors",
+    "WriteError": "errors",
     "MissingDependencyError": "errors",
 }
 

@@ -89,6 +89,8 @@ def _item(item: griffe.DocstringElement) -> str:
 
 def _field(package: griffe.Module, described: griffe.Attribute, field: FieldInfo) -> str:
     kind = described.annotation
+    if isinstance(kind, griffe.ExprSubscript) and str(kind.left) == "Annotated":
+        kind = kind.slice.elements[0]
     if isinstance(kind, griffe.ExprName) and kind.canonical_path.startswith("apt_ray."):
         kind = package[kind.canonical_path.removeprefix("apt_ray.")].value
     default = "" if field.is_required() else f" = {field.default!r}"

@@ -67,7 +67,7 @@ def test_the_core_imports_without_the_extras() -> None:
     assert {"apt_ray.prompts.fit", "apt_ray.detection.detector", "apt_ray.cli.main"} <= {*lines}
     refused = dict(line.split(" | ") for line in lines if "|" in line)
     assert refused == {
-        "apt_ray.registry": "this needs mlflow: pip install 'apt-ray[registry]'",
+        "apt_ray.registry.mlflow": "this needs mlflow: pip install 'apt-ray[registry]'",
         "apt_ray.validation.report": "this needs matplotlib: pip install 'apt-ray[report]'",
     }
 
@@ -91,6 +91,11 @@ SERVE = "this needs ray, fastapi, python_multipart, mlflow: pip install 'apt-ray
             CLI,
             ("evaluate", "--data", "absent", "--report", "x"),
             "this needs matplotlib: pip install 'apt-ray[report]'",
+        ),
+        (
+            CLI,
+            ("registry", "history", "washer"),
+            "this needs mlflow: pip install 'apt-ray[registry]'",
         ),
         (SEARCH, ("--data", "absent"), TUNE),
         (SEARCH, ("--register-pending",), "this needs mlflow: pip install 'apt-ray[registry]'"),

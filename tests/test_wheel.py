@@ -119,7 +119,7 @@ def test_the_core_alone_fits_inspects_and_evaluates(wheel: Path, tmp_path: Path)
 
     refuses([*evaluate, "--report", "page"], "pip install 'apt-ray[report]'")
     refuses([*fit, "--data", "s3://bucket/washer"], "pip install 'apt-ray[s3]'")
-    refuses(["python", "-c", "import apt_ray.registry"], "pip install 'apt-ray[registry]'")
+    refuses(["apt-ray", "registry", "history", "washer"], "pip install 'apt-ray[registry]'")
     refuses(["python", "-m", "tuning.search", "--data", "data"], "pip install 'apt-ray[tune]'")
     refuses(["python", "-m", "serving.fleet", "status"], "pip install 'apt-ray[serve]'")
     # What is said is right: the extra brings what was missing.

@@ -90,7 +90,7 @@ class EngineActor:
         self._engine.drain()
 
     def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
-        """The prompt set of the best settings, as its file, and pictures of what it sees.
+        """The prompt set of the best settings, as its file, and images of what it sees.
 
         The first of `banks` is that of the job's support set.
         """
@@ -149,7 +149,7 @@ class Engines:
     _turns: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
-        """The prompt set of the best settings, as its file, and pictures of what it sees."""
+        """The prompt set of the best settings, as its file, and images of what it sees."""
         fit: Any = self._next().fit.options(max_task_retries=-1)
         fitted: tuple[bytes, dict[str, Image.Image]] = ray.get(fit.remote(job, dict(banks)))
         return fitted

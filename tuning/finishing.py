@@ -30,7 +30,7 @@ SearchStatus = Literal["complete", "cut off"]
 """Whether all trials of a category have ended; one that was cut off may be resumed."""
 
 Fit = Callable[[FitJob], tuple[bytes, dict[str, Image.Image]]]
-"""Fits somewhere on the cluster: the file of the prompt set, and pictures."""
+"""Fits somewhere on the cluster: the file of the prompt set, and images."""
 
 
 class Finisher:

@@ -1,4 +1,4 @@
-"""fit: from a handful of good pictures to a prompt set."""
+"""fit: from a handful of normal images to a prompt set."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -56,7 +56,7 @@ def fit(
     """
     if not support:
         raise DataError(
-            f"{category} has no support image: give at least one picture of a good part"
+            f"{category} has no support image: give at least one image of a good part"
         )
     settings = settings or FitSettings()
     images = [read_image(path) for path in support]

@@ -185,8 +185,8 @@ def _judge(
         images = [image for digest, image in sorted(found.items()) if digest not in fitted]
         if not images:
             reason = (
-                "there is no normal picture that is in neither support set: name a folder with"
-                " more good pictures (--data)"
+                "there is no normal image that is in neither support set: name a folder with"
+                " more normal images (--data)"
             )
     if reason is not None:
         return replace(promotion, verdict="uncomparable", why=reason)
@@ -224,7 +224,7 @@ class _Side:
             data = registry.download(registered, DATA, Path(name))
             if data is None:
                 reason = (
-                    f"version {registered.version} does not say which pictures it was fitted to"
+                    f"version {registered.version} does not say which images it was fitted to"
                 )
             else:
                 support = frozenset(json.loads(data.read_text())["support"].values())
@@ -238,8 +238,8 @@ def explain(comparison: VersionComparison) -> str:
     """The verdict of a comparison in words, with its numbers."""
     family, loss = comparison.worst_family
     gain = (
-        f"held-out value {comparison.difference:+.4f} ± {comparison.standard_error:.4f} (standard"
-        f" error) on {comparison.images} normal pictures that neither was fitted to"
+        f"validation value {comparison.difference:+.4f} ± {comparison.standard_error:.4f} (standard"
+        f" error) on {comparison.images} normal images that neither was fitted to"
     )
     if comparison.verdict == "promoted":
         return f"{gain}: better by more than {MIN_STANDARD_ERRORS:g} standard errors"
