@@ -40,7 +40,7 @@ from apt_ray.prompts.lanes import fold
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
 from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
-from tuning.cluster import start_encoding, start_engines
+from tuning.actors import start_encoding, start_engines
 from tuning.progress import say
 from tuning.records import SearchPlan, SearchStore
 from tuning.results import choose_winner

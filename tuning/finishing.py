@@ -15,7 +15,7 @@ from apt_ray.files import Location
 from apt_ray.images import encode_png
 from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
 from apt_ray.registry.promotion import Compare
-from tuning.cluster import FitJob
+from tuning.actors import FitJob
 from tuning.outcome import Outcome
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord

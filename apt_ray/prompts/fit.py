@@ -55,9 +55,7 @@ def fit(
         DataError: a file is missing or not an image, or there is no support image.
     """
     if not support:
-        raise DataError(
-            f"{category} has no support image: give at least one image of a good part"
-        )
+        raise DataError(f"{category} has no support image: give at least one image of a good part")
     settings = settings or FitSettings()
     images = [read_image(path) for path in support]
     if bank is None:

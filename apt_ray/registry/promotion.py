@@ -223,9 +223,7 @@ class _Side:
         with tempfile.TemporaryDirectory(prefix="apt-ray-") as name:
             data = registry.download(registered, DATA, Path(name))
             if data is None:
-                reason = (
-                    f"version {registered.version} does not say which images it was fitted to"
-                )
+                reason = f"version {registered.version} does not say which images it was fitted to"
             else:
                 support = frozenset(json.loads(data.read_text())["support"].values())
                 folder = registry.download(registered, HELD_OUT, Path(name))
