@@ -83,7 +83,7 @@ class Record:
         """The record in a version's folder; RegistryError if there is none."""
         try:
             fields = json.loads((folder / _RECORD).read_text())
-            return cls(**{**fields, "images": tuple(fields["images"])})
+            return cls(**{**fields, "pictures": tuple(fields["pictures"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RegistryError(
                 f"{folder} is not a version that waits to be registered ({error}): remove it"
