@@ -38,7 +38,7 @@ DIRECTORY = "version"
 PROMPT_SET = "prompt_set.safetensors"
 TRIALS = "trials.csv"
 DATA = "data.json"
-PICTURES = "images"
+PICTURES = "pictures"
 HELD_OUT = "held_out"
 
 MAX_HELD_OUT = 8

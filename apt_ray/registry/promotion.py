@@ -99,9 +99,9 @@ def promote(
 ) -> Promotion:
     """Make a version the champion if it beats the one that is; the decision is kept with it.
 
-    Both are judged on one held-out bank, made from the normal images that were kept with either
-    version, and from `normal`, as far as neither was fitted to them. Without a champion, the
-    version becomes the first.
+    Both are judged on the same perturbed images, made from the normal ones that were kept with
+    either version, and from `normal`, as far as neither was fitted to them. Without a champion,
+    the version becomes the first.
 
     Args:
         normal: Files of further normal images.

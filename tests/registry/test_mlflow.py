@@ -75,7 +75,7 @@ def test_version_carries_its_provenance(registry: Registry, mlflow_server: str) 
         f"version/{name}"
         for name in (
             "MLmodel",
-            "images",
+            "pictures",
             "prompt_set.safetensors",
             "python_env.yaml",
             "requirements.txt",

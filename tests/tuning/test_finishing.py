@@ -136,7 +136,7 @@ def test_the_winner_is_fitted_and_registered_with_its_provenance(
     assert version.tags["search"] == "one"
     assert version.tags["search_status"] == "complete"
     assert version.tags["git_commit"] == "c0ffee"
-    pictures = registry.download(version, "images", tmp_path)
+    pictures = registry.download(version, "pictures", tmp_path)
     assert pictures is not None
     assert {path.stem for path in pictures.iterdir()} >= {"support_images", "trials", "slices"}
     table = registry.download(version, "trials.csv", tmp_path)

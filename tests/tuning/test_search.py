@@ -196,7 +196,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     assert version.tags["ray.submission_id"] in log
     assert version.tags["verdict"] == "promoted"
 
-    shown = MlflowClient(tracking_uri).list_artifacts(version.run_id, "version/images")
+    shown = MlflowClient(tracking_uri).list_artifacts(version.run_id, "version/pictures")
     assert {Path(picture.path).stem for picture in shown} >= {
         "perturbations",
         "parallel_coordinates",
