@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-slow test-core fuzz lint format clean
+.PHONY: help demo up down test test-slow test-core fuzz mutants lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,13 @@ test-core: $(READY) ## Install the wheel alone in an environment of its own, and
 fuzz: $(READY) ## Decode 100,000 damaged image files (FUZZ_ARGS="--images 1000")
 	$(BIN)/python -m benchmarks.fuzz $(FUZZ_ARGS)
 
+# The tool stands apart, in .mutants; what it mutates and what it found, in mutants.
+mutants: $(READY) ## Change the code and see which tests notice (MUTANTS_ARGS="apt_ray.prompts.losses*")
+	@test -x .mutants/bin/mutmut || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --target .mutants 'mutmut==3.8.1'
+	OMP_NUM_THREADS=1 PYTHONPATH=.mutants $(BIN)/python .mutants/bin/mutmut run $(MUTANTS_ARGS)
+	@PYTHONPATH=.mutants $(BIN)/python .mutants/bin/mutmut results | sed '/: not checked/d'
+
 lint: $(READY) ## Check style, types and the rules of who imports whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,7 +55,7 @@ format: $(READY) ## Format the code and mend what can be mended by itself
 
 clean: ## Stop the servers and remove the environment, the demo's files and all caches
 	@if [ -f .demo/state.json ]; then $(BIN)/python -m apt_ray.devtools.demo down; fi
-	rm -rf .venv .demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .demo .mutants mutants build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

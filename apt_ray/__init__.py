@@ -1,4 +1,4 @@
-"""Finds defects in images of products, from a handful of good images.
+"""Finds defects in images of products, from a handful of normal images.
 
 The names below are the whole interface that most programs need; each is loaded when it is first
 used, so that `import apt_ray` costs nothing.

@@ -2,7 +2,7 @@
 
 AptError
 ├── SettingsError              a setting outside its range
-├── DataError                  a folder or file of pictures that cannot be used
+├── DataError                  a folder or file of images that cannot be used
 ├── WriteError                 a file or folder that cannot be written
 ├── ImageError                 bytes that are not an acceptable image
 │   ├── ImageTooLargeError     more bytes or pixels than allowed
@@ -26,7 +26,7 @@ class SettingsError(AptError):
 
 
 class DataError(AptError):
-    """A folder or file of pictures cannot be used."""
+    """A folder or file of images cannot be used."""
 
 
 class WriteError(AptError):

@@ -1,9 +1,9 @@
-"""The door to files: pictures in local folders or in S3, and whatever is written, whole.
+"""The door to files: images in local folders or in S3, and whatever is written, whole.
 
 Credentials, region and endpoint of S3 come from where boto3 looks for them: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_PROFILE, a role of the machine.
 
-S3 has a class of its own because cloudpathlib asks again for each of 2,000 listed pictures (2,002
+S3 has a class of its own because cloudpathlib asks again for each of 2,000 listed images (2,002
 requests, not 2), reads one in seven requests and a copy on disk, and leaves errors to the caller.
 """
 

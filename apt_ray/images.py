@@ -1,4 +1,4 @@
-"""Pictures in and out: bytes to checked RGB images, masks, overlays.
+"""Images in and out: bytes to checked RGB images, masks, overlays.
 
 Legend: H height, W width, in pixels.
 """
@@ -154,7 +154,7 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
             raise UnsupportedImageError(
                 f"{source} is not a PNG, JPEG, BMP, TIFF or WebP file: convert it to one of these"
             )
-        raise ImageError(f"{source} holds no picture: send a PNG, JPEG, BMP, TIFF or WebP file")
+        raise ImageError(f"{source} is not an image file: send a PNG, JPEG, BMP, TIFF or WebP file")
     try:
         # Pillow's own warning about large images would come before our limit is checked; the
         # lock is there because warning filters belong to the process.

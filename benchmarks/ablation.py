@@ -2,7 +2,7 @@
 
 Without `--data` the products are generated ones, of kinds of surface and defect that the built-in
 backbone was never trained on: what the defaults may be chosen by. With `--data DIR` it reports the
-same table on labelled pictures, which choose nothing. Differences to the defaults are paired over
+same table on labelled images, which choose nothing. Differences to the defaults are paired over
 products and seeds, with their standard error. Writes `--out` after every variant, so that a run
 that is stopped keeps what it has.
 """
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="labelled products (generated ones)")
     parser.add_argument("--categories", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--products", type=int, default=4, help="generated products a surface (4)")
-    parser.add_argument("--pictures", type=int, default=48, help="test pictures a product (48)")
+    parser.add_argument("--images", type=int, default=48, help="test images a product (48)")
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
-            draw_products(Path(folder), options.products, options.pictures)
+            draw_products(Path(folder), options.products, options.images)
         categories = find_categories(options.data or Path(folder), options.categories)
         rows = [
             "| variant | prompts image / pixel | reference image / pixel | both image / pixel |"
@@ -112,12 +112,12 @@ def main() -> None:
                 write_whole(options.out, "\n".join(rows) + "\n")
 
 
-def draw_products(root: Path, products: int, pictures: int, size: int = 192) -> None:
-    """Write generated products of unseen kinds in the MVTec AD layout, with eight good pictures
-    each and `pictures` test pictures, half of them defective."""
+def draw_products(root: Path, products: int, images: int, size: int = 192) -> None:
+    """Write generated products of unseen kinds in the MVTec AD layout, with eight normal images
+    each and `images` test images, half of them defective."""
     for surface in HELD_OUT_SURFACES:
         for product in range(products):
-            count = 8 + pictures
+            count = 8 + images
             pairs = generate(
                 _FIRST_SEED + 1000 * product + torch.arange(count),
                 size=size,

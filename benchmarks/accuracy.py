@@ -139,7 +139,7 @@ def measure(
     total = len(categories) * len(shots) * len(seeds) * len(methods)
     with tqdm(total=total, desc="accuracy", disable=None) as bar:
         for category in categories:
-            # Too few good images are found out before anything is encoded.
+            # Too few normal images are found out before anything is encoded.
             supports = {
                 (count, seed): category.support_set(count, seed)
                 for count, seed in product(shots, seeds)

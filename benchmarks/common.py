@@ -128,7 +128,7 @@ def load(name: str, *, device: str, precision: Precision = "float32") -> FrozenC
 
 
 def sample_images(count: int) -> list[Image.Image]:
-    """Good pictures of a sample product."""
+    """Normal images of a sample product."""
     with TemporaryDirectory() as folder:
         write_samples(Path(folder))
         (category,) = find_categories(Path(folder), [_CATEGORY])

@@ -1,6 +1,6 @@
-"""Draws the README's picture: `python -m benchmarks.example docs/example.png`.
+"""Draws the README's image: `python -m benchmarks.example docs/example.png`.
 
-A defective sample part, its anomaly map over it, and the ground truth. The pictures are drawn by
+A defective sample part, its anomaly map over it, and the ground truth. The images are drawn by
 the sample factory, the prompt set is fitted to four good ones.
 """
 
@@ -21,10 +21,10 @@ _GAP = 8
 
 def main() -> None:
     """Fit, inspect and draw."""
-    parser = argparse.ArgumentParser(description="Draw the README's picture.")
+    parser = argparse.ArgumentParser(description="Draw the README's image.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--category", default="textile")
-    parser.add_argument("--index", type=int, default=0, help="which of the defective pictures")
+    parser.add_argument("--index", type=int, default=0, help="which of the defective images")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:

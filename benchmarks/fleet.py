@@ -34,7 +34,7 @@ CATEGORY = "washer"
 
 
 def prepare(folder: Path, backbone: str) -> tuple[PromptSet, bytes]:
-    """A prompt set of 4 shots after a few steps, and a picture to inspect."""
+    """A prompt set of 4 shots after a few steps, and an image to inspect."""
     write_samples(folder / "samples")
     category = next(c for c in find_categories(folder / "samples") if c.name == CATEGORY)
     spec = BackboneSpec() if backbone == "builtin" else _random_weights(folder, backbone)
@@ -186,7 +186,7 @@ class Client(_Connection):
     """A caller of the fleet."""
 
     def inspect(self, data: bytes, category: str = CATEGORY) -> int:
-        """Have a picture inspected; the status of the answer."""
+        """Have an image inspected; the status of the answer."""
         return self._post(f"/v1/{category}/inspect", data, "image/png")
 
 
@@ -194,7 +194,7 @@ class ModelClient(_Connection):
     """A caller of `mlflow models serve`."""
 
     def inspect(self, data: bytes) -> int:
-        """Have a picture inspected; the status of the answer."""
+        """Have an image inspected; the status of the answer."""
         body = json.dumps({"inputs": [base64.b64encode(data).decode()]}).encode()
         return self._post("/invocations", body, "application/json")
 

@@ -20,7 +20,7 @@ def main() -> None:
     """Print the milliseconds per image at each batch size, median over the repetitions."""
     parser = argparse.ArgumentParser(description="Time per image of a prompt set.")
     parser.add_argument("prompt_set", type=Path)
-    parser.add_argument("images", type=Path, help="folder of pictures")
+    parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

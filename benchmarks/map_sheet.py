@@ -1,6 +1,6 @@
 """Draws maps to look at: `python -m benchmarks.map_sheet DIR CATEGORY --out sheet.png`.
 
-A row for each test picture (some of every defect type, good ones too): the picture, the maps of the
+A row for each test image (some of every defect type, good ones too): the image, the maps of the
 prompts, of the reference and of both, each scaled to its own category's range, and the truth.
 """
 
@@ -21,11 +21,11 @@ _SIDE = 160
 
 def main() -> None:
     """Fit on four shots, score and draw."""
-    parser = argparse.ArgumentParser(description="Draw pictures beside their maps and the truth.")
+    parser = argparse.ArgumentParser(description="Draw images beside their maps and the truth.")
     parser.add_argument("data", type=Path)
     parser.add_argument("category")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--per-type", type=int, default=3, help="pictures of each defect type (3)")
+    parser.add_argument("--per-type", type=int, default=3, help="images of each defect type (3)")
     parser.add_argument("--input-size", type=int, help="pixels a side (the model's native size)")
     options = parser.parse_args()
 

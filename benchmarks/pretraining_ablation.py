@@ -1,6 +1,6 @@
 """What each term of the pretraining loss is worth: `python benchmarks/pretraining_ablation.py`.
 
-Every variant goes on from the shipped weights for the same number of steps, on the same pictures,
+Every variant goes on from the shipped weights for the same number of steps, on the same images,
 with one setting changed; the figures are those of generated kinds of surface and defect that
 training never shows. Writes a table (Markdown) to `--out` after every variant, so a run that is
 stopped keeps what it has.
@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pooled_weight 1": {"pooled_weight": 1.0},
     "focus 1": {"focus": 1.0},
     "focus 1, pooled_weight 1": {"focus": 1.0, "pooled_weight": 1.0},
-    "small pictures only": {"sizes": {0.0: 64}},
+    "small images only": {"sizes": {0.0: 64}},
 }
 _FIT_SEED, _MEASURE_SEED = 2**40, 2**41
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="steps of each variant")
     parser.add_argument("--pairs", type=int, default=384, help="held-out pairs to measure on")
-    parser.add_argument("--batch-pairs", type=int, default=16, help="pairs of pictures a step")
+    parser.add_argument("--batch-pairs", type=int, default=16, help="pairs of images a step")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--start", choices=("shipped", "scratch"), default="shipped")
     parser.add_argument("--variants", nargs="*", choices=tuple(VARIANTS), default=list(VARIANTS))

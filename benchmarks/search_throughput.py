@@ -40,7 +40,7 @@ from apt_ray.prompts.lanes import fold
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
 from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
-from tuning.cluster import start_encoding, start_engines
+from tuning.actors import start_encoding, start_engines
 from tuning.progress import say
 from tuning.records import SearchPlan, SearchStore
 from tuning.results import choose_winner
@@ -77,7 +77,7 @@ def main() -> None:
         for suffix, unit in (("", "s"), (" CPU", "CPU s"))
         for row in _rows({name: seconds[name + suffix] for name in _WAYS}, unit)
     ]
-    rows.append(_row("best held-out value, engine against lanes alone", *values, "AUROC"))
+    rows.append(_row("best validation value, engine against lanes alone", *values, "AUROC"))
     write_rows(rows, options.json)
 
 
@@ -121,7 +121,7 @@ def _search(
     category: Category,
     folder: Path,
 ) -> float:
-    """The trials of a search; the best held-out value."""
+    """The trials of a search; the best validation value."""
     store = SearchStore(str(folder), "search")
     store.create(SearchPlan(data="", categories=(category.name,), settings=settings))
     engine = EngineSettings.parse({"mode": mode, "threads": options.engine_threads})

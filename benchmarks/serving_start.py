@@ -40,13 +40,13 @@ def main() -> None:
         folder = Path(name)
         prompt_set, data = prepare(folder, "builtin")
         (folder / "set").write_bytes(prompt_set.to_bytes())
-        (folder / "picture").write_bytes(data)
+        (folder / "image").write_bytes(data)
         bare, killed, started_as_replica = [], [], []
         with fleet(folder, prompt_set, haproxy=False, threads=1) as running:
             for _ in range(options.times):
                 started = time.perf_counter()
                 subprocess.run(
-                    [sys.executable, "-c", _BARE, folder / "set", folder / "picture"], check=True
+                    [sys.executable, "-c", _BARE, folder / "set", folder / "image"], check=True
                 )
                 bare.append(time.perf_counter() - started)
                 client = Client(running.url)

@@ -108,7 +108,7 @@ class RegistrySettings(Settings):
 class RegionOfInterest(Settings):
     """The part of a category's images outside of which nothing counts.
 
-    Either a box, as shares (0..1) of the image's width and height, or a mask: a picture that is
+    Either a box, as shares (0..1) of the image's width and height, or a mask: an image that is
     black where nothing counts, stretched over every image.
     """
 

@@ -55,6 +55,9 @@ class FakeBackbone:
             layers={0: tokens_BN4},
         )
 
+    def drop_vision(self) -> None:
+        """There is nothing to free."""
+
     def encode_in_batches(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         return self.encode_images(pixels_B3HW)
 

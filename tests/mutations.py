@@ -11,7 +11,7 @@ from PIL import Image
 
 @lru_cache(maxsize=1)
 def originals() -> tuple[bytes, ...]:
-    """A small picture in every accepted format, and in modes that need conversion."""
+    """A small image in every accepted format, and in modes that need conversion."""
     gray = Image.radial_gradient("L").resize((48, 40))
     kinds = [
         (gray.convert("RGB"), "PNG", {}),

@@ -1,4 +1,4 @@
-"""Files: pictures in S3 come from real servers, moto's for what works, rclone's for refusals."""
+"""Files: images in S3 come from real servers, moto's for what works, rclone's for refusals."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ from apt_ray.images import read_image
 from apt_ray.validation.evaluation import TestSet
 from tests.disks import full_disk
 
-BUCKET = "pictures"
+BUCKET = "images"
 RCLONE = Path(sys.executable).parent / "rclone"
 
 ASKING: dict[str, Callable[[Location], object]] = {
@@ -202,7 +202,7 @@ def test_a_wrong_address_is_named(uploaded: str, uri: str, message: str) -> None
 
 
 def test_an_object_that_went_away_is_named(uploaded: str) -> None:
-    with pytest.raises(DataError, match=r"cannot read s3://pictures/line/x\.png: it is not there"):
+    with pytest.raises(DataError, match=r"cannot read s3://images/line/x\.png: it is not there"):
         read_image(location(f"{uploaded}/x.png"))
 
 

@@ -36,7 +36,7 @@ class RungResult:
     Attributes:
         state: Where the lanes stand now.
         steps: Steps that the trial has taken in all.
-        validation: Held-out value (AUROC, 0..1), mean over the lanes.
+        validation: Validation value (AUROC, 0..1), mean over the lanes.
         validation_sd: Its standard deviation over the lanes.
         patch: Its part that ranks patches.
         image: Its part that ranks images.

@@ -15,7 +15,7 @@ from apt_ray.files import Location
 from apt_ray.images import encode_png
 from apt_ray.registry import CHAMPION, RegisteredVersion, Registry, default_pending, promote
 from apt_ray.registry.promotion import Compare
-from tuning.cluster import FitJob
+from tuning.actors import FitJob
 from tuning.outcome import Outcome
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord
@@ -30,7 +30,7 @@ SearchStatus = Literal["complete", "cut off"]
 """Whether all trials of a category have ended; one that was cut off may be resumed."""
 
 Fit = Callable[[FitJob], tuple[bytes, dict[str, Image.Image]]]
-"""Fits somewhere on the cluster: the file of the prompt set, and pictures."""
+"""Fits somewhere on the cluster: the file of the prompt set, and images."""
 
 
 class Finisher:

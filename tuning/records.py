@@ -56,12 +56,12 @@ class TrialRecord(Settings):
         number: Place in the order of drawing, from 0.
         settings: Searched setting -> value.
         steps: Optimisation steps done at each rung.
-        validation: Held-out value (AUROC, 0..1) at each rung.
+        validation: Validation value (AUROC, 0..1) at each rung.
         validation_sd: Its standard deviation over support seeds and folds.
         patch: The part of the value that ranks patches.
         image: The part of the value that ranks images.
         seconds: Seconds since the search began, of each report.
-        families: Held-out value of each perturbation family at the last rung.
+        families: Validation value of each perturbation family at the last rung.
         status: What has become of it.
         error: Why it failed, if it did.
     """
@@ -120,7 +120,7 @@ class TrialRecord(Settings):
         }
 
     def metrics(self) -> dict[str, float]:
-        """Its last held-out value, by the names under which a prompt set keeps it."""
+        """Its last validation value, by the names under which a prompt set keeps it."""
         return {
             "validation": self.validation[-1],
             "validation_sd": self.validation_sd[-1],

@@ -15,7 +15,7 @@ _FEWEST_FOR_IMPORTANCE = 4
 
 
 def choose_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The best held-out value among the trials that went furthest; of equals, the least spread.
+    """The best validation value among the trials that went furthest; of equals, the least spread.
 
     A trial that was stopped early has a value of fewer steps, which compares with none of a later
     rung; at its own rung it was behind already. DataError if no trial reported.

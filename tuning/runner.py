@@ -21,8 +21,8 @@ from apt_ray.anomalies.bank import default_cache_folder
 from apt_ray.data.folders import Category
 from apt_ray.errors import AptError
 from apt_ray.registry import Registry
+from tuning.actors import Engines, are_encoded, start_encoding, start_engines
 from tuning.banks import CategoryBanks
-from tuning.cluster import Engines, are_encoded, start_encoding, start_engines
 from tuning.encoding import Encoding, HasEnded
 from tuning.finishing import Finisher
 from tuning.outcome import Outcome

@@ -13,7 +13,7 @@ from apt_ray.files import Location
 from tuning.space import DEFAULT_SPACE, Space
 
 RUNGS = 4
-"""How often a trial reports its held-out value, at equal distances; ASHA stops trials there."""
+"""How often a trial reports its validation value, at equal distances; ASHA stops trials there."""
 
 
 class SearchSettings(Settings):

@@ -1,6 +1,6 @@
-"""Where the part lies in a picture, told by the frozen backbone itself.
+"""Where the part lies in an image, told by the frozen backbone itself.
 
-A part that lies on a ground is unlike whatever the picture's border shows; a surface is not. So
+A part that lies on a ground is unlike whatever the image's border shows; a surface is not. So
 each patch is compared with the patches of the border, in the shallowest reference layer, where
 tokens still speak of their own place.
 
@@ -28,7 +28,7 @@ _MIN_AREA = 0.03
 def object_masks(features: ImageFeatures, grid: tuple[int, int]) -> torch.Tensor:
     """Masks `(S, N)`, bool, of the patches that show the part; all patches where there is none.
 
-    A picture without a part on a ground (a surface, or a part that is cut by the border) keeps the
+    An image without a part on a ground (a surface, or a part that is cut by the border) keeps the
     whole image.
     """
     tokens_SND = features.layers[min(features.layers)].cpu()

@@ -15,7 +15,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         commands, "compare", _run, "say whether one evaluation is better than another"
     )
     compare.add_argument("before", type=Path, help="file of `evaluate --scores`")
-    compare.add_argument("after", type=Path, help="another, of the same test pictures")
+    compare.add_argument("after", type=Path, help="another, of the same test images")
     compare.add_argument("--json", type=Path, metavar="FILE", help="write the differences as JSON")
 
 

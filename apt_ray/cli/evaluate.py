@@ -1,4 +1,4 @@
-"""`apt-ray evaluate`: figures on labelled test pictures."""
+"""`apt-ray evaluate`: figures on labelled test images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXAMPLES = 4  # good and defective images of each kind that a report shows
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluate = add_command(
-        commands, "evaluate", _run, "measure on labelled test pictures, over several seeds"
+        commands, "evaluate", _run, "measure on labelled test images, over several seeds"
     )
     evaluate.add_argument(
         "--data",

@@ -1,4 +1,4 @@
-"""`apt-ray fit`: from good pictures to a prompt set."""
+"""`apt-ray fit`: from normal images to a prompt set."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from apt_ray.files import location
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    fit = add_command(commands, "fit", _run, "learn one product from good pictures")
+    fit = add_command(commands, "fit", _run, "learn one product from normal images")
     fit.add_argument(
         "--data",
         type=location,
         required=True,
-        help="folder of the product, or s3://bucket/prefix: good pictures directly in it, in good/"
+        help="folder of the product, or s3://bucket/prefix: normal images directly in it, in good/"
         " or in train/good/",
     )
     fit.add_argument("--out", type=Path, required=True, help="prompt set to write (.safetensors)")
-    fit.add_argument("--shots", type=count, default=4, help="good pictures to learn from (4)")
+    fit.add_argument("--shots", type=count, default=4, help="normal images to learn from (4)")
     fit.add_argument(
         "--calibrate",
         action="store_true",
-        help="set the threshold from the good pictures that are not learned from;"
+        help="set the threshold from the normal images that are not learned from;"
         " with 19 of them a false-alarm rate of 5%% is certified",
     )
     add_settings(fit)
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     others = tuple(path for path in category.good if path not in support)
     if options.calibrate and not others:
         raise DataError(
-            f"no good picture of {category.name} is left for calibration: use fewer --shots, or"
+            f"no normal image of {category.name} is left for calibration: use fewer --shots, or"
             f" leave out --calibrate"
         )
     with bar(f"fitting {category.name}") as progress:

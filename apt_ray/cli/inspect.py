@@ -1,4 +1,4 @@
-"""`apt-ray inspect`: pictures in, verdicts out."""
+"""`apt-ray inspect`: images in, verdicts out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from apt_ray.files import write_json, writing
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    inspect = add_command(commands, "inspect", _run, "look for defects in pictures")
+    inspect = add_command(commands, "inspect", _run, "look for defects in images")
     inspect.add_argument("prompt_set", type=Path, help="file that `fit` wrote")
-    inspect.add_argument("images", type=Path, nargs="+", help="pictures, or folders of pictures")
-    inspect.add_argument("--out", type=Path, help="folder for overlay pictures")
+    inspect.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
+    inspect.add_argument("--out", type=Path, help="folder for overlay images")
     inspect.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     inspect.add_argument("--device", default="cpu", help="torch device (cpu)")
 
@@ -27,7 +27,7 @@ def _run(options: argparse.Namespace) -> int:
     from apt_ray.features.clip import load_backbone
     from apt_ray.images import draw_overlay, read_image
 
-    paths = _pictures(options.images)
+    paths = _images(options.images)
     prompt_set = PromptSet.load(options.prompt_set)
     detector = Detector(load_backbone(prompt_set.backbone, device=options.device), prompt_set)
     rows = []
@@ -60,18 +60,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(paths: Sequence[Path]) -> list[Path]:
+def _images(paths: Sequence[Path]) -> list[Path]:
     from apt_ray.errors import DataError
     from apt_ray.images import IMAGE_SUFFIXES
 
-    pictures: list[Path] = []
+    found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            pictures += sorted(
+            found += sorted(
                 file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
             )
         else:
-            pictures.append(path)
-    if not pictures:
-        raise DataError(f"no picture in {', '.join(map(str, paths))}: give files or other folders")
-    return pictures
+            found.append(path)
+    if not found:
+        raise DataError(f"no image in {', '.join(map(str, paths))}: give files or other folders")
+    return found

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="apt-ray",
-        description="Find defects in pictures of products, from a handful of good pictures.",
+        description="Find defects in images of products, from a handful of normal images.",
         epilog="Start with `apt-ray sample --out data`, then"
         " `apt-ray fit --data data/washer --out washer.safetensors`.",
     )

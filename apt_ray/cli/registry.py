@@ -59,7 +59,7 @@ def _add_promote(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         commands, "promote", _promote, "let the candidate serve if it beats the champion"
     )
     promote.description = (
-        "Compare the candidate with the champion on perturbed good pictures that neither was"
+        "Compare the candidate with the champion on perturbed normal images that neither was"
         " fitted to, and let it serve if it is better by more than 2 standard errors and by no kind"
         f" of perturbation 2 points worse. Exit status: 0 if it serves now, {_KEPT} if not."
     )
@@ -74,7 +74,7 @@ def _add_promote(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--data",
         type=location,
         metavar="DIR",
-        help="folder of categories with more good pictures to compare on, or s3://bucket/prefix",
+        help="folder of categories with more normal images to compare on, or s3://bucket/prefix",
     )
     promote.add_argument(
         "--force", action="store_true", help="promote whatever the verdict is; needs --reason"
@@ -95,7 +95,7 @@ def _promote(options: argparse.Namespace) -> int:
     if options.data is not None:
         (found,) = find_categories(options.data, [options.category])
         normal = found.good
-    with bar("comparing on held-out pictures") as progress:
+    with bar("comparing on held-out images") as progress:
         promotion = promote(
             _registry(options),
             options.category,

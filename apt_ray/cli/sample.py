@@ -13,7 +13,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         commands, "sample", _run, "draw three product categories with defects to try things on"
     )
     sample.add_argument("--out", type=Path, required=True, help="folder to create")
-    sample.add_argument("--seed", type=int, default=0, help="other seeds draw other pictures")
+    sample.add_argument("--seed", type=int, default=0, help="other seeds draw other images")
 
 
 def _run(options: argparse.Namespace) -> int:

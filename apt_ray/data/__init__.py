@@ -1,1 +1,1 @@
-"""Pictures to work on: categories in local folders, and made-up samples."""
+"""Images to work on: categories in local folders, and made-up samples."""

@@ -1,4 +1,4 @@
-"""Categories of pictures in folders, local ones or in S3.
+"""Categories of images in folders, local ones or in S3.
 
 Three layouts, told apart by what a category's folder holds:
 
@@ -8,15 +8,15 @@ Three layouts, told apart by what a category's folder holds:
     <category>/test/<defect type>/*.png     <category>/ground_truth/<defect type>/<stem>_mask.png
     <category>/ground_truth/<defect type>/<stem>_mask.png
 
-or, plainer still, pictures directly in <category>/, which are all good; and that of VisA, as it is
-published, whose good pictures and splits are listed in split_csv/1cls.csv of the root:
+or, plainer still, images directly in <category>/, which are all good; and that of VisA, as it is
+published, whose normal images and splits are listed in split_csv/1cls.csv of the root:
 
     <category>/Data/Images/Normal/*.JPG
     <category>/Data/Images/Anomaly/*.JPG
     <category>/Data/Masks/Anomaly/<stem>.png
 
-Test pictures and ground-truth masks may be absent. In the plain layout, and in that of VisA without
-the list, the good pictures outside the support set are the good test pictures.
+Test images and ground-truth masks may be absent. In the plain layout, and in that of VisA without
+the list, the normal images outside the support set are the good test images.
 """
 
 import csv
@@ -54,7 +54,7 @@ class LabelledImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Category:
-    """The pictures of one product class; all paths are absolute and sorted by name."""
+    """The images of one product class; all paths are absolute and sorted by name."""
 
     name: str
     root: Location
@@ -68,11 +68,11 @@ class Category:
         return bool(anomalous) and all(image.mask is not None for image in anomalous)
 
     def support_set(self, shots: int, seed: int) -> tuple[Location, ...]:
-        """`shots` good images drawn by `seed`; fewer shots draw a part of what more would."""
+        """`shots` normal images drawn by `seed`; fewer shots draw a part of what more would."""
         if not 1 <= shots <= len(self.good):
             raise DataError(
-                f"category {self.name} has {len(self.good)} good images in {self.root}, "
-                f"{shots} shots were asked for: add good images or ask for fewer shots"
+                f"category {self.name} has {len(self.good)} normal images in {self.root}, "
+                f"{shots} shots were asked for: add normal images or ask for fewer shots"
             )
         return tuple(random.Random(seed).sample(self.good, len(self.good))[:shots])
 
@@ -81,7 +81,7 @@ class Category:
         return tuple(image for image in self.test if image.path not in support)
 
     def name_of(self, path: Location) -> str:
-        """Where a picture lies below the category's folder: the same on disk and in S3."""
+        """Where an image lies below the category's folder: the same on disk and in S3."""
         return "/".join(path.parts[len(self.root.parts) :])
 
 
@@ -102,7 +102,7 @@ def find_categories(root: Location, names: Sequence[str] = ()) -> list[Category]
     folders = {folder.name: folder for folder in ([root] if _is_category(root) else _folders(root))}
     if not folders:
         raise DataError(
-            f"{root} holds no category: give each product a folder with its good images "
+            f"{root} holds no category: give each product a folder with its normal images "
             f"in {root / '<category>' / GOOD}"
         )
     unknown = sorted(set(names) - set(folders))
@@ -144,7 +144,7 @@ def _read_category(folder: Location) -> Category:
         good, test = _read_visa(folder)
     elif _folders(folder):
         raise DataError(
-            f"category {folder} has folders but none with good images: move these to "
+            f"category {folder} has folders but none with normal images: move these to "
             f"{folder / GOOD}, or name the categories to use"
         )
     else:
@@ -153,14 +153,14 @@ def _read_category(folder: Location) -> Category:
         test = tuple(LabelledImage(path=path, defect_type=GOOD) for path in good)
     if not good:
         raise DataError(
-            f"category {folder.name} has no good image: put PNG, JPEG, BMP, TIFF or WebP files "
+            f"category {folder.name} has no normal image: put PNG, JPEG, BMP, TIFF or WebP files "
             f"into {home}, or remove the folder {folder}"
         )
     return Category(name=folder.name, root=folder, good=good, test=test)
 
 
 def _read_visa(folder: Location) -> tuple[tuple[Location, ...], tuple[LabelledImage, ...]]:
-    """Good images and test images; the published split of one class sets good ones aside."""
+    """Normal images and test images; the published split of one class sets good ones aside."""
     normal, anomalous = _images(folder / _VISA_NORMAL), folder / _VISA_ANOMALY
     list_file = folder.parent / _VISA_SPLITS / "1cls.csv"
     good = tested = normal

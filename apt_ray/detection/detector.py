@@ -1,4 +1,4 @@
-"""Detector: pictures in, anomaly maps, scores and verdicts out.
+"""Detector: images in, anomaly maps, scores and verdicts out.
 
 B images, N patch tokens, H, W pixels.
 """
@@ -53,7 +53,7 @@ class Inspection:
         anomaly_score: mean of the highest 1 % of the map, 0..1.
         threshold: the score above which the image is anomalous.
         is_anomalous: whether it is.
-        p_value: share of good images that would score as high, None without calibration images.
+        p_value: share of normal images that would score as high, None without calibration images.
         regions: what lies above the threshold, worst first; empty if the image is not anomalous.
     """
 
@@ -133,7 +133,7 @@ class Detector:
         )
 
     def probe_score(self) -> float:
-        """The anomaly score of a fixed picture, drawn by formula; it tells damage from health."""
+        """The anomaly score of a fixed image, drawn by formula; it tells damage from health."""
         _, scores_B = self.score(_probe_features(self.backbone))
         return float(scores_B)
 
@@ -160,10 +160,10 @@ def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:
 @lru_cache(maxsize=2)
 def _probe_features(backbone: Backbone) -> ImageFeatures:
     """Encoded once: a replica of a long tail tests hundreds of prompt sets."""
-    return backbone.encode_images(backbone.preprocess([_probe_picture(backbone.input_size)]))
+    return backbone.encode_images(backbone.preprocess([_probe_image(backbone.input_size)]))
 
 
-def _probe_picture(size: int) -> Image.Image:
+def _probe_image(size: int) -> Image.Image:
     """Waves of three lengths and directions, one a channel: every patch differs from the others."""
     y_HW, x_HW = np.mgrid[0:size, 0:size] / size
     waves_3HW = np.sin(

@@ -1,6 +1,6 @@
 """The whole line on this machine, step by step, by the commands that a user types.
 
-Sample pictures, a Ray cluster and an MLflow server, a search as a Ray job, a fleet, and an
+Sample images, a Ray cluster and an MLflow server, a search as a Ray job, a fleet, and an
 inspection of a good and a defective part of each category.
 """
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m apt_ray.devtools.demo",
-        description="Run apt-ray from sample pictures to a served anomaly map, on this machine.",
+        description="Run apt-ray from sample images to a served anomaly map, on this machine.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -183,7 +183,7 @@ def _row(category: str, part: str, verdict: Mapping[str, Any]) -> tuple[str, ...
 
 
 def _ask(url: str, image: Location, *, overlay: Path | None = None) -> bytes:
-    """Send a picture as the `curl` command does that is shown: curl itself may not be there."""
+    """Send an image as the `curl` command does that is shown: curl itself may not be there."""
     options = () if overlay is None else ("-H", "Accept: image/png", "-o", str(overlay))
     shown = os.path.relpath(str(image))
     print(f"$ {shlex.join(['curl', *options, '--data-binary', f'@{shown}', url])}", flush=True)

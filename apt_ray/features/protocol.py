@@ -139,3 +139,9 @@ class Backbone(ImageEncoder, TextEncoder, Protocol):
     @property
     def constants(self) -> BackboneConstants:
         """How its similarities become probabilities."""
+
+    def drop_vision(self) -> None:
+        """Free what encodes images, in a process that only trains prompts.
+
+        From then on images cannot be encoded.
+        """

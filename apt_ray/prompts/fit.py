@@ -1,4 +1,4 @@
-"""fit: from a handful of good pictures to a prompt set."""
+"""fit: from a handful of normal images to a prompt set."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,9 +55,7 @@ def fit(
         DataError: a file is missing or not an image, or there is no support image.
     """
     if not support:
-        raise DataError(
-            f"{category} has no support image: give at least one picture of a good part"
-        )
+        raise DataError(f"{category} has no support image: give at least one image of a good part")
     settings = settings or FitSettings()
     images = [read_image(path) for path in support]
     if bank is None:

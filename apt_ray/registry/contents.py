@@ -7,9 +7,9 @@ again, without the process that made it:
     version/MLmodel                 makes it an MLflow pyfunc, with its signature
     version/prompt_set.safetensors
     version/trials.csv              the trials of its search
-    version/data.json               SHA-256 of every picture that it was made from
-    version/held_out/*.png          normal pictures outside the support set, for promotions
-    version/pictures/*.png
+    version/data.json               SHA-256 of every image that it was made from
+    version/held_out/*.png          normal images outside the support set, for promotions
+    version/pictures/*.png          what is drawn for people
 """
 
 import csv
@@ -42,7 +42,7 @@ PICTURES = "pictures"
 HELD_OUT = "held_out"
 
 MAX_HELD_OUT = 8
-"""The most normal pictures that a version keeps for promotions."""
+"""The most normal images that a version keeps for promotions."""
 
 _RECORD = "record.json"
 _HELD_OUT_SIDE = 384
@@ -62,7 +62,7 @@ class Record:
 
     Attributes:
         submission: identifies this version among all attempts to register it.
-        pictures: names of the pictures, in the order in which they are shown.
+        pictures: names of what is drawn for people, in the order in which it is shown.
         tags: provenance, kept with the run.
         version_tags: the few that every listing of models carries, so a thousand categories are
             listed quickly.
@@ -102,7 +102,7 @@ def write_version(
     submission: str | None = None,
     may_serve: bool = True,
 ) -> Record:
-    """Write all of a version to an empty folder; DataError if a picture cannot be read."""
+    """Write all of a version to an empty folder; DataError if an image cannot be read."""
     home = folder / DIRECTORY
     (home / PICTURES).mkdir(parents=True)
     data = prompt_set.to_bytes()
@@ -149,7 +149,7 @@ def write_version(
 
 
 def picture_path(name: str) -> str:
-    """Where a picture lies among a run's artifacts."""
+    """Where an image lies among a run's artifacts."""
     return f"{DIRECTORY}/{PICTURES}/{name}.png"
 
 
@@ -158,7 +158,7 @@ def sha256(data: bytes) -> str:
 
 
 def file_sha256(path: Location) -> str:
-    """The hash of a picture's file; DataError if it cannot be read."""
+    """The hash of an image's file; DataError if it cannot be read."""
     try:
         return sha256(path.read_bytes())
     except OSError as error:
@@ -185,7 +185,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
 def _write_data(
     home: Path, support: Sequence[Location], held_out: Sequence[Location]
 ) -> str | None:
-    """Fingerprints of all pictures, small copies of some held-out ones; a hash of the whole."""
+    """Fingerprints of all images, small copies of some held-out ones; a hash of the whole."""
     if not support:
         return None
     digests = {path: file_sha256(path) for path in (*support, *held_out)}

@@ -99,9 +99,9 @@ def promote(
 ) -> Promotion:
     """Make a version the champion if it beats the one that is; the decision is kept with it.
 
-    Both are judged on one held-out bank, made from the normal images that were kept with either
-    version, and from `normal`, as far as neither was fitted to them. Without a champion, the
-    version becomes the first.
+    Both are judged on the same perturbed images, made from the normal ones that were kept with
+    either version, and from `normal`, as far as neither was fitted to them. Without a champion,
+    the version becomes the first.
 
     Args:
         normal: Files of further normal images.
@@ -185,8 +185,8 @@ def _judge(
         images = [image for digest, image in sorted(found.items()) if digest not in fitted]
         if not images:
             reason = (
-                "there is no normal picture that is in neither support set: name a folder with"
-                " more good pictures (--data)"
+                "there is no normal image that is in neither support set: name a folder with"
+                " more normal images (--data)"
             )
     if reason is not None:
         return replace(promotion, verdict="uncomparable", why=reason)
@@ -223,9 +223,7 @@ class _Side:
         with tempfile.TemporaryDirectory(prefix="apt-ray-") as name:
             data = registry.download(registered, DATA, Path(name))
             if data is None:
-                reason = (
-                    f"version {registered.version} does not say which pictures it was fitted to"
-                )
+                reason = f"version {registered.version} does not say which images it was fitted to"
             else:
                 support = frozenset(json.loads(data.read_text())["support"].values())
                 folder = registry.download(registered, HELD_OUT, Path(name))
@@ -238,8 +236,8 @@ def explain(comparison: VersionComparison) -> str:
     """The verdict of a comparison in words, with its numbers."""
     family, loss = comparison.worst_family
     gain = (
-        f"held-out value {comparison.difference:+.4f} ± {comparison.standard_error:.4f} (standard"
-        f" error) on {comparison.images} normal pictures that neither was fitted to"
+        f"validation value {comparison.difference:+.4f} ± {comparison.standard_error:.4f} (standard"
+        f" error) on {comparison.images} normal images that neither was fitted to"
     )
     if comparison.verdict == "promoted":
         return f"{gain}: better by more than {MIN_STANDARD_ERRORS:g} standard errors"

@@ -29,7 +29,7 @@ class RegisteredVersion:
         run_id: the run that holds its files; empty for a version that somebody else put there.
         tags: its provenance.
         settings: of its fit and its backbone, as text.
-        metrics: held-out values and others.
+        metrics: validation values and others.
     """
 
     category: str
@@ -102,7 +102,7 @@ class Registry(Protocol):
 
         Args:
             prompt_set: What is registered; its metrics and settings are logged with it.
-            pictures: File name without suffix -> picture, shown under the version.
+            pictures: File name without suffix -> what is drawn for people, under the version.
             trials: One row a trial of the search, all with the same keys.
             tags: Provenance that the prompt set itself does not carry.
             support: Files of its support images.

@@ -41,7 +41,7 @@ class ValidationValue:
 def judge_folds(
     backbone: Backbone, folds: Sequence[Lane], text_TPE: torch.Tensor
 ) -> ValidationValue:
-    """The held-out value of text features that the lanes of `fold` have learned."""
+    """The validation value of text features that the lanes of `fold` have learned."""
     value_2TF = torch.stack(
         [_judge(backbone, lane, text_PE) for lane, text_PE in zip(folds, text_TPE, strict=True)], 1
     )

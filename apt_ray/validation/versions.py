@@ -39,7 +39,7 @@ _FIRST_SEED = 1_000
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class VersionComparison:
-    """Held-out values of a candidate and a champion, AUROC in 0..1.
+    """Validation values of a candidate and a champion, AUROC in 0..1.
 
     Attributes:
         families: names of the F families.
@@ -144,8 +144,8 @@ def compare_detectors(
         g = torch.Generator().manual_seed(_FIRST_SEED + seed)
         for place, family in enumerate(SELECTION.values()):
             perturbed_B3HW, changed_BHW = family(pixels_B3HW, g)
-            pictures = [to_image(perturbed_3HW) for perturbed_3HW in perturbed_B3HW]
-            for which, (maps_BHW, scores_B) in enumerate(_score(detectors, pictures, size)):
+            perturbed = [to_image(perturbed_3HW) for perturbed_3HW in perturbed_B3HW]
+            for which, (maps_BHW, scores_B) in enumerate(_score(detectors, perturbed, size)):
                 values[which, seed, place] = fmean(
                     [
                         _pixel_auroc(maps_BHW.numpy(), changed_BHW.numpy()),

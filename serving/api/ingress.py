@@ -76,7 +76,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
     """The API of categories that `service` answers for."""
     api = FastAPI(
         title="apt-ray",
-        summary="Finds defects in pictures of products.",
+        summary="Finds defects in images of products.",
         docs_url=None,  # FastAPI's pages load scripts from the internet; the console has its own
         redoc_url=None,
     )
@@ -115,7 +115,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
             WithJsonSchema({"type": "string", "enum": get_args(Picture)}),  # a URL knows no null
             Query(
                 alias="map",
-                description="Adds a picture to the answer: `png` the anomaly map (16-bit gray,"
+                description="Adds an image to the answer: `png` the anomaly map (16-bit gray,"
                 " 65535 is 1.0), `overlay` the overlay.",
             ),
         ] = None,

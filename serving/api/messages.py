@@ -26,7 +26,7 @@ class Timings(BaseModel):
     decode: float = Field(description="Image file to pixels.")
     queue: float = Field(description="Waiting for the batch that it was inspected in.")
     inspect: float = Field(description="That batch's forward pass and scores.")
-    conclude: float = Field(description="The map at the size of the image, regions, the picture.")
+    conclude: float = Field(description="The map at the size of the image, regions, the image.")
 
 
 class InspectionReport(BaseModel):
@@ -50,7 +50,7 @@ class InspectionReport(BaseModel):
     request_id: str = ""
     timings_ms: Timings
     map_png: str | None = Field(
-        default=None, description="The picture asked for with ?map=, a PNG file in base64."
+        default=None, description="The image asked for with ?map=, a PNG file in base64."
     )
 
 
@@ -72,7 +72,7 @@ class CategoryReport(BaseModel):
     fingerprint: str = Field(description="Digest of the backbone's weights and preprocessing.")
     threshold: float
     certified_false_alarm_rate: float | None
-    shots: int = Field(description="How many good images it was tuned on.")
+    shots: int = Field(description="How many normal images it was tuned on.")
     trained_at: str = Field(description="When, ISO 8601, UTC.")
     settings: dict[str, object] = Field(description="How it was tuned.")
     metrics: dict[str, float] = Field(description="How well it does, measured at tuning time.")

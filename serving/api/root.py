@@ -26,7 +26,7 @@ READY = ("READY", "IDLE")
 
 _CONSOLE = Path(__file__).parents[1] / "console"
 _PAGE_HEADERS = {
-    # Nothing but this server: no foreign script, no frame, no address to send pictures to.
+    # Nothing but this server: no foreign script, no frame, no address to send images to.
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:;"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",

@@ -1,7 +1,7 @@
 """The replica's engine: backbones, prompt sets of many categories, images inspected in batches.
 
 Four kinds of threads: the event loop receives and answers, a pool decodes and resizes image files
-and draws pictures, one thread owns the model, and loaders (see `follower`) bring new versions. A
+and draws images, one thread owns the model, and loaders (see `follower`) bring new versions. A
 new version replaces the old one between two batches. Nothing on the way of an image asks the
 registry or waits for a lock.
 """

@@ -51,16 +51,16 @@ def build(
 
 
 def self_test(served: ServedCategory, prompt_set: PromptSet) -> None:
-    """FleetError if a fixed picture does not score as it did when the prompt set was fitted."""
+    """FleetError if a fixed image does not score as it did when the prompt set was fitted."""
     plain = Detector(served.detector.backbone, prompt_set)  # a region of interest changes scores
     score = plain.probe_score()
     expected = prompt_set.provenance.probe_score
     name = f"version {served.order.version} of {prompt_set.category}"
     if not math.isfinite(score):
-        raise FleetError(f"{name} scores a picture {score}: it is damaged; fit the category again")
+        raise FleetError(f"{name} scores an image {score}: it is damaged; fit the category again")
     if expected is not None and abs(score - expected) > _PROBE_TOLERANCE:
         raise FleetError(
-            f"{name} scores its test picture {score:.4f}, not {expected:.4f} as when it was fitted:"
+            f"{name} scores its test image {score:.4f}, not {expected:.4f} as when it was fitted:"
             " the prompt set or the backbone is damaged; fit the category again"
         )
 
@@ -90,7 +90,7 @@ def _recalibrate(prompt_set: PromptSet, false_alarm_rate: float) -> Threshold:
     raise FleetError(
         f"{prompt_set.category} cannot be held to a false-alarm rate of {false_alarm_rate:g}: its"
         f" prompt set has {found} calibration images, {math.ceil(1 / false_alarm_rate) - 1} are"
-        " needed; fit it again with more good images, or give a threshold in the fleet file"
+        " needed; fit it again with more normal images, or give a threshold in the fleet file"
     )
 
 

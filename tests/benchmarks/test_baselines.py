@@ -79,7 +79,7 @@ def test_with_rotations_a_turned_part_is_nothing_new(
     part = Encoded(features=backbone.encode_images(pixels))
     (plain,) = memory.fit_memory(support).values()
     (rotated,) = memory.fit_anomalydino(support).values()
-    # Square pictures turn without interpolation, so all that is left is rounding to float16.
+    # Square images turn without interpolation, so all that is left is rounding to float16.
     assert rotated(part)[1].item() == pytest.approx(0, abs=1e-3)
     assert plain(part)[1].item() > 2e-3
 

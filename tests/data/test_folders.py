@@ -8,7 +8,7 @@ from apt_ray.errors import DataError
 
 
 def touch(root: Path, *names: str) -> None:
-    """Folder scans never open a picture, so any bytes will do."""
+    """Folder scans never open an image, so any bytes will do."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def test_support_sets_are_seeded_and_nested(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shots", [0, 3])
 def test_too_many_shots(tmp_path: Path, shots: int) -> None:
     touch(tmp_path, "cup/good/0.png", "cup/good/1.png")
-    with pytest.raises(DataError, match=f"cup has 2 good images .* {shots} shots were asked for"):
+    with pytest.raises(DataError, match=f"cup has 2 normal images .* {shots} shots were asked for"):
         only(tmp_path).support_set(shots, seed=0)
 
 
@@ -174,7 +174,7 @@ def test_no_category(tmp_path: Path) -> None:
 )
 def test_no_good_image(tmp_path: Path, file: str, home: str) -> None:
     touch(tmp_path, file)
-    with pytest.raises(DataError, match=f"cup has no good image: put .* into {tmp_path / home},"):
+    with pytest.raises(DataError, match=f"cup has no normal image: put .* into {tmp_path / home},"):
         find_categories(tmp_path)
 
 

@@ -38,10 +38,10 @@ def test_enough_images_certify_the_rate_and_give_the_right_order_statistic() -> 
 def test_flagging_and_p_value_agree() -> None:
     scores = np.random.default_rng(0).random(59).tolist()
     threshold = calibrate(scores, 0.1)
-    for score in np.random.default_rng(1).random(200).tolist():
+    for score in (*scores, *np.random.default_rng(1).random(200).tolist()):
         p_value = threshold.p_value(score)
         assert p_value is not None
-        assert (score > threshold.value) == (p_value <= 0.1)
+        assert threshold.rejects(score) == (p_value <= 0.1)
 
 
 def test_too_few_images_are_uncertified() -> None:
@@ -66,7 +66,7 @@ def false_alarms(
     set_threshold: Callable[[list[float]], Threshold],
     images: int,
 ) -> int:
-    """How many of 1,000 good images are rejected, each by a calibration set of its own."""
+    """How many of 1,000 normal images are rejected, each by a calibration set of its own."""
     rng = np.random.default_rng(0)
     alarms = 0
     for _ in range(REPETITIONS):
@@ -109,7 +109,7 @@ def test_what_is_uncertified_does_not_hold_the_rate() -> None:
 def test_the_rate_holds_for_generated_pictures_of_good_parts(
     backbone: FrozenCLIP, prompt_set: PromptSet
 ) -> None:
-    """Each repetition draws its calibration pictures and its test picture from a stock of good
+    """Each repetition draws its calibration images and its test image from a stock of good
     ones, without replacement: that leaves them exchangeable, and so the rate exact."""
     detector = Detector(backbone, prompt_set)
     pictures = [

@@ -29,7 +29,7 @@ def _quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pictures(category: Category) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The support set of the shared prompt set, and other normal pictures."""
+    """The support set of the shared prompt set, and other normal images."""
     support = category.support_set(3, seed=0)
     return support, tuple(path for path in category.good if path not in support)[:2]
 
@@ -94,7 +94,7 @@ def test_without_pictures_in_neither_support_set_a_person_decides(
     assert promotion.verdict == "uncomparable"
     assert "--data" in promotion.why
     assert registry.champions()["bare"] == 1
-    # Pictures of the support set do not count, others do.
+    # Images of the support set do not count, others do.
     assert promote(registry, "bare", normal=support).verdict == "uncomparable"
     assert promote(registry, "bare", normal=(*support, *others)).verdict == "kept"
     register(registry, prompt_set.with_category("bare"))

@@ -42,8 +42,8 @@ def test_a_verdict_is_explained_by_its_numbers(
     figures, reason = explain(comparison).split(": ")
     assert reason == why
     assert figures == (
-        f"held-out value +0.0500 ± {comparison.standard_error:.4f} (standard error) on 5 normal"
-        f" pictures that neither was fitted to"
+        f"validation value +0.0500 ± {comparison.standard_error:.4f} (standard error) on 5 normal"
+        f" images that neither was fitted to"
     )
 
 

@@ -127,7 +127,7 @@ class Answer:
 
 
 class Load:
-    """Sends pictures at a steady rate, whatever comes back, while the block runs.
+    """Sends images at a steady rate, whatever comes back, while the block runs.
 
     A request without an answer of 200 is tried once more, `retry_after_s` later.
     """

@@ -38,7 +38,7 @@ def test_answers_are_as_described(description: BaseSchema) -> None:
         @given(operation.as_strategy())
         @settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
         def check(case: Case) -> None:
-            # No schema can say which bytes are a picture.
+            # No schema can say which bytes are an image.
             case.call_and_validate(headers=TOKEN, excluded_checks=[positive_data_acceptance])
 
         check()

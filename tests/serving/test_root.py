@@ -163,7 +163,7 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
 
     picture = b"BM"
     died = RayActorError()
-    # A replica that dies is asked again; the second answer is about the picture.
+    # A replica that dies is asked again; the second answer is about the image.
     assert (
         ask(root_of(Failing(died)), "POST", "/v1/blister/inspect", content=picture).status_code
         == 400

@@ -52,7 +52,7 @@ class _Scene:
         if category == "nut":
             raise problems.unknown_category(category, ["bottle", "screw"])
         decode_image(data, limits=_LIMITS.image)
-        raise AssertionError("every picture here is bad")
+        raise AssertionError("every image here is bad")
 
 
 def _api(*, tokens: bool) -> FastAPI:

@@ -16,7 +16,7 @@ from apt_ray.validation.versions import VersionComparison
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set
 from tuning import finishing
-from tuning.cluster import FitJob
+from tuning.actors import FitJob
 from tuning.finishing import Finisher
 from tuning.records import SearchStore, TrialRecord
 from tuning.settings import SearchSettings

@@ -44,8 +44,8 @@ def test_an_undefined_value_does_not_win() -> None:
 
 
 def test_where_every_trial_failed_the_first_error_is_raised() -> None:
-    failed = trial(0, steps=(), validation=(), validation_sd=(), error="a broken picture")
-    with pytest.raises(DataError, match="a broken picture"):
+    failed = trial(0, steps=(), validation=(), validation_sd=(), error="a broken image")
+    with pytest.raises(DataError, match="a broken image"):
         choose_winner([failed, failed])
 
 

@@ -191,7 +191,7 @@ def test_job_keeps_what_succeeded_beside_a_broken_category(
     assert re.search(r"^category +context .*\nwasher .* 2 +", log, re.MULTILINE)
 
     assert registry.champions() == {"washer": 2}
-    assert "version 2 was promoted: held-out value +" in log
+    assert "version 2 was promoted: validation value +" in log
     found, version = registry.load("washer")
     assert version.tags["ray.submission_id"] in log
     assert version.tags["verdict"] == "promoted"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from apt_ray.validation.report.page import write_report
 
 from apt_ray.cli.main import main
 from apt_ray.config import FitSettings
@@ -14,6 +13,7 @@ from apt_ray.errors import WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.validation.evaluation import Result, evaluate
 from apt_ray.validation.examples import choose
+from apt_ray.validation.report.html import write_report
 
 
 class Page(HTMLParser):
@@ -76,7 +76,7 @@ def test_the_page_holds_everything_and_fetches_nothing(
     )
     assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
     assert f"{100 * results[-1].image_auroc:.1f}" in text  # type: ignore[operator]
-    assert "good images are rejected" in text
+    assert "normal images are rejected" in text
 
 
 def test_examples_are_telling(results: list[Result], category: Category) -> None:

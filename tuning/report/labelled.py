@@ -24,7 +24,7 @@ _SHOWN = 4
 def report_labelled(
     backbone: Backbone, prompt_set: PromptSet, category: Category, *, support: Collection[Location]
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:
-    """Metrics `test.*` in 0..1, and pictures; nothing unless some are normal, some anomalous."""
+    """Metrics `test.*` in 0..1, and images; nothing unless some are normal, some anomalous."""
     if len({image.is_anomalous for image in category.held_out(support)}) < 2:
         return {}, {}
     detector = Detector(backbone, prompt_set)

@@ -1,4 +1,4 @@
-"""Pictures of what a prompt set sees, shown under its version in the registry.
+"""Images of what a prompt set sees, shown under its version in the registry.
 
 Pixels are (3, H, W) float32 in 0..1 where they are tensors.
 """

@@ -21,7 +21,7 @@ _SUPERSAMPLING = 2
 
 @dataclass(slots=True)
 class Board:
-    """A picture being drawn: pixels (3, S, S) and, so far, the ground truth (S, S)."""
+    """An image being drawn: pixels (3, S, S) and, so far, the ground truth (S, S)."""
 
     rng: np.random.Generator
     x: Field

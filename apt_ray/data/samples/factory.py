@@ -1,4 +1,4 @@
-"""The sample factory: made-up product pictures with exact ground truth, in the MVTec AD layout."""
+"""The sample factory: made-up product images with exact ground truth, in the MVTec AD layout."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _PRODUCTS: dict[str, type[Product]] = {"washer": Washer, "textile": Textile, "bl
 SAMPLE_CATEGORIES: tuple[str, ...] = tuple(_PRODUCTS)
 
 _MANIFEST = "samples.json"
-# Raise it when the pictures change: folders of an older edition are then refused, not reused.
+# Raise it when the images change: folders of an older edition are then refused, not reused.
 _EDITION = 1
 
 

@@ -2,7 +2,7 @@
 
 `Washer` is a part on a ground, `Textile` a texture, `Blister` a structured pack. Each draws itself
 into a board when it is made and keeps what its defects need; a defect changes the board and marks
-exactly what it changed. Lengths are in the board's coordinates, where the picture is 2 wide.
+exactly what it changed. Lengths are in the board's coordinates, where the image is 2 wide.
 """
 
 import math

@@ -40,13 +40,13 @@ def describe_category(category: str, moves: Sequence[Move] = ()) -> str:
     ]
     history = _table(("", "when (UTC)", "who", "what", "version", "why"), shown)
     return f"""\
-Finds defects in pictures of **{category}**. Each version is a prompt set that apt-ray tuned from a
-few good pictures.
+Finds defects in images of **{category}**. Each version is a prompt set that apt-ray tuned from a
+few normal images.
 
 - `{CHAMPION}` is the version that serves, `{CANDIDATE}` the newest one.
 - To let the candidate serve: `apt-ray registry promote {category}`
 - To go back: `apt-ray registry rollback {category}`
-- To inspect a picture, ask the fleet:
+- To inspect an image, ask the fleet:
   `curl --data-binary @part.png http://FLEET/v1/{category}/inspect`
 - To load it in Python: `mlflow.pyfunc.load_model("models:/apt-{category}@{CHAMPION}")`
 
@@ -61,7 +61,7 @@ def describe_version(record: Record, run_id: str) -> str:
     metrics, tags, params = record.metrics, record.tags, record.params
     certified = tags["certified_rate"]
     promise = (
-        "uncertified, for want of good pictures outside the support set"
+        "uncertified, for want of normal images outside the support set"
         if certified == "uncertified"
         else f"at most {certified} of good parts rejected"
     )
@@ -89,7 +89,7 @@ def describe_version(record: Record, run_id: str) -> str:
         ]
     if tests:
         sections += [
-            "### Labelled test pictures (reported, never used for choosing)",
+            "### Labelled test images (reported, never used for choosing)",
             _table(tests, [[f"{value:.3f}" for value in tests.values()]]),
         ]
     sections += [

@@ -73,7 +73,7 @@ def write_report(
 ) -> Path:
     """Write `folder/index.html` about an evaluation; returns its path.
 
-    Scripts, styles and pictures are all inside; nothing is fetched when it is read. WriteError if
+    Scripts, styles and images are all inside; nothing is fetched when it is read. WriteError if
     it cannot be written.
     """
     path = folder / "index.html"
@@ -162,7 +162,7 @@ def _decisions(result: Result) -> str:
     )
     return (
         f"At the threshold {threshold.value:.3f} of seed {result.seed} ({promise}),"
-        f" {int(alarms_I[good].sum())} of {int(good.sum())} good images are rejected and"
+        f" {int(alarms_I[good].sum())} of {int(good.sum())} normal images are rejected and"
         f" {int(alarms_I[defective].sum())} of {int(defective.sum())} defective ones found."
     )
 

@@ -23,7 +23,8 @@ from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import SettingsError
-from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.clip import load_backbone
+from apt_ray.features.protocol import Backbone
 from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
@@ -90,7 +91,7 @@ class EngineActor:
         self._engine.drain()
 
     def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
-        """The prompt set of the best settings, as its file, and pictures of what it sees.
+        """The prompt set of the best settings, as its file, and images of what it sees.
 
         The first of `banks` is that of the job's support set.
         """
@@ -149,7 +150,7 @@ class Engines:
     _turns: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
-        """The prompt set of the best settings, as its file, and pictures of what it sees."""
+        """The prompt set of the best settings, as its file, and images of what it sees."""
         fit: Any = self._next().fit.options(max_task_retries=-1)
         fitted: tuple[bytes, dict[str, Image.Image]] = ray.get(fit.remote(job, dict(banks)))
         return fitted
@@ -301,11 +302,11 @@ class _Resident:
 
     def __init__(self) -> None:
         self._spec: BackboneSpec | None = None
-        self._backbone: FrozenCLIP | None = None
+        self._backbone: Backbone | None = None
         self._timer: threading.Timer | None = None
 
     @contextmanager
-    def lent(self, spec: BackboneSpec) -> Iterator[FrozenCLIP]:
+    def lent(self, spec: BackboneSpec) -> Iterator[Backbone]:
         """The backbone, loaded unless it is here."""
         if self._timer is not None:
             self._timer.cancel()
