@@ -83,7 +83,7 @@ def commands(wheel: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_core_alone_fits_inspects_and_evaluates(commands: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
