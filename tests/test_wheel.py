@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -18,13 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("ray", "mlflow", "optuna", "sklearn", "matplotlib", "fastapi", "boto3", "psycopg2")
 
 
-def pip(python: Path | str, *arguments: str) -> None:
-    subprocess.run(
-        [python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+def run(*command: str | Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    # Nothing of the checkout is on the path, nor taken for installed.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, check=False)
+
+
+def pip(python: Path | str, *arguments: str | Path) -> None:
+    done = run(python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("apt_ray", "tuning", "serving", "tests", "benchmarks"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, source / package, ignore=ignored)
-    arguments = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
-    pip(sys.executable, *arguments, str(source))
+    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -67,31 +68,31 @@ def test_it_is_typed_and_holds_what_is_read_at_run_time(wheel: Path) -> None:
     } <= set(ZipFile(wheel).namelist())
 
 
+def install(python: Path, package: str | Path) -> None:
+    # Most of what is installed is never imported, and need not be compiled.
+    pip(python, "install", "--no-compile", "--constraint", ROOT / "constraints.txt", package)
+
+
+@pytest.fixture
+def commands(wheel: Path, tmp_path: Path) -> Iterator[Path]:
+    """The folder of the commands of an environment with the core alone."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    install(tmp_path / "venv" / "bin" / "python", wheel)
+    yield tmp_path / "venv" / "bin"
+    shutil.rmtree(tmp_path / "venv")  # over a gigabyte, which pytest would keep
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_core_alone_fits_inspects_and_evaluates(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", with_pip=True)
-    commands = tmp_path / "venv" / "bin"
-    # Most of what is installed is never imported, and need not be compiled.
-    install = ("install", "--no-compile", "--constraint", str(ROOT / "constraints.txt"))
-    pip(commands / "python", *install, str(wheel))
+def test_the_core_alone_fits_inspects_and_evaluates(commands: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
 
-    def run(*command: str) -> "subprocess.CompletedProcess[str]":
-        # Nothing of the checkout is on the path.
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        return subprocess.run(
-            [commands / command[0], *command[1:]],
-            cwd=empty,
-            env=clean,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def use(command: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return run(commands / command, *arguments, cwd=empty)
 
     def succeeds(*command: str) -> str:
-        done = run(*command)
+        done = use(*command)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -99,7 +100,7 @@ def test_the_core_alone_fits_inspects_and_evaluates(wheel: Path, tmp_path: Path)
     assert succeeds("python", "-c", found) == "[]\n"
 
     def refuses(command: Sequence[str], message: str) -> None:
-        done = run(*command)
+        done = use(*command)
         assert done.returncode == 1
         assert done.stderr.endswith(f"{message}\n"), done.stderr
 
@@ -123,5 +124,5 @@ def test_the_core_alone_fits_inspects_and_evaluates(wheel: Path, tmp_path: Path)
     refuses(["python", "-m", "tuning.search", "--data", "data"], "pip install 'apt-ray[tune]'")
     refuses(["python", "-m", "serving.fleet", "status"], "pip install 'apt-ray[serve]'")
     # What is said is right: the extra brings what was missing.
-    pip(commands / "python", *install, "apt-ray[s3]")
+    install(commands / "python", "apt-ray[s3]")
     succeeds("python", "-c", "import boto3")
