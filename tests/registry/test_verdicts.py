@@ -224,6 +224,7 @@ def test_what_was_decided_is_kept_with_the_candidate(images: tuple[Path, ...]) -
     assert kept.why.endswith("not better by more than 2 standard errors")
     assert registry.resolve("washer", "2").tags["validation_values"].endswith("of version 1")
     assert registry.reports == [(2, "promotion-after-1-moves", kept.report())]
+    assert kept.report().startswith("### Promotion: version 2 of washer against champion 1: kept")
 
     forced = promote(
         registry, "washer", force="a new lens", compare=lambda *_: comparison_of(0.0, 0.0)
