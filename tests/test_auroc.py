@@ -38,6 +38,10 @@ def test_all_forms_are_one_number_with_ties_counted_half() -> None:
     twice = auroc(np.array([1.0, 1.0, 2.0, 2.0, 5.0]), anomalous)
     weighted = auroc_of_counts(np.array([[2.0, 2.0, 0.0, 1.0]]), anomalous_1H)
     assert weighted[0] == pytest.approx(twice)
+    both = auroc_of_counts(
+        np.array([[2.0, 2.0, 0.0, 1.0], normal_1H[0]]), np.repeat(anomalous_1H, 2, 0)
+    )
+    assert both.tolist() == [weighted[0], expected], "each resample by itself"
 
 
 def test_leading_dimensions_stay_and_broadcast() -> None:

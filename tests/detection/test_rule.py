@@ -60,11 +60,11 @@ def test_top_mean_takes_one_percent_and_at_least_one() -> None:
 
 def test_maps_are_bilinear_and_smoothed_like_scipy() -> None:
     g = torch.Generator().manual_seed(0)
-    p_BN = torch.rand(1, 16 * 16, generator=g)
-    ours = anomaly_maps(p_BN, (16, 16), 240)[0].numpy()
+    p_BN = torch.rand(2, 16 * 16, generator=g)
+    ours = anomaly_maps(p_BN, (16, 16), 240)[1].numpy()
     enlarged = torch.nn.functional.interpolate(
-        p_BN.reshape(1, 1, 16, 16), size=(240, 240), mode="bilinear"
-    )[0, 0].numpy()
+        p_BN.reshape(2, 1, 16, 16), size=(240, 240), mode="bilinear"
+    )[1, 0].numpy()
     theirs = ndimage.gaussian_filter(enlarged, sigma=4, truncate=8)
     inner = slice(30, -30)  # the borders are weighted differently
     assert np.abs(ours - theirs)[inner, inner].max() < 1e-3
@@ -74,6 +74,8 @@ def test_maps_are_bilinear_and_smoothed_like_scipy() -> None:
 
 def test_a_map_is_brought_to_width_and_height() -> None:
     assert resize_map(torch.rand(32, 32), (50, 20)).shape == (20, 50)
+    resized = resize_map(torch.tensor([[0.0, 1.0]]), (4, 1))
+    assert resized.flatten().tolist() == [0, 0.25, 0.75, 1], "pixels are areas, not points"
 
 
 def test_a_score_is_made_of_patches_memory_and_whole_image() -> None:
@@ -82,14 +84,18 @@ def test_a_score_is_made_of_patches_memory_and_whole_image() -> None:
     red, blue = (backbone.preprocess([Image.new("RGB", (1, 1), c)]) for c in ("red", "blue"))
     memory = ReferenceMemory.of(backbone.encode_images(red))
     features = backbone.encode_images(blue)
-    text_PE = torch.eye(4)[[0, 2]]  # normal is red, anomalous is blue
+    text_PE = torch.tensor([[0, 0, 1.0, 0], [0, 0.8, 0, 0.6]])  # blue is rather normal
     rule = ScoreRule.of(backbone, FitSettings(reference_weight=0.25, cls_weight=0.5))
-    p_prompt = 1 / (1 + math.exp(10 * (0 - 0.5**0.5)))
+    p_prompt = 1 / (1 + math.exp(10 * (1 - 0.6) * 0.5**0.5))
     p_ref = 1 / (1 + math.exp(-(20 * 0.5 - 5)))
     fused = 1 / (0.75 / p_prompt + 0.25 / p_ref)
     maps_1SS, scores_1 = rule.score(features, text_PE, memory)
     assert maps_1SS.flatten().tolist() == pytest.approx([fused], abs=1e-3)
     assert scores_1.item() == pytest.approx(0.5 * fused + 0.5 * p_prompt, abs=1e-3)
+    # Nothing of the map counts where nothing is of interest.
+    maps_1SS, scores_1 = rule.score(features, text_PE, memory, interest_SS=torch.zeros(1, 1))
+    assert maps_1SS.item() == 0
+    assert scores_1.item() == pytest.approx(0.5 * p_prompt, abs=1e-3)
 
 
 def test_outside_of_the_region_of_interest_nothing_counts() -> None:

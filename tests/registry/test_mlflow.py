@@ -94,7 +94,7 @@ def test_page_shows_figures_and_pictures(registry: Registry, mlflow_server: str)
     register(registry, "page")
     page = MlflowClient(mlflow_server).get_model_version("apt-page", "1").description
     headline = page.splitlines()[0]
-    assert "held-out 0.9125 ± 0.0312" in headline
+    assert "validation 0.9125 ± 0.0312" in headline
     assert "threshold 0.3000 (at most 0.25 of good parts rejected)" in headline
     link = page.rpartition("![support_images](")[2].rstrip(")")
     with urlopen(f"{mlflow_server}/{link}") as answer:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apt_ray.config import BackboneSpec
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.registry import CANDIDATE, CHAMPION, Registry, default_pending
@@ -18,25 +17,12 @@ from tests.registry.registering import make_prompt_set
 from tuning import finishing
 from tuning.actors import FitJob
 from tuning.finishing import Finisher
+from tuning.outcome import Outcome
 from tuning.records import SearchStore, TrialRecord
 from tuning.settings import SearchSettings
 from tuning.space import DEFAULT_SPACE, starting_point
 
-SETTINGS = SearchSettings(
-    shots=2,
-    support_seeds=(0,),
-    trials=2,
-    live_trials=1,
-    searcher="random",
-    scheduler="none",
-    objective="mean",
-    steps=8,
-    time_budget_s=None,
-    seed=0,
-    promote="auto",
-    space=DEFAULT_SPACE,
-    backbone=BackboneSpec(),
-)
+SETTINGS = SearchSettings(shots=2, support_seeds=(0,), trials=2, scheduler="none", steps=8)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +46,7 @@ class Search:
 
     def __init__(self, folder: Path, name: str, *, gain: float = 0.0) -> None:
         self.store = SearchStore(str(folder), name)
+        self.outcome = Outcome()
         self.jobs: list[FitJob] = []
         self.compared = 0
         self._gain = gain
@@ -79,11 +66,14 @@ class Search:
             self.store.save_trial(trial)
 
     def finisher(self, registry: Registry, *, promote: str = "auto") -> Finisher:
+        """One of a new process, with an outcome of its own."""
+        self.outcome = Outcome()
         return Finisher(
             SETTINGS.model_copy(update={"promote": promote}),
             self.store,
             registry,
             {"git_commit": "c0ffee"},
+            self.outcome,
             fit=self._fit,
             compare=self._compare,
         )
@@ -121,8 +111,8 @@ def test_the_winner_is_fitted_and_registered_with_its_provenance(
     finisher = search.finisher(registry)
     finisher.start(category, "complete")
     assert finisher.wait(60)
-    assert finisher.failures == {}
-    (tuned,) = finisher.tuned
+    assert search.outcome.failures == {}
+    (tuned,) = search.outcome.tuned
     assert tuned.winner.number == 1
     (job,) = search.jobs
     assert len(job.support) == 2
@@ -150,7 +140,7 @@ def test_a_second_start_does_nothing(tmp_path: Path, category: Category) -> None
     for status in ("complete", "cut off"):
         finisher.start(category, status)
         assert finisher.wait(60)
-    assert len(search.jobs) == len(finisher.tuned) == 1
+    assert len(search.jobs) == len(search.outcome.tuned) == 1
     assert registry.versions("washer") == [1]
 
 
@@ -163,7 +153,7 @@ def test_a_registry_that_is_away_is_waited_for(tmp_path: Path, category: Categor
     assert not finisher.wait(0.3)
     registry.is_away = False
     assert finisher.wait(60)
-    assert [tuned.version.version for tuned in finisher.tuned] == [1]
+    assert [tuned.version.version for tuned in search.outcome.tuned] == [1]
     assert len(search.jobs) == 1
     assert not default_pending().exists()
 
@@ -177,7 +167,7 @@ def test_who_cannot_wait_keeps_the_version_on_disk_and_it_is_registered_once(
     finisher.hurry()
     finisher.start(category, "complete")
     assert finisher.wait(60)
-    assert "apt-ray registry pending" in finisher.failures["washer"]
+    assert "apt-ray registry pending" in search.outcome.failures["washer"]
 
     registry.is_away = False
     (registered,) = registry.register_pending(default_pending())
@@ -185,7 +175,7 @@ def test_who_cannot_wait_keeps_the_version_on_disk_and_it_is_registered_once(
     resumed = search.finisher(registry)
     resumed.start(category, "complete")
     assert resumed.wait(60)
-    assert [tuned.version.version for tuned in resumed.tuned] == [1]
+    assert [tuned.version.version for tuned in search.outcome.tuned] == [1]
     assert registry.versions("washer") == [1]
 
 
@@ -199,7 +189,7 @@ def test_a_later_winner_serves_if_it_is_better(
         finisher = search.finisher(registry)
         finisher.start(category, "complete")
         assert finisher.wait(60)
-        assert finisher.failures == {}
+        assert search.outcome.failures == {}
     assert registry.versions("washer") == [2, 1]
     assert registry.champions() == {"washer": champion}
     assert registry.resolve("washer", CANDIDATE).tags["verdict"] == verdict
@@ -232,5 +222,5 @@ def test_a_picture_that_is_gone_fails_its_category(tmp_path: Path, category: Cat
     finisher = search.finisher(registry)
     finisher.start(category, "complete")
     assert finisher.wait(60)
-    assert "cannot read" in finisher.failures["washer"]
+    assert "cannot read" in search.outcome.failures["washer"]
     assert registry.aliases() == {}

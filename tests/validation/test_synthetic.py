@@ -104,8 +104,16 @@ def test_a_value_is_what_scikit_learn_finds_on_the_image_that_a_fold_left_out() 
     assert (value.patch, value.image) == pytest.approx((np.nanmean(patch_TF), image_TF.mean()))
     expected = dict(zip(SELECTION, np.nanmean(value_TF, 0), strict=True))
     assert value.families == pytest.approx(expected)
-    (alone,) = judge_folds(FakeBackbone(), folds([bank], FitSettings())[1:], text_TPE[1:]).lanes
-    assert alone == pytest.approx(value.lanes[1])
+    # The only image of a bank judges the fold that learned from it.
+    assert bank.selection is not None
+    tokens_FSDNE, labels = bank.selection.tokens_FSDNE[:, 1:], bank.selection.labels_FSDN[:, 1:]
+    one = replace(
+        random_bank(shots=1),
+        selection=replace(bank.selection, tokens_FSDNE=tokens_FSDNE, labels_FSDN=labels),
+        judged_clean_SVNE=bank.judged_clean_SVNE[1:],
+    )
+    alone = judge_folds(FakeBackbone(), folds([one], FitSettings()), text_TPE[1:])
+    assert (alone.value, alone.sd) == (pytest.approx(value.lanes[1]), 0)
 
 
 def test_a_bank_without_what_judges_is_refused() -> None:
