@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from apt_ray.errors import SettingsError
 
@@ -93,11 +93,36 @@ class BackboneSpec(Settings):
     locality_blocks: int = Field(
         default=1, ge=1, description="How many of the last blocks use the window."
     )
+    reference_encoder: Literal["backbone", "trunk"] = Field(
+        default="backbone",
+        description="What the reference memory reads: the backbone's own blocks, or the trunk, an"
+        " EfficientNet-Lite0 trained on photographs.",
+    )
     reference_layers: tuple[int, ...] | None = Field(
         default=None,
-        description="Blocks (from 0) whose patch tokens the reference memory holds;"
-        " None is the backbone's default.",
+        description="Blocks of the backbone, or stages of the trunk (from 0), whose features the"
+        " reference memory holds; None is the encoder's default.",
     )
+    reference_input_size: int | None = Field(
+        default=None, gt=0, description="Pixels a side that the trunk sees; None is 320."
+    )
+    reference_pool: int = Field(
+        default=3,
+        ge=1,
+        le=9,
+        description="Places a side over which the trunk's features are averaged; an odd number.",
+    )
+
+    @model_validator(mode="after")
+    def _trunk_alone(self) -> "BackboneSpec":
+        if self.reference_pool % 2 == 0:
+            raise ValueError("reference_pool must be an odd number")
+        if self.reference_encoder == "backbone" and self.reference_input_size is not None:
+            raise ValueError(
+                "reference_input_size is the trunk's: set reference_encoder to 'trunk', or leave it"
+                " out"
+            )
+        return self
 
 
 class FitSettings(Settings):

@@ -34,8 +34,8 @@ class FakeBackbone:
             reference_layers=(0,),
         )
         self.device = torch.device("cpu")
-        self.grid = (patches, patches)
-        self.input_size = patches * patch
+        self.grid = self.reference_grid = (patches, patches)
+        self.input_size = self.prompt_size = patches * patch
         self.fingerprint = fingerprint
         self.token_width = 4
         self.token_std = 0.5
@@ -57,6 +57,9 @@ class FakeBackbone:
 
     def drop_vision(self) -> None:
         """There is nothing to free."""
+
+    def encode_tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        return self.encode_images(pixels_B3HW).tokens_BNE
 
     def encode_in_batches(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         return self.encode_images(pixels_B3HW)

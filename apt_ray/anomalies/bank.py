@@ -28,6 +28,7 @@ from apt_ray.anomalies.object_mask import object_masks
 from apt_ray.anomalies.regions import move_onto, random_regions
 from apt_ray.anomalies.spec import BankSpec
 from apt_ray.errors import SettingsError, WriteError
+from apt_ray.features.pixels import resize_pixels
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 from apt_ray.files import writing
 
@@ -73,7 +74,7 @@ class SupportBank:
     Attributes:
         spec: what it was made from.
         support: features of the S support images as they are.
-        objects_SN: the patches that show the part, bool.
+        objects_SN: the places of the reference grid that show the part, bool.
         clean_SVNE: patch tokens of each image and its mirror images, float16.
         noisy_SDNE: noise strength -> patch tokens of noisy draws, float16.
         noisy_labels_SDN: their patch labels, int8; the regions are the same at all strengths.
@@ -143,7 +144,8 @@ def encode_support(
             f" from these"
         )
     g = torch.Generator().manual_seed(spec.seed)
-    pixels = encoder.preprocess(images)
+    whole = encoder.preprocess(images)
+    pixels = resize_pixels(whole, encoder.prompt_size)
     shots, _, height, width = pixels.shape
     # With one image there is none to leave out: trials are judged on other crops and turns of it.
     source = pixels if shots > 1 else harmless_copies(pixels, 1, g)
@@ -152,19 +154,18 @@ def encode_support(
     total = shots * (VIEWS + judged_views + len(spec.strengths) * DRAWS + family_draws)
     done = 0
 
-    def encode(batch: torch.Tensor) -> ImageFeatures:
+    def count(images: int) -> None:
         nonlocal done
-        features = encoder.encode_in_batches(batch)
-        done += len(batch)
+        done += images
         if progress is not None:
             progress(done, total)
-        return features
 
     def by_image(values: torch.Tensor) -> torch.Tensor:
         return values.reshape(shots, -1, *values.shape[1:])
 
     def tokens(batch: torch.Tensor) -> torch.Tensor:
-        tokens_BNE = encode(batch).tokens_BNE.half().cpu()
+        tokens_BNE = encoder.encode_tokens(batch).half().cpu()
+        count(len(batch))
         return by_image(tokens_BNE)
 
     def encode_families(
@@ -180,13 +181,15 @@ def encode_support(
         )
 
     views_SV3HW = _views(pixels)
-    clean = encode(views_SV3HW.flatten(0, 1)).to(torch.device("cpu"))
-    support = clean[::VIEWS]
-    objects_SN = object_masks(support, encoder.grid)
+    support = encoder.encode_in_batches(whole).to(torch.device("cpu"))
+    count(shots)
+    mirrored = tokens(views_SV3HW[:, 1:].flatten(0, 1))
+    clean_tokens = torch.cat([support.tokens_BNE.half()[:, None], mirrored], dim=1)
+    objects_SN = object_masks(support, encoder.reference_grid)
     if not spec.object_mask:
         objects_SN = torch.ones_like(objects_SN)
     objects_SHW = F.interpolate(
-        objects_SN.unflatten(1, (1, *encoder.grid)).float(), size=(height, width)
+        objects_SN.unflatten(1, (1, *encoder.reference_grid)).float(), size=(height, width)
     )[:, 0]
 
     view_SD = torch.randint(VIEWS, (shots, DRAWS), generator=g)
@@ -199,7 +202,6 @@ def encode_support(
 
     # Seeded apart: wherever noise falls, trials are judged on the same pixels.
     judging = torch.Generator().manual_seed(_JUDGING_SEED + spec.seed)
-    clean_tokens = by_image(clean.tokens_BNE.half())
     return SupportBank(
         spec=spec,
         support=support,

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 
 from apt_ray.config import BackboneSpec, FitSettings, Settings
 from apt_ray.detection.calibration import Threshold
-from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.reference import DistanceScale, ReferenceMemory
 from apt_ray.detection.rule import RULE_VERSION
 from apt_ray.errors import PromptSetError
 from apt_ray.files import write_whole
@@ -51,6 +51,11 @@ class Provenance(Settings):
     support_names: tuple[str, ...]
     created: str = Field(description="Time of the fit, ISO 8601 in UTC.")
     threshold: Threshold
+    distance_scale: DistanceScale | None = Field(
+        default=None,
+        description="What distances to the memory are measured in; null leaves it to the"
+        " backbone's constants.",
+    )
     metrics: dict[str, float] = Field(default_factory=dict)
     probe_score: float | None = Field(
         default=None,
@@ -156,7 +161,7 @@ class PromptSet:
             text_features=tensors["text_features"],
             contexts=tensors["contexts"],
             meta_features=tensors["meta_features"],
-            memory=ReferenceMemory(memory),
+            memory=ReferenceMemory(memory, provenance.distance_scale),
         )
 
     def save(self, path: Path) -> None:

@@ -8,19 +8,39 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
+from apt_ray.config import Settings
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
+
+_SMALLEST_SD = 1e-4
+
+
+class DistanceScale(Settings):
+    """What distances are measured in: those of normal places to other images than their own."""
+
+    mean: float = Field(description="Mean distance.")
+    sd: float = Field(gt=0, description="Its standard deviation over places and images.")
+
+    @classmethod
+    def of(cls, distances: torch.Tensor) -> "DistanceScale":
+        """The scale of distances of normal places, of any shape."""
+        return cls(mean=float(distances.mean()), sd=max(float(distances.std()), _SMALLEST_SD))
 
 
 class ReferenceMemory:
-    """Patch tokens of the support images, a bank for each reference layer.
+    """Features of the support images, a bank for each reference layer.
 
     Attributes:
-        layers: layer -> `(M, D)` L2-normalised tokens, float16.
+        layers: layer -> `(M, D)` L2-normalised features, float16.
+        scale: how its distances become probabilities; None leaves that to the backbone's constants.
     """
 
-    def __init__(self, layers: Mapping[int, torch.Tensor]) -> None:
+    def __init__(
+        self, layers: Mapping[int, torch.Tensor], scale: DistanceScale | None = None
+    ) -> None:
         self.layers = {layer: tokens_MD.half() for layer, tokens_MD in layers.items()}
+        self.scale = scale
 
     @classmethod
     def of(cls, support: ImageFeatures, size: int | None = None) -> "ReferenceMemory":
@@ -32,10 +52,15 @@ class ReferenceMemory:
 
     def to(self, device: torch.device) -> "ReferenceMemory":
         """The same memory on another device."""
-        return ReferenceMemory({layer: tokens.to(device) for layer, tokens in self.layers.items()})
+        layers = {layer: tokens.to(device) for layer, tokens in self.layers.items()}
+        return ReferenceMemory(layers, self.scale)
+
+    def scaled(self, scale: DistanceScale | None) -> "ReferenceMemory":
+        """The same memory, whose distances become probabilities so."""
+        return ReferenceMemory(self.layers, scale)
 
     def distance(self, features: ImageFeatures) -> torch.Tensor:
-        """Cosine distance to the nearest patch, `(B, N)` in 0..2, mean over the layers."""
+        """Cosine distance to the nearest place, `(B, M)` in 0..2, mean over the layers."""
         # Multiplied in float32, which is what CPUs are fast at; kept in float16, because a replica
         # holds the memories of a thousand categories.
         return torch.stack(

@@ -23,7 +23,7 @@ from apt_ray.features.constants import BackboneConstants
 from apt_ray.features.protocol import Backbone, ImageFeatures
 
 if TYPE_CHECKING:
-    from apt_ray.detection.reference import ReferenceMemory
+    from apt_ray.detection.reference import DistanceScale, ReferenceMemory
 
 RULE_VERSION = 1
 """Raised whenever the same features come to another map or score."""
@@ -31,6 +31,8 @@ RULE_VERSION = 1
 TOP_SHARE = 0.01
 """The anomaly score is the mean of this share of the highest values, as in AnomalyDINO (arXiv
 2405.14529)."""
+
+_EVEN_ODDS = 4.0
 
 _SMOOTHING = 4 / 240
 """Standard deviation of the map's Gaussian, as a fraction of its side: the 4 pixels at 240 of
@@ -44,6 +46,7 @@ class ScoreRule:
     Attributes:
         constants: how similarities become probabilities.
         grid: (rows, columns) of patches.
+        reference_grid: (rows, columns) of the places that the memory compares.
         map_size: S.
         reference_weight: 0 is the prompts alone, 1 the reference memory alone.
         cls_weight: share of the whole image's prompt score in the anomaly score.
@@ -51,6 +54,7 @@ class ScoreRule:
 
     constants: BackboneConstants
     grid: tuple[int, int]
+    reference_grid: tuple[int, int]
     map_size: int
     reference_weight: float
     cls_weight: float
@@ -61,6 +65,7 @@ class ScoreRule:
         return cls(
             constants=backbone.constants,
             grid=backbone.grid,
+            reference_grid=backbone.reference_grid,
             map_size=backbone.input_size,
             reference_weight=settings.reference_weight,
             cls_weight=settings.cls_weight,
@@ -81,10 +86,14 @@ class ScoreRule:
         promises about good parts still holds.
         """
         p_prompt_BN = anomalous_probability(features.tokens_BNE, text_PE, self.constants)
-        p_ref_BN = reference_probability(memory.distance(features), self.constants)
-        maps_BSS, scores_B = self.score_patches(
-            fuse(p_prompt_BN, p_ref_BN, self.reference_weight), interest_SS=interest_SS
+        p_ref_BM = reference_probability(memory.distance(features), self.constants, memory.scale)
+        finer = max(self.grid, self.reference_grid)
+        p_BF = fuse(
+            enlarge(p_prompt_BN, self.grid, finer),
+            enlarge(p_ref_BM, self.reference_grid, finer),
+            self.reference_weight,
         )
+        maps_BSS, scores_B = self._score(p_BF, finer, interest_SS)
         p_cls_B = anomalous_probability(features.cls_BE, text_PE, self.constants)
         return maps_BSS, (1 - self.cls_weight) * scores_B + self.cls_weight * p_cls_B
 
@@ -92,7 +101,12 @@ class ScoreRule:
         self, p_BN: torch.Tensor, *, interest_SS: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps and scores from the probability of each patch, wherever that comes from."""
-        maps_BSS = anomaly_maps(p_BN, self.grid, self.map_size)
+        return self._score(p_BN, self.grid, interest_SS)
+
+    def _score(
+        self, p_BF: torch.Tensor, grid: tuple[int, int], interest_SS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        maps_BSS = anomaly_maps(p_BF, grid, self.map_size)
         if interest_SS is not None:
             maps_BSS = maps_BSS * interest_SS
         return maps_BSS, top_mean(maps_BSS.flatten(1))
@@ -120,8 +134,16 @@ def anomalous_probability(
     return prompt_log_probabilities(tokens_NE, text_PE, constants)[..., 1:].exp().sum(-1)
 
 
-def reference_probability(distance: torch.Tensor, constants: BackboneConstants) -> torch.Tensor:
-    """p_ref in 0..1 of a cosine distance to the support set."""
+def reference_probability(
+    distance: torch.Tensor, constants: BackboneConstants, scale: DistanceScale | None = None
+) -> torch.Tensor:
+    """p_ref in 0..1 of a cosine distance to the support set: a sigmoid of it.
+
+    Scale and bias are the backbone's constants, or those of a category: then `_EVEN_ODDS` standard
+    deviations above the mean distance of normal places come to one half.
+    """
+    if scale is not None:
+        return torch.sigmoid((distance - scale.mean) / scale.sd - _EVEN_ODDS)
     return torch.sigmoid(constants.reference_scale * distance + constants.reference_bias)
 
 
@@ -147,6 +169,15 @@ def top_mean(values_BX: torch.Tensor, count: int | None = None) -> torch.Tensor:
     if count is None:
         count = max(1, round(TOP_SHARE * values_BX.shape[-1]))
     return values_BX.topk(count, dim=-1).values.mean(-1)
+
+
+def enlarge(p_BN: torch.Tensor, grid: tuple[int, int], finer: tuple[int, int]) -> torch.Tensor:
+    """Values of a grid's places at those of a finer grid, `(B, F)`, bilinear."""
+    if grid == finer:
+        return p_BN
+    return F.interpolate(
+        p_BN.unflatten(1, (1, *grid)), size=finer, mode="bilinear", align_corners=False
+    ).flatten(1)
 
 
 @lru_cache(maxsize=8)

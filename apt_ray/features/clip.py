@@ -28,8 +28,10 @@ from apt_ray.features.towers import run_text_tower, run_vision_tower
 
 if TYPE_CHECKING:
     from open_clip import CLIP
-from apt_ray.features.pixels import to_pixels
+from apt_ray.features import trunk
+from apt_ray.features.pixels import resize_pixels, to_pixels
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.trunk import Trunk
 
 _TILES_PER_PASS = {"cpu": 16}
 """Tiles in one pass through the vision tower: more gain nothing on a CPU. Elsewhere
@@ -47,9 +49,12 @@ class FrozenCLIP:
     Attributes:
         spec: what it was loaded from.
         constants: how its similarities become probabilities.
-        input_size: pixels a side of the square that an image is resized to.
+        input_size: pixels a side of the square that an image is resized to: what the larger of
+            the two encoders sees.
         tiles: tiles a side that the square is cut into; the vision tower sees one at a time.
+        prompt_size: pixels a side of the square that the vision tower sees, tile by tile.
         grid: (rows, columns) of patches in the whole square.
+        reference_grid: (rows, columns) of the places that the reference memory compares.
         fingerprint: hex digest over the weights and everything else that shapes the features.
         model, tokenize: what it was built from, for methods that read CLIP in another way.
     """
@@ -72,7 +77,12 @@ class FrozenCLIP:
                 f" at least {visual.image_size[0]}"
             )
         blocks = len(visual.transformer.resblocks)
-        layers = spec.reference_layers or constants.reference_layers
+        has_trunk = spec.reference_encoder == "trunk"
+        layers = (
+            constants.reference_layers
+            if has_trunk or spec.reference_layers is None
+            else spec.reference_layers
+        )
         if max(layers) >= blocks or min(layers) < 0 or spec.locality_blocks > blocks:
             raise BackboneError(
                 f"{spec.name} has blocks 0 to {blocks - 1}: choose reference_layers among them, and"
@@ -81,11 +91,14 @@ class FrozenCLIP:
         self.spec = spec
         self.constants = constants.model_copy(update={"reference_layers": layers})
         self.tiles = spec.tiles
-        self.input_size = spec.tiles * size
-        self.grid = (self.input_size // patch, self.input_size // patch)
+        self.prompt_size = spec.tiles * size
+        self.grid = (self.prompt_size // patch, self.prompt_size // patch)
+        self._trunk = _load_trunk(spec, device) if has_trunk else None
+        self.reference_grid = self._trunk.grid if self._trunk else self.grid
+        self.input_size = max(self.prompt_size, self._trunk.input_size if self._trunk else 0)
         tile_grid = (size // patch, size // patch)
         self.device = torch.device(device)
-        self.fingerprint = _fingerprint(model, spec, self.constants, size)
+        self.fingerprint = _fingerprint(model, spec, self.constants, size, self._trunk)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenize = tokenize
         self._mean_3 = torch.tensor(visual.image_mean, device=self.device)
@@ -117,31 +130,51 @@ class FrozenCLIP:
         From then on images cannot be encoded.
         """
         del self.model.visual
+        self._trunk = None
 
     @torch.no_grad()
     def encode_images(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         """Features of preprocessed pixels in 0..1; mean and deviation are applied here."""
-        visual = self.model.visual
         pixels_B3HW = pixels_B3HW.to(self.device)
+        joint_XSE, outputs = self._see(resize_pixels(pixels_B3HW, self.prompt_size))
+        cls_BE = joint_XSE[:, 0].unflatten(0, (-1, self.tiles**2)).mean(1)
+        return ImageFeatures(
+            tokens_BNE=self._join(joint_XSE[:, 1:]),
+            cls_BE=F.normalize(cls_BE, dim=-1),
+            layers=(
+                {0: self._trunk.encode(resize_pixels(pixels_B3HW, self._trunk.input_size))}
+                if self._trunk
+                else {
+                    layer: F.normalize(self._join(outputs[layer][:, 1:]).float(), dim=-1)
+                    for layer in self.constants.reference_layers
+                }
+            ),
+        )
+
+    @torch.no_grad()
+    def encode_tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """The patch tokens alone, `(B, N, E)`, of pixels of `prompt_size`; passes of bounded
+        memory."""
+        return torch.cat(
+            [
+                self._join(self._see(batch.to(self.device))[0][:, 1:])
+                for batch in pixels_B3HW.split(self._images_per_pass)
+            ]
+        )
+
+    def _see(self, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What the vision tower says of the tiles of images: `[CLS, patches]` in the joint space,
+        L2-normalised, and the output of every block."""
         pixels_B3HW = (pixels_B3HW - self._mean_3[:, None, None]) / self._std_3[:, None, None]
-        joint_BSE, outputs = run_vision_tower(
-            visual,
+        joint_XSE, outputs = run_vision_tower(
+            self.model.visual,
             _cut(pixels_B3HW, self.tiles),
             self._position_SD,
             mask_SS=self._mask_SS,
             local_blocks=self._local_blocks,
             value_value=self.spec.attention == "value_value",
         )
-        joint_BSE = F.normalize(joint_BSE.float(), dim=-1)
-        cls_BE = joint_BSE[:, 0].unflatten(0, (-1, self.tiles**2)).mean(1)
-        return ImageFeatures(
-            tokens_BNE=self._join(joint_BSE[:, 1:]),
-            cls_BE=F.normalize(cls_BE, dim=-1),
-            layers={
-                layer: F.normalize(self._join(outputs[layer][:, 1:]).float(), dim=-1)
-                for layer in self.constants.reference_layers
-            },
-        )
+        return F.normalize(joint_XSE.float(), dim=-1), outputs
 
     def _join(self, tokens_XNE: torch.Tensor) -> torch.Tensor:
         """Patch tokens of the tiles of each image -> those of the image, row by row."""
@@ -152,11 +185,14 @@ class FrozenCLIP:
 
     def encode_in_batches(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         """`encode_images`, a bounded number of tiles a forward pass, to bound its memory."""
-        most = _TILES_PER_PASS.get(self.device.type, _MOST_TILES_PER_PASS)
-        images = max(1, most // self.tiles**2)
         return ImageFeatures.concatenate(
-            [self.encode_images(batch) for batch in pixels_B3HW.split(images)]
+            [self.encode_images(batch) for batch in pixels_B3HW.split(self._images_per_pass)]
         )
+
+    @property
+    def _images_per_pass(self) -> int:
+        most = _TILES_PER_PASS.get(self.device.type, _MOST_TILES_PER_PASS)
+        return max(1, most // self.tiles**2)
 
     def encode_contexts(self, contexts_TLC: torch.Tensor, lengths_T: torch.Tensor) -> torch.Tensor:
         """Prompt contexts -> text features `(T, E)`, float32, L2-normalised, differentiable.
@@ -220,6 +256,16 @@ def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> F
     )
     return FrozenCLIP(
         model, open_clip.get_tokenizer(spec.name), spec=spec, constants=constants, device=device
+    )
+
+
+def _load_trunk(spec: BackboneSpec, device: str) -> Trunk:
+    return Trunk(
+        stages=spec.reference_layers or trunk.STAGES,
+        input_size=spec.reference_input_size or trunk.INPUT_SIZE,
+        pool=spec.reference_pool,
+        device=device,
+        precision=getattr(torch, spec.precision),
     )
 
 
@@ -303,7 +349,11 @@ def _why_unsupported(config: dict[str, Any]) -> str | None:
 
 
 def _fingerprint(
-    model: CLIP, spec: BackboneSpec, constants: BackboneConstants, input_size: int
+    model: CLIP,
+    spec: BackboneSpec,
+    constants: BackboneConstants,
+    input_size: int,
+    trunk: Trunk | None,
 ) -> str:
     visual = model.visual
     description = {
@@ -315,6 +365,7 @@ def _fingerprint(
         "attention": spec.model_dump(include={"attention", "locality_radius", "locality_blocks"}),
         "constants": constants.model_dump(),
         **spec.model_dump(include={"precision"}, exclude_defaults=True),
+        **({"trunk": trunk.fingerprint} if trunk else {}),
     }
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 
@@ -25,3 +26,12 @@ def to_image(pixels_3HW: torch.Tensor) -> Image.Image:
     """Pixels `(3, H, W)` in 0..1, on the CPU -> an RGB image of 8 bits."""
     levels_HW3 = (pixels_3HW * 255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(levels_HW3.numpy())
+
+
+def resize_pixels(pixels_B3HW: torch.Tensor, size: int) -> torch.Tensor:
+    """Square pixels in 0..1 at another size (bicubic, antialiased); as they are at their own."""
+    if pixels_B3HW.shape[-1] == size:
+        return pixels_B3HW
+    return F.interpolate(
+        pixels_B3HW, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(0, 1)

@@ -27,7 +27,8 @@ class ImageFeatures:
     Attributes:
         tokens_BNE: patch tokens in the joint space, L2-normalised, row by row from the top left.
         cls_BE: the whole image in the joint space, L2-normalised.
-        layers: reference layer -> `(B, N, D)` patch tokens of that layer, L2-normalised.
+        layers: reference layer -> `(B, M, D)` features of the M places of the encoder's
+            `reference_grid`, L2-normalised.
     """
 
     tokens_BNE: torch.Tensor
@@ -80,8 +81,16 @@ class ImageEncoder(Protocol):
         """Pixels a side of the square that an image is resized to."""
 
     @property
+    def prompt_size(self) -> int:
+        """Pixels a side at which patch tokens are made: `input_size`, or less."""
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches in that square; N is their product."""
+
+    @property
+    def reference_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the places of reference layers; M is their product."""
 
     @property
     def fingerprint(self) -> str:
@@ -95,6 +104,9 @@ class ImageEncoder(Protocol):
 
     def encode_in_batches(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         """`encode_images` of any number of images, in passes of bounded memory."""
+
+    def encode_tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """The patch tokens alone, `(B, N, E)`, of pixels of `prompt_size`, in such passes."""
 
 
 class TextEncoder(Protocol):

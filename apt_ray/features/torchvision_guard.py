@@ -1,4 +1,4 @@
-"""Imports open_clip where a CPU build of torch stands beside a CUDA build of torchvision.
+"""Imports open_clip and timm where a CPU build of torch stands beside a CUDA build of torchvision.
 
 PyPI's torchvision for Linux is built for CUDA. Beside a CPU torch its compiled operators cannot
 load, and `import torchvision` then fails with "operator torchvision::nms does not exist",
@@ -51,4 +51,13 @@ def import_open_clip() -> ModuleType:
     import open_clip
 
     module: ModuleType = open_clip
+    return module
+
+
+def import_timm() -> ModuleType:
+    """The module `timm`, likewise."""
+    _declare_missing_operators()
+    import timm
+
+    module: ModuleType = timm
     return module

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 
 import torch
+from PIL import Image
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.families import harmless_copies
@@ -15,7 +16,7 @@ from apt_ray.data.folders import support_hash
 from apt_ray.detection.calibration import Threshold, calibrate, estimate
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet, Provenance
-from apt_ray.detection.reference import ReferenceMemory, encode_turns
+from apt_ray.detection.reference import DistanceScale, ReferenceMemory, encode_turns
 from apt_ray.detection.rule import RULE_VERSION, ScoreRule
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone, ImageFeatures
@@ -84,7 +85,8 @@ def fit(
         turns = ImageFeatures.concatenate([features[kept] for features in shown])
         return ReferenceMemory.of(turns, settings.reference_size)
 
-    memory = memory_of(list(range(bank.shots)))
+    scale = _distance_scale(backbone, images, shown[0], memory_of)
+    memory = memory_of(list(range(bank.shots))).scaled(scale)
     rule = ScoreRule.of(backbone, settings)
 
     def scores(
@@ -104,7 +106,7 @@ def fit(
         for image in range(bank.shots):
             others = [other for other in range(bank.shots) if other != image]
             one = shown[0][image : image + 1]
-            left_out_scores += scores(one, text_TPE[1 + image], memory_of(others))
+            left_out_scores += scores(one, text_TPE[1 + image], memory_of(others).scaled(scale))
         threshold = estimate(left_out_scores, "left-out support images")
     else:
         g = torch.Generator().manual_seed(settings.seed)
@@ -125,6 +127,7 @@ def fit(
             support_names=tuple(path.name for path in support),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
+            distance_scale=scale,
         ),
         text_features=text_TPE[0].cpu(),
         contexts=trainer.contexts()[0].cpu(),
@@ -134,3 +137,30 @@ def fit(
     probe_score = Detector(backbone, fitted).probe_score()
     provenance = fitted.provenance.model_copy(update={"probe_score": probe_score})
     return replace(fitted, provenance=provenance)
+
+
+def _distance_scale(
+    backbone: Backbone,
+    images: Sequence[Image.Image],
+    support: ImageFeatures,
+    memory_of: Callable[[list[int]], ReferenceMemory],
+) -> DistanceScale | None:
+    """What distances are measured in, where the backbone's constants do not say.
+
+    Each support image is held against the others; a single one, against its mirror images.
+    """
+    if backbone.spec.reference_encoder == "backbone":
+        return None
+    shots = len(support)
+    if shots > 1:
+        distances = [
+            memory_of([other for other in range(shots) if other != image]).distance(
+                support[image : image + 1]
+            )
+            for image in range(shots)
+        ]
+    else:
+        pixels = backbone.preprocess(images)
+        mirrored = torch.cat([pixels.flip(-1), pixels.flip(-2), pixels.flip(-1, -2)])
+        distances = [memory_of([0]).distance(backbone.encode_in_batches(mirrored))]
+    return DistanceScale.of(torch.cat(distances))
