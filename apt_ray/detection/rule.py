@@ -197,7 +197,8 @@ def anomaly_maps(p_BN: torch.Tensor, grid: tuple[int, int], size: int) -> torch.
     rows, columns = grid
     vertical_HR = _upsampling(rows, size).to(p_BN.device)
     horizontal_WC = _upsampling(columns, size).to(p_BN.device)
-    return vertical_HR @ p_BN.reshape(-1, rows, columns) @ horizontal_WC.T
+    maps_BHW = vertical_HR @ p_BN.reshape(-1, rows, columns) @ horizontal_WC.T
+    return maps_BHW.clamp(0, 1)  # weights that add up to 1 but for rounding
 
 
 def resize_map(map_HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

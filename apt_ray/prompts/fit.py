@@ -85,7 +85,8 @@ def fit(
         turns = ImageFeatures.concatenate([features[kept] for features in shown])
         return ReferenceMemory.of(turns, settings.reference_size)
 
-    scale = _distance_scale(backbone, images, shown[0], memory_of)
+    g = torch.Generator().manual_seed(settings.seed)
+    scale = _distance_scale(backbone, images, shown[0], memory_of, g)
     memory = memory_of(list(range(bank.shots))).scaled(scale)
     rule = ScoreRule.of(backbone, settings)
 
@@ -144,10 +145,11 @@ def _distance_scale(
     images: Sequence[Image.Image],
     support: ImageFeatures,
     memory_of: Callable[[list[int]], ReferenceMemory],
+    g: torch.Generator,
 ) -> DistanceScale | None:
     """What distances are measured in, where the backbone's constants do not say.
 
-    Each support image is held against the others; a single one, against its mirror images.
+    Each support image is held against the others; a single one, against altered copies of it.
     """
     if backbone.spec.reference_encoder == "backbone":
         return None
@@ -160,7 +162,6 @@ def _distance_scale(
             for image in range(shots)
         ]
     else:
-        pixels = backbone.preprocess(images)
-        mirrored = torch.cat([pixels.flip(-1), pixels.flip(-2), pixels.flip(-1, -2)])
-        distances = [memory_of([0]).distance(backbone.encode_in_batches(mirrored))]
+        copies = harmless_copies(backbone.preprocess(images), _COPIES, g)
+        distances = [memory_of([0]).distance(backbone.encode_in_batches(copies))]
     return DistanceScale.of(torch.cat(distances))

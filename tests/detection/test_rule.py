@@ -110,3 +110,10 @@ def test_outside_of_the_region_of_interest_nothing_counts() -> None:
     assert inside[1].item() == pytest.approx(0.1, abs=1e-3)
     assert inside[0][0, :32].max() == 0
     assert torch.equal(inside[0][0, 32:, 32:], whole[0][0, 32:, 32:])
+
+
+def test_maps_of_certain_patches_stay_within_bounds() -> None:
+    for size in (128, 320, 321):
+        maps = anomaly_maps(torch.ones(1, 40 * 40), (40, 40), size)
+        assert maps.max() <= 1
+        assert maps.min() > 0.999
