@@ -244,6 +244,8 @@ class BankCache:
             bank = _restore(tensors, metadata)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, SettingsError):
             return None
+        if bank.spec != spec:
+            return None
         with suppress(OSError):
             os.utime(path)
         return bank

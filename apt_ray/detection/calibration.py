@@ -11,6 +11,8 @@ from math import floor
 from statistics import stdev
 from typing import Literal
 
+from pydantic import Field
+
 from apt_ray.config import Settings
 
 
@@ -27,7 +29,7 @@ class Threshold(Settings):
         scores: the calibration scores.
     """
 
-    value: float
+    value: float = Field(allow_inf_nan=False)
     certified_false_alarm_rate: float | None
     source: Literal["calibration images", "left-out support images", "copies of the support image"]
     scores: tuple[float, ...]

@@ -137,7 +137,7 @@ class PromptSet:
         try:
             header = _read_metadata(data)[_HEADER]
             tensors = load(data)
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise PromptSetError(
                 f"{source} is damaged or not a prompt set of apt-ray ({error}): {remedy}"
             ) from error
@@ -194,7 +194,7 @@ def _check_versions(header: str, source: str, remedy: str) -> None:
     try:
         said = json.loads(header)
         found = said["format_version"], said.get("rule_version", _FIRST_RULE)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return  # what is wrong with it is said by whoever reads all of it
     if found[0] != FORMAT_VERSION:
         raise PromptSetError(
@@ -221,6 +221,7 @@ def _check_shapes(tensors: dict[str, torch.Tensor], source: str, remedy: str) ->
         and len(contexts) == 3
         and contexts[0] == text[0]
         and memories
+        and all(name.removeprefix(_MEMORY).isdecimal() for name in shapes if _MEMORY in name)
         and all(len(shape) == 2 and shape[0] > 0 for shape in memories)
         and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     )

@@ -175,3 +175,12 @@ def test_banks_used_least_recently_make_room(bank: SupportBank, tmp_path: Path) 
     assert cache.load(banks[0].spec) is not None
     cache.save(banks[2])
     assert [cache.load(one.spec) is not None for one in banks] == [True, False, True]
+
+
+def test_a_bank_under_the_name_of_another_counts_as_none(bank: SupportBank, tmp_path: Path) -> None:
+    cache = BankCache(tmp_path)
+    cache.save(bank)
+    (file,) = tmp_path.glob("*.safetensors")
+    other = bank.spec.model_copy(update={"seed": 7})
+    file.rename(file.with_stem(other.digest))
+    assert cache.load(other) is None

@@ -84,6 +84,31 @@ def test_a_format_to_come_is_refused_by_its_number_whatever_else_it_says(
         PromptSet.load(path)
 
 
+def test_a_threshold_that_is_no_number_is_refused(prompt_set: PromptSet, tmp_path: Path) -> None:
+    threshold = {**prompt_set.threshold.model_dump(), "value": float("nan")}
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", threshold=threshold)
+    with pytest.raises(PromptSetError, match="fit or register"):
+        PromptSet.load(path)
+
+
+@pytest.mark.parametrize("header", ["[]", "1", '"text"', "null"])
+def test_a_header_that_is_no_table_is_refused(
+    prompt_set: PromptSet, tmp_path: Path, header: str
+) -> None:
+    path = tmp_path / "set.safetensors"
+    prompt_set.save(path)
+    save_file(load_file(path), path, {"apt-ray": header})
+    with pytest.raises(PromptSetError, match="fit or register"):
+        PromptSet.load(path)
+
+
+def test_a_memory_without_a_layer_is_refused(prompt_set: PromptSet, tmp_path: Path) -> None:
+    extra = {"memory.x": torch.zeros(3, 5)}
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", **extra)
+    with pytest.raises(PromptSetError, match="do not fit together"):
+        PromptSet.load(path)
+
+
 def test_a_set_of_another_score_rule_is_refused_with_the_remedy(
     prompt_set: PromptSet, tmp_path: Path
 ) -> None:
