@@ -17,7 +17,8 @@ from serving.controller.orders import Order
 from serving.regions import mask_of_box, mask_of_png
 from serving.settings import Decision, RegionOfInterest
 
-# What other processors, threads and batch sizes may change in a score; damage changes it by more.
+# What other processors, threads and batch sizes may change in a score. Damage of the text features
+# changes it by more; of the memory, not always.
 _PROBE_TOLERANCE = 0.01
 
 
