@@ -6,7 +6,6 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 
 import torch
-from PIL import Image
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.families import harmless_copies
@@ -76,17 +75,36 @@ def fit(
         if progress is not None:
             progress(trainer.steps_done, settings.steps)
     text_TPE = trainer.text_features()
+    pixels = backbone.preprocess(images)
     shown = [
         bank.support.to(backbone.device),
-        *encode_turns(backbone.preprocess(images), settings.reference_rotations, backbone),
+        *encode_turns(pixels, settings.reference_rotations, backbone),
     ]
 
     def memory_of(kept: list[int]) -> ReferenceMemory:
         turns = ImageFeatures.concatenate([features[kept] for features in shown])
         return ReferenceMemory.of(turns, settings.reference_size)
 
-    g = torch.Generator().manual_seed(settings.seed)
-    scale = _distance_scale(backbone, images, shown[0], memory_of, g)
+    def apart() -> list[tuple[ImageFeatures, ReferenceMemory]]:
+        """Normal images, each with a memory that was not made of it."""
+        if bank.shots == 1:
+            g = torch.Generator().manual_seed(settings.seed)
+            copies = harmless_copies(pixels, _COPIES, g)
+            return [(backbone.encode_in_batches(copies), memory_of([0]))]
+        places = range(bank.shots)
+        return [
+            (shown[0][image : image + 1], memory_of([other for other in places if other != image]))
+            for image in places
+        ]
+
+    reads_trunk = backbone.spec.reference_encoder == "trunk"
+    held_apart = apart() if reads_trunk or not calibration else []
+    # What the backbone's own distances mean its constants say.
+    scale = (
+        DistanceScale.of(torch.cat([memory.distance(features) for features, memory in held_apart]))
+        if reads_trunk
+        else None
+    )
     memory = memory_of(list(range(bank.shots))).scaled(scale)
     rule = ScoreRule.of(backbone, settings)
 
@@ -99,21 +117,20 @@ def fit(
 
     threshold: Threshold
     if calibration:
-        pixels = torch.cat([backbone.preprocess([read_image(path)]) for path in calibration])
-        calibration_scores = scores(backbone.encode_in_batches(pixels), text_TPE[0], memory)
+        further = torch.cat([backbone.preprocess([read_image(path)]) for path in calibration])
+        calibration_scores = scores(backbone.encode_in_batches(further), text_TPE[0], memory)
         threshold = calibrate(calibration_scores, settings.false_alarm_rate)
-    elif needs_folds:
-        left_out_scores = []
-        for image in range(bank.shots):
-            others = [other for other in range(bank.shots) if other != image]
-            one = shown[0][image : image + 1]
-            left_out_scores += scores(one, text_TPE[1 + image], memory_of(others).scaled(scale))
-        threshold = estimate(left_out_scores, "left-out support images")
     else:
-        g = torch.Generator().manual_seed(settings.seed)
-        copies = harmless_copies(backbone.preprocess(images), _COPIES, g)
-        copy_scores = scores(backbone.encode_in_batches(copies), text_TPE[0], memory)
-        threshold = estimate(copy_scores, "copies of the support image")
+        texts = text_TPE[1:] if needs_folds else text_TPE
+        normal_scores = [
+            score
+            for (features, without), text_PE in zip(held_apart, texts, strict=True)
+            for score in scores(features, text_PE, without.scaled(scale))
+        ]
+        threshold = estimate(
+            normal_scores,
+            "left-out support images" if needs_folds else "copies of the support image",
+        )
 
     fitted = PromptSet(
         provenance=Provenance(
@@ -138,30 +155,3 @@ def fit(
     probe_score = Detector(backbone, fitted).probe_score()
     provenance = fitted.provenance.model_copy(update={"probe_score": probe_score})
     return replace(fitted, provenance=provenance)
-
-
-def _distance_scale(
-    backbone: Backbone,
-    images: Sequence[Image.Image],
-    support: ImageFeatures,
-    memory_of: Callable[[list[int]], ReferenceMemory],
-    g: torch.Generator,
-) -> DistanceScale | None:
-    """What distances are measured in, where the backbone's constants do not say.
-
-    Each support image is held against the others; a single one, against altered copies of it.
-    """
-    if backbone.spec.reference_encoder == "backbone":
-        return None
-    shots = len(support)
-    if shots > 1:
-        distances = [
-            memory_of([other for other in range(shots) if other != image]).distance(
-                support[image : image + 1]
-            )
-            for image in range(shots)
-        ]
-    else:
-        copies = harmless_copies(backbone.preprocess(images), _COPIES, g)
-        distances = [memory_of([0]).distance(backbone.encode_in_batches(copies))]
-    return DistanceScale.of(torch.cat(distances))
