@@ -9,6 +9,7 @@ requests, not 2), reads one in seven requests and a copy on disk, and leaves err
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -104,6 +105,11 @@ def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> N
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, as `write_whole` does."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def file_sha256(path: Location) -> str:
+    """The SHA-256 of a file, in hex; DataError if it cannot be read."""
+    return hashlib.sha256(read_file(path)).hexdigest()
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from apt_ray.cli.flags import add_backbone_flags, given_backbone
+from apt_ray.cli.flags import add_backbone_flags, given_backbone, integers
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import AptError
@@ -223,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", default=[], choices=names, metavar="NAME", help="only these"
     )
-    parser.add_argument("--shots", type=_numbers, default=(1, 4), help="support images (1,4)")
-    parser.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="support sets (0,1,2)")
+    parser.add_argument("--shots", type=integers, default=(1, 4), help="support images (1,4)")
+    parser.add_argument("--seeds", type=integers, default=(0, 1, 2), help="support sets (0,1,2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows here, go on here")
     parser.add_argument(
         "--published",
@@ -237,10 +237,6 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=os.cpu_count(), help="CPU threads of torch (all)"
     )
     return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from apt_ray.config import NOISE_LADDER, FitSettings, NoiseRegion, Settings
 from apt_ray.errors import SettingsError
-from apt_ray.files import Location, read_file
+from apt_ray.files import Location, file_sha256
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CODE = ("anomalies/*.py", "features/**/*.py", "images.py")
@@ -102,7 +102,7 @@ class BankSpec(Settings):
 
 def file_digests(paths: Sequence[Location]) -> tuple[str, ...]:
     """The SHA-256 of each file, in hex; DataError if one cannot be read."""
-    return tuple(hashlib.sha256(read_file(path)).hexdigest() for path in paths)
+    return tuple(file_sha256(path) for path in paths)
 
 
 @lru_cache(maxsize=1)

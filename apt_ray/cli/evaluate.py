@@ -17,6 +17,7 @@ from apt_ray.cli.common import (
     count,
     settings,
 )
+from apt_ray.cli.flags import integers
 from apt_ray.errors import AptError
 from apt_ray.files import location, write_json
 
@@ -42,7 +43,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     evaluate.add_argument("--shots", type=count, default=4, help="support images a fit (4)")
     evaluate.add_argument(
-        "--seeds", type=_seeds, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
+        "--seeds", type=integers, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
     )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON")
     evaluate.add_argument(
@@ -59,10 +60,6 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add_settings(evaluate)
     add_backbone(evaluate)
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def add_flags(
             parser.add_argument(
                 *flags,
                 dest=prefix + name,
-                type=_integers,
+                type=integers,
                 nargs="+",
                 action=_Joined,
                 metavar=metavar,
@@ -80,7 +80,8 @@ def _choices(field: FieldInfo) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
-def _integers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
+    """Numbers between commas, as argparse reads them."""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:

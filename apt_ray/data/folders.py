@@ -28,7 +28,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from apt_ray.errors import DataError
-from apt_ray.files import Location, S3Path, absolute, read_file
+from apt_ray.files import Location, S3Path, absolute, file_sha256, read_file
 from apt_ray.images import IMAGE_SUFFIXES
 
 GOOD = "good"
@@ -115,7 +115,7 @@ def find_categories(root: Location, names: Sequence[str] = ()) -> list[Category]
 
 def support_hash(paths: Sequence[Location]) -> str:
     """SHA-256 over the digests of the files' bytes, whatever their names and order."""
-    digests = [hashlib.sha256(read_file(path)).digest() for path in paths]
+    digests = [bytes.fromhex(file_sha256(path)) for path in paths]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 

@@ -20,18 +20,18 @@ from torch import nn
 
 from apt_ray.config import BUILTIN, BackboneSpec
 from apt_ray.errors import BackboneError
+from apt_ray.features import trunk
 from apt_ray.features.attention import locality_mask
 from apt_ray.features.builtin.apt_mini import load_builtin
 from apt_ray.features.constants import BackboneConstants, published_constants
+from apt_ray.features.pixels import resize_pixels, to_pixels
+from apt_ray.features.protocol import ImageFeatures
 from apt_ray.features.torchvision_guard import import_open_clip
 from apt_ray.features.towers import run_text_tower, run_vision_tower
+from apt_ray.features.trunk import Trunk
 
 if TYPE_CHECKING:
     from open_clip import CLIP
-from apt_ray.features import trunk
-from apt_ray.features.pixels import resize_pixels, to_pixels
-from apt_ray.features.protocol import ImageFeatures
-from apt_ray.features.trunk import Trunk
 
 _TILES_PER_PASS = {"cpu": 16}
 """Tiles in one pass through the vision tower: more gain nothing on a CPU. Elsewhere

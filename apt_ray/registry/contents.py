@@ -28,8 +28,8 @@ import yaml
 from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import DataError, RegistryError
-from apt_ray.files import Location
+from apt_ray.errors import RegistryError
+from apt_ray.files import Location, file_sha256
 from apt_ray.images import encode_png, read_image
 
 DIRECTORY = "version"
@@ -155,14 +155,6 @@ def picture_path(name: str) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def file_sha256(path: Location) -> str:
-    """The hash of an image's file; DataError if it cannot be read."""
-    try:
-        return sha256(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _params(prompt_set: PromptSet) -> dict[str, object]:

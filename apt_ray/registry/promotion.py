@@ -11,9 +11,9 @@ from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import PromptSetError, RegistryError
-from apt_ray.files import Location
+from apt_ray.files import Location, file_sha256
 from apt_ray.images import read_image
-from apt_ray.registry.contents import DATA, HELD_OUT, file_sha256
+from apt_ray.registry.contents import DATA, HELD_OUT
 from apt_ray.registry.history import Move
 from apt_ray.registry.protocol import CANDIDATE, RegisteredVersion, Registry
 from apt_ray.tables import markdown

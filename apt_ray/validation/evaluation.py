@@ -23,6 +23,7 @@ from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.files import Location
 from apt_ray.images import read_image, read_mask
 from apt_ray.prompts.fit import fit
+from apt_ray.tables import markdown
 from apt_ray.validation.examples import Example, choose
 from apt_ray.validation.intervals import ImageScores, histogram
 from apt_ray.validation.metrics import image_auroc, pixel_auroc_and_aupro
@@ -232,19 +233,19 @@ class TestSet:
 
 def format_table(results: Sequence[Result]) -> str:
     """The results as a Markdown table: percent, mean and standard deviation over the seeds."""
-    lines = [
-        "| category | shots | variant | image AUROC | pixel AUROC | AUPRO |",
-        "|---|---|---|---|---|---|",
-    ]
     groups: dict[tuple[str, int, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.category, result.shots, result.variant), []).append(result)
-    for (category, shots, variant), group in groups.items():
-        cells = " | ".join(
-            percent([getattr(result, metric) for result in group]) for metric in METRICS
+    rows = [
+        (
+            category,
+            str(shots),
+            variant,
+            *(percent([getattr(result, metric) for result in group]) for metric in METRICS),
         )
-        lines.append(f"| {category} | {shots} | {variant} | {cells} |")
-    return "\n".join(lines)
+        for (category, shots, variant), group in groups.items()
+    ]
+    return markdown(("category", "shots", "variant", "image AUROC", "pixel AUROC", "AUPRO"), rows)
 
 
 def percent(values: Sequence[float | None]) -> str:

@@ -20,6 +20,7 @@ from scipy.special import logit
 from apt_ray.auroc import auroc_of_counts
 from apt_ray.errors import DataError
 from apt_ray.files import writing
+from apt_ray.tables import markdown
 from apt_ray.validation.metrics import image_auroc
 
 METRICS = ("image_auroc", "pixel_auroc")
@@ -264,33 +265,38 @@ def format_types(scores: Sequence[ImageScores]) -> str:
         for figures in by_defect_type(one):
             key = (figures.category, figures.defect_type, figures.variant)
             groups.setdefault(key, []).append(figures)
-    lines = [
-        "| category | defect type | images | variant | image AUROC | pixel AUROC |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for (category, name, variant), group in groups.items():
         pixel = [figures.pixel_auroc for figures in group if figures.pixel_auroc is not None]
-        lines.append(
-            f"| {category} | {name} | {group[0].images} | {variant} |"
-            f" {100 * fmean(figures.image_auroc for figures in group):.1f} |"
-            f" {f'{100 * fmean(pixel):.1f}' if pixel else '-'} |"
+        rows.append(
+            (
+                category,
+                name,
+                str(group[0].images),
+                variant,
+                f"{100 * fmean(figures.image_auroc for figures in group):.1f}",
+                f"{100 * fmean(pixel):.1f}" if pixel else "-",
+            )
         )
-    return "\n".join(lines)
+    header = ("category", "defect type", "images", "variant", "image AUROC", "pixel AUROC")
+    return markdown(header, rows)
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
     """The differences as a Markdown table, in percentage points."""
-    lines = [
-        "| category | variant | metric | before | after | difference (95 % interval) |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {d.category} | {d.variant} | {d.metric.replace('_auroc', ' AUROC')} |"
-        f" {100 * d.before:.1f} | {100 * d.after:.1f} | {100 * (d.after - d.before):+.1f}"
-        f" ({100 * d.low:+.1f} to {100 * d.high:+.1f}) |"
+    header = ("category", "variant", "metric", "before", "after", "difference (95 % interval)")
+    rows = [
+        (
+            d.category,
+            d.variant,
+            d.metric.replace("_auroc", " AUROC"),
+            f"{100 * d.before:.1f}",
+            f"{100 * d.after:.1f}",
+            f"{100 * (d.after - d.before):+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})",
+        )
         for d in differences
     ]
-    return "\n".join(lines)
+    return markdown(header, rows)
 
 
 def _resamples(is_anomalous_I: NDArray[np.bool_], resamples: int, seed: int) -> Floats:

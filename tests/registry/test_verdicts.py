@@ -12,8 +12,8 @@ from PIL import Image
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import RULE_VERSION
 from apt_ray.errors import PromptSetError, RegistryError
+from apt_ray.files import file_sha256
 from apt_ray.registry import CHAMPION, RegisteredVersion, promote, roll_back
-from apt_ray.registry.contents import file_sha256
 from apt_ray.registry.promotion import Promotion, explain
 from apt_ray.validation.versions import VersionComparison
 from tests.registry.fake import FakeRegistry
