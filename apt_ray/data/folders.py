@@ -76,6 +76,17 @@ class Category:
             )
         return tuple(random.Random(seed).sample(self.good, len(self.good))[:shots])
 
+    def calibration_set(self, count: int, *, shots: int, seed: int) -> tuple[Location, ...]:
+        """`count` further normal images: those drawn next after the support set."""
+        left = len(self.good) - len(self.support_set(shots, seed))
+        if not 0 <= count <= left:
+            raise DataError(
+                f"category {self.name} has {left} normal images in {self.root} beside the {shots}"
+                f" of the support set, {count} were asked for to calibrate: add normal images, or"
+                f" ask for fewer"
+            )
+        return self.support_set(shots + count, seed)[shots:]
+
     def held_out(self, support: Collection[Location]) -> tuple[LabelledImage, ...]:
         """The test images that are not in the support set."""
         return tuple(image for image in self.test if image.path not in support)

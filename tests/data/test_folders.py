@@ -145,6 +145,21 @@ def test_support_sets_are_seeded_and_nested(tmp_path: Path) -> None:
     assert set(cup.support_set(30, seed=0)) == set(cup.good)
 
 
+def test_calibration_sets_are_seeded_nested_and_apart_from_the_support_set(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"cup/train/good/{index:02d}.png" for index in range(30)))
+    cup = only(tmp_path)
+    ten = cup.calibration_set(10, shots=4, seed=1)
+    assert len(set(ten)) == 10
+    assert not set(ten) & set(cup.support_set(4, seed=1))
+    assert ten != cup.calibration_set(10, shots=4, seed=2)
+    assert ten[:3] == cup.calibration_set(3, shots=4, seed=1)
+    assert cup.calibration_set(0, shots=4, seed=1) == ()
+    assert {*cup.calibration_set(26, shots=4, seed=0), *cup.support_set(4, seed=0)} == {*cup.good}
+    for count in (27, -1):
+        with pytest.raises(DataError, match=r"cup has 26 normal images .* were asked for"):
+            cup.calibration_set(count, shots=4, seed=0)
+
+
 @pytest.mark.parametrize("shots", [0, 3])
 def test_too_many_shots(tmp_path: Path, shots: int) -> None:
     touch(tmp_path, "cup/good/0.png", "cup/good/1.png")
