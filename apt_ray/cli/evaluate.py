@@ -45,6 +45,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate.add_argument(
         "--seeds", type=integers, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
     )
+    evaluate.add_argument(
+        "--calibrate",
+        type=count,
+        default=0,
+        metavar="N",
+        help="set each threshold from N normal images that are neither learned from nor tested;"
+        " 19 certify a false-alarm rate of 5%% (none: estimated from the support images)",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON")
     evaluate.add_argument(
         "--scores",
@@ -90,6 +98,7 @@ def _run(options: argparse.Namespace) -> int:
                     shots=options.shots,
                     seeds=options.seeds,
                     settings=settings(options),
+                    calibration=options.calibrate,
                     examples=_EXAMPLES if options.report is not None else 0,
                     progress=show,
                 )

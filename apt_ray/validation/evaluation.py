@@ -5,7 +5,7 @@ Every test image is encoded once; all seeds and variants score the same features
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import fmean, stdev
 
@@ -27,8 +27,21 @@ from apt_ray.tables import markdown
 from apt_ray.validation.examples import Example, choose
 from apt_ray.validation.intervals import ImageScores, histogram
 from apt_ray.validation.metrics import image_auroc, pixel_auroc_and_aupro
+from apt_ray.validation.verdicts import Verdicts
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
+FIGURES = (*METRICS, "good_rejected", "defects_found")
+HEADER = (
+    "category",
+    "shots",
+    "variant",
+    "image AUROC",
+    "pixel AUROC",
+    "AUPRO",
+    "good rejected",
+    "defects found",
+)
+"""Of the rows that `summarise` gives."""
 
 _BATCH = 16
 
@@ -55,9 +68,36 @@ class Result:
     threshold: Threshold | None = field(default=None, repr=False, compare=False)
     examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
 
+    @property
+    def verdicts(self) -> Verdicts | None:
+        """What the threshold makes of the test images; None without one."""
+        return None if self.threshold is None else Verdicts.of(self.scores, self.threshold)
+
+    @property
+    def good_rejected(self) -> float | None:
+        """The share of the normal test images that is rejected, in 0..1; None without threshold."""
+        return None if self.verdicts is None else self.verdicts.good.share
+
+    @property
+    def defects_found(self) -> float | None:
+        """The share of the anomalous test images that is rejected, in 0..1; None without
+        threshold."""
+        return None if self.verdicts is None else self.verdicts.defects.share
+
     def as_dict(self) -> dict[str, object]:
-        """The figures; the scores of single images are kept by `intervals.save_scores`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        """The figures, with 95 % intervals of the shares, and the threshold; the scores of single
+        images are kept by `intervals.save_scores`."""
+        verdicts, threshold = self.verdicts, self.threshold
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.compare},
+            "good_rejected": self.good_rejected,
+            "good_rejected_interval": verdicts and verdicts.good.interval,
+            "defects_found": self.defects_found,
+            "defects_found_interval": verdicts and verdicts.defects.interval,
+            "defects_found_by_type": verdicts
+            and {name: rejected.share for name, rejected in verdicts.by_type.items()},
+            "threshold": threshold and threshold.model_dump(),
+        }
 
 
 def evaluate(
@@ -67,15 +107,19 @@ def evaluate(
     shots: int,
     seeds: Sequence[int],
     settings: FitSettings | None = None,
+    calibration: int = 0,
     examples: int = 0,
     progress: Progress | None = None,
 ) -> list[Result]:
     """Fit one prompt set a seed and report it on the category's test images.
 
     Each is scored three ways: `prompts` only, `reference` only, and `both`, weighted as in
-    `settings`. Pixel metrics are None unless every anomalous test image has a mask.
+    `settings`. Pixel metrics are None unless every anomalous test image has a mask; the shares that
+    are rejected are those of `both`, to which the threshold belongs.
 
     Args:
+        calibration: how many normal images outside the support set each threshold is set from;
+            they are not tested. Without them the support set gives an uncertified one.
         examples: how many test images of each kind to show with the first seed's `both`.
         progress: called with (what is being done, done, in all).
 
@@ -87,6 +131,9 @@ def evaluate(
     report = progress or (lambda _what, _done, _total: None)
     test = TestSet.read(category)
     supports = {seed: category.support_set(shots, seed) for seed in seeds}
+    further = {
+        seed: category.calibration_set(calibration, shots=shots, seed=seed) for seed in seeds
+    }
     features = test.encode(backbone, report)
     results = []
     for seed, support in supports.items():
@@ -95,6 +142,7 @@ def evaluate(
             support,
             settings.model_copy(update={"seed": seed}),
             backbone=backbone,
+            calibration=further[seed],
             progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]
         )
         detector = Detector(backbone, prompt_set)
@@ -109,15 +157,18 @@ def evaluate(
             ) -> tuple[torch.Tensor, torch.Tensor]:
                 return detector.score(features[index].to(backbone.device), reference_weight=weight)
 
-            result = test.result(score, variant=variant, support=support, seed=seed)
-            if variant == "both":
-                threshold = prompt_set.threshold
-                shown = examples if seed == seeds[0] else 0
-                result = replace(
-                    result,
-                    threshold=threshold,
-                    examples=test.examples(score, result, threshold.value, shown),
-                )
+            threshold = prompt_set.threshold if variant == "both" else None
+            result = test.result(
+                score,
+                variant=variant,
+                support=support,
+                calibration=further[seed],
+                seed=seed,
+                threshold=threshold,
+            )
+            if threshold is not None and seed == seeds[0]:
+                shown = test.examples(score, result, threshold.value, examples)
+                result = replace(result, examples=shown)
             results.append(result)
     return results
 
@@ -166,10 +217,18 @@ class TestSet:
         return ImageFeatures.concatenate(parts)
 
     def result(
-        self, score: Scorer, *, variant: str, support: Collection[Location], seed: int
+        self,
+        score: Scorer,
+        *,
+        variant: str,
+        support: Collection[Location],
+        calibration: Collection[Location] = (),
+        seed: int,
+        threshold: Threshold | None = None,
     ) -> Result:
-        """Score every test image outside the support set, and measure."""
-        kept = [i for i, image in enumerate(self.category.test) if image.path not in support]
+        """Score every test image outside the support and the calibration set, and measure."""
+        seen = {*support, *calibration}
+        kept = [i for i, image in enumerate(self.category.test) if image.path not in seen]
         maps, scores = [], []
         for start in range(0, len(kept), _BATCH):
             index = kept[start : start + _BATCH]
@@ -206,6 +265,7 @@ class TestSet:
                     np.stack([histogram(m, mask) for m, mask in pixels]) if pixels else None
                 ),
             ),
+            threshold=threshold,
         )
 
     def examples(
@@ -232,20 +292,40 @@ class TestSet:
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table: percent, mean and standard deviation over the seeds."""
+    """The results as a Markdown table."""
+    return markdown(HEADER, summarise(results))
+
+
+def summarise(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Rows under `HEADER`: percent, mean and standard deviation over the seeds; behind those of
+    several categories, of the means over those that define the figure."""
     groups: dict[tuple[str, int, str], list[Result]] = {}
+    means: dict[tuple[int, str], dict[int, list[Result]]] = {}
     for result in results:
         groups.setdefault((result.category, result.shots, result.variant), []).append(result)
+        by_seed = means.setdefault((result.shots, result.variant), {})
+        by_seed.setdefault(result.seed, []).append(result)
     rows = [
-        (
-            category,
-            str(shots),
-            variant,
-            *(percent([getattr(result, metric) for result in group]) for metric in METRICS),
-        )
+        (category, str(shots), variant, *_cells([[result] for result in group]))
         for (category, shots, variant), group in groups.items()
     ]
-    return markdown(("category", "shots", "variant", "image AUROC", "pixel AUROC", "AUPRO"), rows)
+    for (shots, variant), by_seed in means.items():
+        count = len({result.category for group in by_seed.values() for result in group})
+        if count > 1:
+            rows.append((f"mean of {count}", str(shots), variant, *_cells(by_seed.values())))
+    return rows
+
+
+def _cells(groups: Collection[Sequence[Result]]) -> Iterator[str]:
+    """Each figure in percent: mean and deviation over groups of results."""
+    for figure in FIGURES:
+        yield percent([mean_of_known([getattr(one, figure) for one in group]) for group in groups])
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are defined, None if none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def percent(values: Sequence[float | None]) -> str:

@@ -90,7 +90,8 @@ def test_evaluate_prints_a_table_and_writes_every_result(
     file = tmp_path / "results.json"
     name = min(sample_data.iterdir()).name
     options = ["--categories", name, "--shots", "1", "--seeds", "0", "--steps", "1"]
-    assert main(["evaluate", "--data", str(sample_data), *options, "--json", str(file)]) == 0
+    options += ["--calibrate", "1", "--json", str(file)]
+    assert main(["evaluate", "--data", str(sample_data), *options]) == 0
     assert "| image AUROC |" in capsys.readouterr().out
     results = json.loads(file.read_text())
     assert [result["variant"] for result in results] == ["prompts", "reference", "both"]
@@ -102,7 +103,14 @@ def test_evaluate_prints_a_table_and_writes_every_result(
         "image_auroc",
         "pixel_auroc",
         "aupro",
+        "good_rejected",
+        "good_rejected_interval",
+        "defects_found",
+        "defects_found_interval",
+        "defects_found_by_type",
+        "threshold",
     }
+    assert results[-1]["threshold"]["source"] == "calibration images"
 
 
 @pytest.mark.parametrize(

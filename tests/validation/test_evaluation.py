@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ from PIL import Image
 
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
+from apt_ray.detection.calibration import calibrate
 from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.validation.evaluation import Result, evaluate, format_table
@@ -12,6 +14,7 @@ from apt_ray.validation.intervals import by_defect_type
 from tests.validation.test_intervals import scores
 
 QUICK = FitSettings(steps=2)
+NEVER = calibrate([100.0], false_alarm_rate=0.5)
 
 
 def test_every_seed_is_reported_in_three_ways(backbone: FrozenCLIP, category: Category) -> None:
@@ -55,6 +58,53 @@ def test_without_masks_there_are_no_pixel_metrics_and_support_images_are_not_tes
         evaluate(plain, backbone=backbone, shots=4, seeds=(0,), settings=QUICK)
 
 
+def test_shares_at_the_threshold_are_those_of_the_scores(
+    backbone: FrozenCLIP, category: Category
+) -> None:
+    *others, both = evaluate(category, backbone=backbone, shots=2, seeds=(0,), settings=QUICK)
+    for other in others:
+        assert other.good_rejected is None
+        assert other.defects_found is None
+        assert other.as_dict()["defects_found_interval"] is None
+    assert both.threshold is not None
+    assert both.threshold.source == "left-out support images"
+    above = both.scores.score_I > both.threshold.value
+    anomalous = both.scores.is_anomalous_I
+    figures = both.as_dict()
+    for name, where in {"good_rejected": ~anomalous, "defects_found": anomalous}.items():
+        assert figures[name] == getattr(both, name) == above[where].mean()
+        low, high = figures[f"{name}_interval"]  # type: ignore[misc]
+        assert low <= above[where].mean() <= high
+    types = figures["defects_found_by_type"]
+    assert isinstance(types, dict)
+    assert set(types) == set(both.scores.defect_types) - {"good"}
+    assert figures["threshold"] == both.threshold.model_dump()
+
+
+def test_thresholds_can_be_set_from_images_that_are_neither_learned_from_nor_tested(
+    backbone: FrozenCLIP, category: Category, tmp_path: Path
+) -> None:
+    plain = _plain_category(tmp_path, category)
+    settings = QUICK.model_copy(update={"false_alarm_rate": 0.5})
+    *_, without = evaluate(plain, backbone=backbone, shots=2, seeds=(0,), settings=settings)
+    *_, both = evaluate(
+        plain, backbone=backbone, shots=2, seeds=(0,), settings=settings, calibration=1
+    )
+    assert without.threshold is not None
+    assert both.threshold is not None
+    assert both.threshold.source == "calibration images"
+    assert both.threshold.certified_false_alarm_rate == 0.5
+    (used,) = plain.calibration_set(1, shots=2, seed=0)
+    assert set(without.scores.names) - set(both.scores.names) == {plain.name_of(used)}
+    # The same prompts and memory: it scores here what it scored as a test image.
+    score = dict(zip(without.scores.names, without.scores.score_I, strict=True))
+    assert both.threshold.scores == pytest.approx([score[plain.name_of(used)]], abs=1e-5)
+    for name, value in zip(both.scores.names, both.scores.score_I, strict=True):
+        assert value == pytest.approx(score[name], abs=1e-5)
+    with pytest.raises(DataError, match=r"2 normal images .* support set, 3 were"):
+        evaluate(plain, backbone=backbone, shots=2, seeds=(0,), settings=settings, calibration=3)
+
+
 def test_a_mask_of_another_size_is_named(
     backbone: FrozenCLIP, category: Category, tmp_path: Path
 ) -> None:
@@ -91,7 +141,14 @@ def test_the_table_gives_percent_mean_and_deviation_and_a_dash_where_nothing_exi
         )
         for seed, value in enumerate((0.5, 0.7))
     ]
-    assert format_table(results).splitlines()[-1] == "| tile | 4 | both | 60.0 ± 14.1 | - | - |"
+    header, _, tile = format_table(results).splitlines()
+    assert header.endswith("| good rejected | defects found |")
+    assert tile == "| tile | 4 | both | 60.0 ± 14.1 | - | - | - | - |"
+    others = [replace(one, category="nut", aupro=0.4, threshold=NEVER) for one in results]
+    *_, mean = format_table(results + others).splitlines()
+    # Only one of the two has a threshold, and AUPRO.
+    figures = "60.0 ± 14.1 | - | 40.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0"
+    assert mean == f"| mean of 2 | 4 | both | {figures} |"
 
 
 def test_real_images_go_through(backbone: FrozenCLIP, real_data: Path) -> None:

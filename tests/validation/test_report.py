@@ -9,6 +9,7 @@ import pytest
 from apt_ray.cli.main import main
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category
+from apt_ray.detection.calibration import calibrate
 from apt_ray.errors import WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.validation.evaluation import Result, evaluate
@@ -76,7 +77,27 @@ def test_the_page_holds_everything_and_fetches_nothing(
     )
     assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
     assert f"{100 * results[-1].image_auroc:.1f}" in text  # type: ignore[operator]
-    assert "normal images are rejected" in text
+    both = results[-1]
+    assert both.verdicts is not None
+    assert "<td class=text>estimated from 2 left-out support images</td>" in text
+    for rejected in (both.verdicts.good, both.verdicts.defects, *both.verdicts.by_type.values()):
+        low, high = rejected.interval
+        assert f"{rejected.count} of {rejected.images}: {100 * rejected.share:.1f} %" in text
+        assert f"({100 * low:.1f} to {100 * high:.1f})" in text
+
+
+def test_a_certified_threshold_says_so_and_categories_have_a_mean(
+    results: list[Result], backbone: FrozenCLIP, tmp_path: Path
+) -> None:
+    certified = calibrate([0.3] * 19, false_alarm_rate=0.05)
+    others = [
+        replace(one, category="other", examples=(), threshold=one.threshold and certified)
+        for one in results
+    ]
+    path = write_report(tmp_path, results + others, backbone=backbone, settings=FitSettings())
+    text = path.read_text()
+    assert "<td class=text>certified at 5.0% from 19 calibration images</td>" in text
+    assert text.count("<td class=text>mean of 2</td>") == 3
 
 
 def test_examples_are_telling(results: list[Result], category: Category) -> None:

@@ -20,10 +20,11 @@ from apt_ray.detection.calibration import Threshold
 from apt_ray.features.protocol import Backbone
 from apt_ray.files import write_whole
 from apt_ray.images import draw_overlay, read_image, read_mask
-from apt_ray.validation.evaluation import METRICS, Result, percent
+from apt_ray.validation.evaluation import HEADER, Result, percent, summarise
 from apt_ray.validation.examples import Example
 from apt_ray.validation.intervals import by_defect_type
 from apt_ray.validation.report import curves
+from apt_ray.validation.verdicts import Rejected
 
 _SIDE = 220
 _TRUTH = (60, 220, 110)
@@ -109,23 +110,13 @@ seeds {seeds}</p>
 <p class="quiet">{escape(chosen)}</p>
 <p>In percent, mean and standard deviation over the seeds. <i>prompts</i> uses the learned prompts
 alone, <i>reference</i> the support images' patches alone, <i>both</i> is what a prompt set
-serves.</p>
-{_results_table(groups)}
+serves. <i>Good rejected</i> and <i>defects found</i> are the shares of the normal and of the
+defective test images above the prompt set's threshold.</p>
+{_table(HEADER, summarise(results), text_columns=(0, 2))}
 {sections}
 </body>
 </html>
 """
-
-
-def _results_table(groups: dict[tuple[str, int], list[Result]]) -> str:
-    rows = []
-    for (category, shots), group in groups.items():
-        for variant in dict.fromkeys(result.variant for result in group):
-            same = [result for result in group if result.variant == variant]
-            figures = [percent([getattr(r, metric) for r in same]) for metric in METRICS]
-            rows.append((category, str(shots), variant, *figures))
-    head = ("category", "shots", "scored by", "image AUROC", "pixel AUROC", "AUPRO")
-    return _table(head, rows, text_columns=(0, 2))
 
 
 def _category(name: str, shots: int, results: Sequence[Result]) -> str:
@@ -141,44 +132,59 @@ def _category(name: str, shots: int, results: Sequence[Result]) -> str:
         figures.append("<p class='quiet'>No masks: pixel figures do not exist.</p>")
     return (
         f"<h2>{escape(name)}, {shots} shots</h2>"
-        f"<p>{_decisions(served)}</p>"
+        f"{_verdicts_table(results)}"
         f"<div class='figures'>{''.join(figures)}</div>"
         f"{_types_table(served)}"
         f"{_examples(served)}"
     )
 
 
-def _decisions(result: Result) -> str:
-    """What the threshold does to the test images."""
-    assert result.threshold is not None
-    scores, threshold = result.scores, result.threshold
-    alarms_I = np.array([threshold.rejects(score) for score in scores.score_I])
-    good, defective = ~scores.is_anomalous_I, scores.is_anomalous_I
-    rate = threshold.certified_false_alarm_rate
-    promise = (
-        f"uncertified, from {len(threshold.scores)} {threshold.source}"
-        if rate is None
-        else f"false-alarm rate certified at {rate:.1%}"
-    )
+def _verdicts_table(results: Sequence[Result]) -> str:
+    """What each seed's threshold is, and what it does to the test images."""
+    rows = [
+        (
+            str(result.seed),
+            f"{result.threshold.value:.3f}",
+            _origin(result.threshold),
+            _rejected(result.verdicts.good),
+            _rejected(result.verdicts.defects),
+        )
+        for result in results
+        if result.threshold is not None and result.verdicts is not None
+    ]
+    head = ("seed", "threshold", "which is", "good rejected", "defects found")
     return (
-        f"At the threshold {threshold.value:.3f} of seed {result.seed} ({promise}),"
-        f" {int(alarms_I[good].sum())} of {int(good.sum())} normal images are rejected and"
-        f" {int(alarms_I[defective].sum())} of {int(defective.sum())} defective ones found."
+        "<h3>At the threshold</h3><p class='quiet'>A certified threshold rejects at most that share"
+        " of good parts, on average over draws of the calibration images; an estimated one promises"
+        " nothing. In parentheses the 95 % interval (Clopper and Pearson), in percent.</p>"
+        + _table(head, rows, text_columns=(2,))
     )
+
+
+def _origin(threshold: Threshold) -> str:
+    rate = threshold.certified_false_alarm_rate
+    made = "estimated" if rate is None else f"certified at {rate:.1%}"
+    return f"{made} from {len(threshold.scores)} {threshold.source}"
+
+
+def _rejected(rejected: Rejected) -> str:
+    low, high = (f"{100 * bound:.1f}" for bound in rejected.interval)
+    return f"{rejected.count} of {rejected.images}: {percent([rejected.share])} % ({low} to {high})"
 
 
 def _types_table(result: Result) -> str:
+    assert result.verdicts is not None
     rows = [
         (
             figures.defect_type,
-            str(figures.images),
+            _rejected(result.verdicts.by_type[figures.defect_type]),
             percent([figures.image_auroc]),
             percent([figures.pixel_auroc]),
         )
         for figures in by_defect_type(result.scores)
     ]
     title = f"<h3>By defect type, both, seed {result.seed}</h3>"
-    head = ("defect type", "images", "image AUROC", "pixel AUROC")
+    head = ("defect type", "found", "image AUROC", "pixel AUROC")
     return title + _table(head, rows, text_columns=(0,))
 
 
