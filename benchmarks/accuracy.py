@@ -76,12 +76,18 @@ class EncodedTestSet:
             ) -> tuple[torch.Tensor, torch.Tensor]:
                 nonlocal score_seconds
                 begun = time.perf_counter()
-                maps_BHW, scores_B = rule(self._encoded(index))
+                maps_BHW, scores_B = rule.score(self._encoded(index))
                 maps_BHW = maps_BHW.cpu()
                 score_seconds += time.perf_counter() - begun
                 return maps_BHW, scores_B
 
-            result = self.test.result(score, variant=name, support=support.paths, seed=support.seed)
+            result = self.test.result(
+                score,
+                variant=name,
+                support=support.paths,
+                seed=support.seed,
+                threshold=rule.threshold,
+            )
             row = Row(
                 method=name,
                 category=result.category,
@@ -90,6 +96,8 @@ class EncodedTestSet:
                 image_auroc=result.image_auroc,
                 pixel_auroc=result.pixel_auroc,
                 aupro=result.aupro,
+                good_rejected=result.good_rejected,
+                defects_found=result.defects_found,
                 fit_seconds=fit_seconds,
                 image_ms=1000
                 * (encode_seconds / images + score_seconds / len(result.scores.names)),

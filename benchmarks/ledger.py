@@ -33,6 +33,8 @@ class Row:
     """One method, fitted once. Metrics are in 0..1, None where the data do not define them.
 
     Attributes:
+        good_rejected, defects_found: shares of the normal and of the anomalous test images above
+            the threshold; None for a method that sets none.
         fit_seconds: encoding of the support set included.
         image_ms: reading, encoding and scoring of one test image, in batches.
     """
@@ -44,6 +46,8 @@ class Row:
     image_auroc: float
     pixel_auroc: float | None
     aupro: float | None
+    good_rejected: float | None
+    defects_found: float | None
     fit_seconds: float
     image_ms: float
 

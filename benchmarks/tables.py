@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from apt_ray.validation.evaluation import percent
+from apt_ray.validation.evaluation import FIGURES, mean_of_known, percent
 from apt_ray.validation.intervals import METRICS, Interval, change_over_seeds
 from benchmarks.ledger import Key, Ledger, Row
 
@@ -36,9 +36,9 @@ them; each has its own backbone and resolution."""
 def format_rows(ledger: Ledger, *, published: str | None = None) -> str:
     """Method by category: mean and standard deviation over the seeds, then over the categories."""
     lines = [
-        "| shots | category | method | image AUROC | pixel AUROC | AUPRO | s per fit |"
-        " ms per image |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shots | category | method | image AUROC | pixel AUROC | AUPRO | good rejected |"
+        " defects found | s per fit | ms per image |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = list(ledger.rows.values())
     for shots in sorted({row.shots for row in rows}):
@@ -58,7 +58,8 @@ def format_rows(ledger: Ledger, *, published: str | None = None) -> str:
             if shots in figures:
                 image, pixel = figures[shots]
                 lines.append(
-                    f"| {shots} | **published** | {name} | {image} | {pixel or '-'} | - | - | - |"
+                    f"| {shots} | **published** | {name} | {image} | {pixel or '-'} | - | - |"
+                    " - | - | - |"
                 )
     return "\n".join(lines)
 
@@ -115,14 +116,10 @@ def _compare(ledger: Ledger, before: str, after: str, shots: int, metric: str) -
 def _line(shots: int, category: str, method: str, groups: Sequence[Sequence[Row]]) -> str:
     """A line whose figures are the mean and deviation over groups of rows."""
 
-    def means(metric: str) -> list[float | None]:
-        values = [
-            [value for row in group if (value := getattr(row, metric)) is not None]
-            for group in groups
-        ]
-        return [fmean(known) if known else None for known in values]
-
-    cells = " | ".join(percent(means(metric)) for metric in ("image_auroc", "pixel_auroc", "aupro"))
+    cells = " | ".join(
+        percent([mean_of_known([getattr(row, figure) for row in group]) for group in groups])
+        for figure in FIGURES
+    )
     rows = [row for group in groups for row in group]
     return (
         f"| {shots} | {category} | {method} | {cells} |"

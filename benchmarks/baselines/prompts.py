@@ -73,8 +73,13 @@ def _fit(
     )
     detector = Detector(backbone, prompt_set)
     return {
-        name: lambda encoded: detector.score(encoded.features),
-        f"{name}-alone": lambda encoded: detector.score(encoded.features, reference_weight=0),
+        name: ImageRule(
+            score=lambda encoded: detector.score(encoded.features),
+            threshold=prompt_set.threshold,
+        ),
+        f"{name}-alone": ImageRule(
+            score=lambda encoded: detector.score(encoded.features, reference_weight=0)
+        ),
     }
 
 

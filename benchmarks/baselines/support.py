@@ -16,6 +16,7 @@ from torch import Tensor
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
+from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import ScoreRule, fuse, reference_probability
 from apt_ray.features.clip import FrozenCLIP
@@ -43,8 +44,18 @@ class Encoded:
 PatchRule = Callable[[Encoded], Tensor]
 """Encoded images -> how anomalous each patch is, `(B, N)` in 0..1."""
 
-ImageRule = Callable[[Encoded], tuple[Tensor, Tensor]]
-"""Encoded images -> maps `(B, size, size)` and anomaly scores `(B,)`, both in 0..1."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRule:
+    """A fitted method, asked for some images.
+
+    Attributes:
+        score: gives maps `(B, size, size)` and anomaly scores `(B,)`, both in 0..1.
+        threshold: where its scores begin to be rejected; None for a method that sets none.
+    """
+
+    score: Callable[[Encoded], tuple[Tensor, Tensor]]
+    threshold: Threshold | None = None
 
 
 class Support:
@@ -98,11 +109,7 @@ class Support:
     def by_patches(self, rule: PatchRule) -> ImageRule:
         """The rule for maps and image scores that all methods share."""
         shared = ScoreRule.of(self.backbone, self.settings)
-
-        def score(encoded: Encoded) -> tuple[Tensor, Tensor]:
-            return shared.score_patches(rule(encoded))
-
-        return score
+        return ImageRule(score=lambda encoded: shared.score_patches(rule(encoded)))
 
     def with_memory(self, name: str, rule: PatchRule) -> dict[str, ImageRule]:
         """A rule fused with all support patches by the rule's harmonic mean, and alone."""

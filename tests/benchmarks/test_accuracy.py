@@ -19,6 +19,8 @@ ROW = Row(
     image_auroc=0.9,
     pixel_auroc=None,
     aupro=None,
+    good_rejected=0.25,
+    defects_found=None,
     fit_seconds=1.5,
     image_ms=20.0,
 )
@@ -38,7 +40,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     some = ["--methods", "memory", "handwritten", "--json", str(file)]
     assert run(sample_data, *some, "--seeds", "0", "--published", "mvtec") == 0
     printed = capsys.readouterr().out
-    assert "| 1 | **published** | PromptAD | 94.6 | 95.9 |" in printed
+    assert "| 1 | **published** | PromptAD | 94.6 | 95.9 | - | - | - | - | - |\n" in printed
     first = json.loads(file.read_text())
     assert {row["method"] for row in first} == {"memory", "handwritten", "handwritten-alone"}
     assert set(first[0]) == {
@@ -49,6 +51,8 @@ def test_a_stopped_run_goes_on_where_it_was(
         "image_auroc",
         "pixel_auroc",
         "aupro",
+        "good_rejected",
+        "defects_found",
         "fit_seconds",
         "image_ms",
     }
@@ -83,7 +87,7 @@ def test_claims_need_an_interval_away_from_zero(tmp_path: Path) -> None:
     assert easiest.startswith("| 4 | apt | memory | image AUROC | 70.0 | 80.0 | +10.0 (+")
     assert easiest.endswith("| better |")
     table = format_rows(ledger)
-    assert "| 4 | tile | apt | 80.0 ± 0.0 | - | - | 1.5 | 20.0 |" in table
+    assert "| 4 | tile | apt | 80.0 ± 0.0 | - | - | 25.0 ± 0.0 | - | 1.5 | 20.0 |" in table
     assert "| 4 | **mean** | apt |" in table
 
 
@@ -106,8 +110,15 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     file.write_text("[{}]")
     with pytest.raises(DataError, match="not what this benchmark wrote"):
         Ledger(file, {})
-    ledger = Ledger(tmp_path / "good.json", {"data": "a"})
+    good = tmp_path / "good.json"
+    ledger = Ledger(good, {"data": "a"})
     ledger.add(ROW, {"image_auroc": np.ones(3)})
-    assert Ledger(tmp_path / "good.json", {"data": "a"}).rows == ledger.rows
+    assert Ledger(good, {"data": "a"}).rows == ledger.rows
     with pytest.raises(DataError, match="made with another data"):
-        Ledger(tmp_path / "good.json", {"data": "b"})
+        Ledger(good, {"data": "b"})
+    # A row of before the shares at the threshold: it cannot be said what they were.
+    (row,) = json.loads(good.read_text())
+    del row["good_rejected"]
+    good.write_text(json.dumps([row]))
+    with pytest.raises(DataError, match=r"good_rejected.*give another --json FILE"):
+        Ledger(good, {"data": "a"})

@@ -42,8 +42,11 @@ def test_all_methods_score_images_by_the_same_rule(
     rules, seconds = support.fit(method)
     assert set(rules) == set(method.rows)
     assert seconds > 0
+    assert [name for name, rule in rules.items() if rule.threshold is not None] == [
+        name for name in method.rows if name in ("apt", "coop", "random-text")
+    ]
     for rule in rules.values():
-        maps_BHW, scores_B = rule(encoded)
+        maps_BHW, scores_B = rule.score(encoded)
         size = support.backbone.input_size
         assert maps_BHW.shape == (2, size, size)
         assert maps_BHW.min() >= 0
@@ -80,8 +83,8 @@ def test_with_rotations_a_turned_part_is_nothing_new(
     (plain,) = memory.fit_memory(support).values()
     (rotated,) = memory.fit_anomalydino(support).values()
     # Square images turn without interpolation, so all that is left is rounding to float16.
-    assert rotated(part)[1].item() == pytest.approx(0, abs=1e-3)
-    assert plain(part)[1].item() > 2e-3
+    assert rotated.score(part)[1].item() == pytest.approx(0, abs=1e-3)
+    assert plain.score(part)[1].item() > 2e-3
 
 
 def test_winclip_windows_hold_neighbouring_patches() -> None:
@@ -132,7 +135,7 @@ def test_winclip_few_shot_is_the_mean_of_the_words_and_the_distance(
 ) -> None:
     """Of the support images themselves the distance is nothing."""
     rules = winclip.fit(support)
-    words, both = (rules[name](encoded)[0] for name in ("winclip-zero", "winclip"))
+    words, both = (rules[name].score(encoded)[0] for name in ("winclip-zero", "winclip"))
     assert torch.allclose(both, words / 2, atol=1e-4)
 
 
@@ -228,4 +231,4 @@ def test_written_prompts_alone_are_the_meta_prompt(support: Support, encoded: En
         encoded.features.tokens_BNE, meta_features(backbone), backbone.constants
     )
     expected = anomaly_maps(p_BN, backbone.grid, backbone.input_size)
-    assert torch.allclose(rule(encoded)[0], expected)
+    assert torch.allclose(rule.score(encoded)[0], expected)
