@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from apt_ray.errors import BackboneError
+from apt_ray.features.descriptors import describe
 from apt_ray.features.torchvision_guard import import_timm
 
 STAGES = (2, 4)
@@ -101,30 +101,17 @@ class Trunk:
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """Pixels in 0..1 of `input_size` -> features `(B, N, D)`, float32, L2-normalised.
-
-        Each stage is averaged over its neighbourhood and brought to unit length, and those that are
-        coarser are enlarged to the finest, so that each has the same say in a cosine.
-        """
+        """Pixels in 0..1 of `input_size` -> features `(B, N, D)`, float32, L2-normalised."""
         pixels_B3HW = (2 * pixels_B3HW.to(self._device, self._dtype) - 1).contiguous(
             memory_format=torch.channels_last
         )
         x_BDHW = self._stem(pixels_B3HW)
-        parts = []
+        maps = []
         for stage, blocks in enumerate(self._blocks):
             x_BDHW = blocks(x_BDHW)
             if stage in self._stages:
-                parts.append(self._described(x_BDHW.float()))
-        described_BDHW = torch.cat(parts, 1).contiguous()
-        return F.normalize(described_BDHW.flatten(2).mT, dim=-1)
-
-    def _described(self, x_BDHW: torch.Tensor) -> torch.Tensor:
-        pooled = F.avg_pool2d(
-            x_BDHW, self._pool, stride=1, padding=self._pool // 2, count_include_pad=False
-        )
-        return F.interpolate(
-            F.normalize(pooled, dim=1), size=self.grid, mode="bilinear", align_corners=False
-        )
+                maps.append(x_BDHW)
+        return describe(maps, pool=self._pool)
 
 
 def _file_of_package() -> Path:
