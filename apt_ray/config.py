@@ -13,6 +13,9 @@ NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 BUILTIN = "builtin"
 
+TIMM = "timm:"
+"""What the name of a model of timm follows, where it is the reference encoder."""
+
 Precision = Literal["float32", "bfloat16"]
 
 NoiseRegion = Literal["random", "everywhere"]
@@ -93,34 +96,50 @@ class BackboneSpec(Settings):
     locality_blocks: int = Field(
         default=1, ge=1, description="How many of the last blocks use the window."
     )
-    reference_encoder: Literal["backbone", "trunk"] = Field(
+    reference_encoder: str = Field(
         default="backbone",
-        description="What the reference memory reads: the backbone's own blocks, or the trunk, an"
-        " EfficientNet-Lite0 trained on photographs.",
+        pattern=f"^(backbone|trunk|{TIMM}.+)$",
+        description="What the reference memory reads: backbone, its own blocks; trunk, an"
+        " EfficientNet-Lite0 trained on photographs; or timm:NAME, any model of timm, with"
+        " pretrained weights as timm:NAME.TAG.",
+    )
+    reference_pretrained: str | None = Field(
+        default=None,
+        description="A checkpoint file for timm:NAME, of safetensors or torch, at the same path on"
+        " every machine; None downloads the weights of its tag from the Hugging Face hub, once.",
     )
     reference_layers: tuple[int, ...] | None = Field(
         default=None,
-        description="Blocks of the backbone, or stages of the trunk (from 0), whose features the"
-        " reference memory holds; None is the encoder's default.",
+        description="Blocks of a ViT, or stages of a CNN (from 0), whose features the reference"
+        " memory holds; None is the encoder's default.",
     )
     reference_input_size: int | None = Field(
-        default=None, gt=0, description="Pixels a side that the trunk sees; None is 320."
+        default=None,
+        gt=0,
+        description="Pixels a side that a reference encoder beside the backbone sees; None is 320"
+        " for a CNN, near 448 for a ViT, or the only size that it takes.",
     )
-    reference_pool: int = Field(
-        default=3,
+    reference_pool: int | None = Field(
+        default=None,
         ge=1,
         le=9,
-        description="Places a side over which the trunk's features are averaged; an odd number.",
+        description="Places a side over which its features are averaged, an odd number; None is 3"
+        " for a CNN, 1 for a ViT.",
     )
 
     @model_validator(mode="after")
-    def _trunk_alone(self) -> "BackboneSpec":
-        if self.reference_pool % 2 == 0:
+    def _of_another_encoder(self) -> "BackboneSpec":
+        if self.reference_pool is not None and self.reference_pool % 2 == 0:
             raise ValueError("reference_pool must be an odd number")
         if self.reference_encoder == "backbone" and self.reference_input_size is not None:
             raise ValueError(
-                "reference_input_size is the trunk's: set reference_encoder to 'trunk', or leave it"
-                " out"
+                "the backbone reads itself at its own size: set reference_encoder to 'trunk' or"
+                " 'timm:NAME', or leave reference_input_size out"
+            )
+        if self.reference_pretrained is not None and not self.reference_encoder.startswith(TIMM):
+            raise ValueError(
+                "reference_pretrained is a file for a model of timm: set reference_encoder to"
+                " 'timm:NAME', or leave it out"
             )
         return self
 

@@ -6,8 +6,6 @@ length, T texts, S positions of a text sequence.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,15 +18,15 @@ from torch import nn
 
 from apt_ray.config import BUILTIN, BackboneSpec
 from apt_ray.errors import BackboneError
-from apt_ray.features import trunk
 from apt_ray.features.attention import locality_mask
 from apt_ray.features.builtin.apt_mini import load_builtin
 from apt_ray.features.constants import BackboneConstants, published_constants
+from apt_ray.features.fingerprint import fingerprint
 from apt_ray.features.pixels import resize_pixels, to_pixels
-from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.protocol import ImageFeatures, ReferenceEncoder
+from apt_ray.features.reference_encoder import load_reference_encoder
 from apt_ray.features.torchvision_guard import import_open_clip
 from apt_ray.features.towers import run_text_tower, run_vision_tower
-from apt_ray.features.trunk import Trunk
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -77,12 +75,8 @@ class FrozenCLIP:
                 f" at least {visual.image_size[0]}"
             )
         blocks = len(visual.transformer.resblocks)
-        has_trunk = spec.reference_encoder == "trunk"
-        layers = (
-            constants.reference_layers
-            if has_trunk or spec.reference_layers is None
-            else spec.reference_layers
-        )
+        own_layers = spec.reference_layers if spec.reference_encoder == "backbone" else None
+        layers = own_layers or constants.reference_layers
         if max(layers) >= blocks or min(layers) < 0 or spec.locality_blocks > blocks:
             raise BackboneError(
                 f"{spec.name} has blocks 0 to {blocks - 1}: choose reference_layers among them, and"
@@ -93,12 +87,14 @@ class FrozenCLIP:
         self.tiles = spec.tiles
         self.prompt_size = spec.tiles * size
         self.grid = (self.prompt_size // patch, self.prompt_size // patch)
-        self._trunk = _load_trunk(spec, device) if has_trunk else None
-        self.reference_grid = self._trunk.grid if self._trunk else self.grid
-        self.input_size = max(self.prompt_size, self._trunk.input_size if self._trunk else 0)
+        self._reference = load_reference_encoder(spec, device=device)
+        self.reference_grid = self._reference.grid if self._reference else self.grid
+        self.input_size = max(
+            self.prompt_size, self._reference.input_size if self._reference else 0
+        )
         tile_grid = (size // patch, size // patch)
         self.device = torch.device(device)
-        self.fingerprint = _fingerprint(model, spec, self.constants, size, self._trunk)
+        self.fingerprint = _fingerprint(model, spec, self.constants, size, self._reference)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenize = tokenize
         self._mean_3 = torch.tensor(visual.image_mean, device=self.device)
@@ -130,7 +126,7 @@ class FrozenCLIP:
         From then on images cannot be encoded.
         """
         del self.model.visual
-        self._trunk = None
+        self._reference = None
 
     @torch.no_grad()
     def encode_images(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
@@ -142,8 +138,8 @@ class FrozenCLIP:
             tokens_BNE=self._join(joint_XSE[:, 1:]),
             cls_BE=F.normalize(cls_BE, dim=-1),
             layers=(
-                {0: self._trunk.encode(resize_pixels(pixels_B3HW, self._trunk.input_size))}
-                if self._trunk
+                {0: self._reference.encode(resize_pixels(pixels_B3HW, self._reference.input_size))}
+                if self._reference
                 else {
                     layer: F.normalize(self._join(outputs[layer][:, 1:]).float(), dim=-1)
                     for layer in self.constants.reference_layers
@@ -259,16 +255,6 @@ def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> F
     )
 
 
-def _load_trunk(spec: BackboneSpec, device: str) -> Trunk:
-    return Trunk(
-        stages=spec.reference_layers or trunk.STAGES,
-        input_size=spec.reference_input_size or trunk.INPUT_SIZE,
-        pool=spec.reference_pool,
-        device=device,
-        precision=getattr(torch, spec.precision),
-    )
-
-
 def _cut(pixels_B3HW: torch.Tensor, tiles: int) -> torch.Tensor:
     """Each image's tiles, row by row: `(B * tiles ** 2, 3, H / tiles, W / tiles)`."""
     height, width = pixels_B3HW.shape[-2] // tiles, pixels_B3HW.shape[-1] // tiles
@@ -353,7 +339,7 @@ def _fingerprint(
     spec: BackboneSpec,
     constants: BackboneConstants,
     input_size: int,
-    trunk: Trunk | None,
+    reference: ReferenceEncoder | None,
 ) -> str:
     visual = model.visual
     description = {
@@ -365,10 +351,6 @@ def _fingerprint(
         "attention": spec.model_dump(include={"attention", "locality_radius", "locality_blocks"}),
         "constants": constants.model_dump(),
         **spec.model_dump(include={"precision"}, exclude_defaults=True),
-        **({"trunk": trunk.fingerprint} if trunk else {}),
+        **({"reference": reference.fingerprint} if reference else {}),
     }
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return fingerprint(description, model)

