@@ -35,6 +35,8 @@ class Row:
     Attributes:
         fit_seconds: encoding of the support set included.
         image_ms: reading, encoding and scoring of one test image, in batches.
+        peak_mb: the most memory that a process of its own held while it fitted and inspected, in
+            millions of bytes; None where that was not measured.
     """
 
     method: str
@@ -46,6 +48,7 @@ class Row:
     aupro: float | None
     fit_seconds: float
     image_ms: float
+    peak_mb: float | None = None
 
     @property
     def key(self) -> Key:
