@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-slow test-core fuzz mutants lint format clean
+.PHONY: help demo up down test test-slow test-core fuzz mutants peers lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,10 @@ mutants: $(READY) ## Change the code and see which tests notice (MUTANTS_ARGS="a
 	OMP_NUM_THREADS=1 PYTHONPATH=.mutants $(BIN)/python .mutants/bin/mutmut run $(MUTANTS_ARGS)
 	@PYTHONPATH=.mutants $(BIN)/python .mutants/bin/mutmut results | sed '/: not checked/d'
 
+# anomalib brings much that apt-ray does not need: it has an environment of its own, .peers.
+peers: .peers/.ready ## Measure APT beside anomalib's models (PEERS_ARGS="--data DIR")
+	.peers/bin/python -m benchmarks.peers $(PEERS_ARGS)
+
 lint: $(READY) ## Check style, types and the rules of who imports whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -53,14 +57,17 @@ format: $(READY) ## Format the code and mend what can be mended by itself
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-clean: ## Stop the servers and remove the environment, the demo's files and all caches
+clean: ## Stop the servers and remove the environments, the demo's files and all caches
 	@if [ -f .demo/state.json ]; then $(BIN)/python -m apt_ray.devtools.demo down; fi
-	rm -rf .venv .demo .mutants mutants build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .demo .mutants mutants .peers build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml constraints.txt
+$(READY): INSTALLED := '.[dev]'
+.peers/.ready: INSTALLED := . 'anomalib==2.7.0'
+
+$(READY) .peers/.ready: pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { \
 		echo "apt-ray needs Python 3.10 to 3.13; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(INSTALLED)
 	@touch $@

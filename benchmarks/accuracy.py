@@ -88,16 +88,8 @@ class EncodedTestSet:
                 seed=support.seed,
                 threshold=rule.threshold,
             )
-            row = Row(
-                method=name,
-                category=result.category,
-                shots=result.shots,
-                seed=result.seed,
-                image_auroc=result.image_auroc,
-                pixel_auroc=result.pixel_auroc,
-                aupro=result.aupro,
-                good_rejected=result.good_rejected,
-                defects_found=result.defects_found,
+            row = Row.of(
+                result,
                 fit_seconds=fit_seconds,
                 image_ms=1000
                 * (encode_seconds / images + score_seconds / len(result.scores.names)),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from apt_ray.errors import DataError
 from apt_ray.files import write_json, writing
+from apt_ray.validation.evaluation import Result
 
 Floats = NDArray[np.float64]
 
@@ -37,19 +38,39 @@ class Row:
             the threshold; None for a method that sets none.
         fit_seconds: encoding of the support set included.
         image_ms: reading, encoding and scoring of one test image, in batches.
+        peak_mb: the most memory that a process of its own held while it fitted and inspected, in
+            millions of bytes; None where that was not measured.
     """
 
     method: str
     category: str
     shots: int
     seed: int
-    image_auroc: float
+    image_auroc: float | None
     pixel_auroc: float | None
     aupro: float | None
     good_rejected: float | None
     defects_found: float | None
     fit_seconds: float
     image_ms: float
+    peak_mb: float | None = None
+
+    @classmethod
+    def of(cls, result: Result, *, fit_seconds: float, image_ms: float) -> Row:
+        """What a fit, evaluated, comes to."""
+        return cls(
+            method=result.variant,
+            category=result.category,
+            shots=result.shots,
+            seed=result.seed,
+            image_auroc=result.image_auroc,
+            pixel_auroc=result.pixel_auroc,
+            aupro=result.aupro,
+            good_rejected=result.good_rejected,
+            defects_found=result.defects_found,
+            fit_seconds=fit_seconds,
+            image_ms=image_ms,
+        )
 
     @property
     def key(self) -> Key:

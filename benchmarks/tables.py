@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.accuracy`, as Markdown."""
+"""The tables of `benchmarks.accuracy` and `benchmarks.peers`, as Markdown."""
 
 from __future__ import annotations
 
@@ -34,24 +34,28 @@ them; each has its own backbone and resolution."""
 
 
 def format_rows(ledger: Ledger, *, published: str | None = None) -> str:
-    """Method by category: mean and standard deviation over the seeds, then over the categories."""
+    """Method by category: mean and standard deviation over the seeds, then over the categories.
+
+    Where the rows have a peak of memory the highest of them is shown.
+    """
+    rows = list(ledger.rows.values())
+    has_peak = any(row.peak_mb is not None for row in rows)
     lines = [
         "| shots | category | method | image AUROC | pixel AUROC | AUPRO | good rejected |"
-        " defects found | s per fit | ms per image |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " defects found | s per fit | ms per image |" + " peak MB |" * has_peak,
+        "|---|---|---|---|---|---|---|---|---|---|" + "---|" * has_peak,
     ]
-    rows = list(ledger.rows.values())
     for shots in sorted({row.shots for row in rows}):
         chosen = [row for row in rows if row.shots == shots]
         categories = _distinct(row.category for row in chosen)
         for category in categories:
             lines += [
-                _line(shots, category, method, [[row] for row in group])
+                _line(shots, category, method, [[row] for row in group], has_peak)
                 for method, group in _by_method(r for r in chosen if r.category == category)
             ]
         if len(categories) > 1:
             lines += [
-                _line(shots, "**mean**", method, _by_seed(group))
+                _line(shots, "**mean**", method, _by_seed(group), has_peak)
                 for method, group in _by_method(chosen)
             ]
         for name, figures in PUBLISHED[published] if published else ():
@@ -59,7 +63,7 @@ def format_rows(ledger: Ledger, *, published: str | None = None) -> str:
                 image, pixel = figures[shots]
                 lines.append(
                     f"| {shots} | **published** | {name} | {image} | {pixel or '-'} | - | - |"
-                    " - | - | - |"
+                    " - | - | - |" + " - |" * has_peak
                 )
     return "\n".join(lines)
 
@@ -113,18 +117,21 @@ def _compare(ledger: Ledger, before: str, after: str, shots: int, metric: str) -
     return change_over_seeds(*zip(*values.values(), strict=True))
 
 
-def _line(shots: int, category: str, method: str, groups: Sequence[Sequence[Row]]) -> str:
+def _line(
+    shots: int, category: str, method: str, groups: Sequence[Sequence[Row]], has_peak: bool
+) -> str:
     """A line whose figures are the mean and deviation over groups of rows."""
-
     cells = " | ".join(
         percent([mean_of_known([getattr(row, figure) for row in group]) for group in groups])
         for figure in FIGURES
     )
     rows = [row for group in groups for row in group]
+    peaks = [row.peak_mb for row in rows if row.peak_mb is not None]
+    peak = f" {max(peaks):.0f} |" if peaks else " - |"
     return (
         f"| {shots} | {category} | {method} | {cells} |"
         f" {fmean(row.fit_seconds for row in rows):.1f} |"
-        f" {fmean(row.image_ms for row in rows):.1f} |"
+        f" {fmean(row.image_ms for row in rows):.1f} |" + peak * has_peak
     )
 
 

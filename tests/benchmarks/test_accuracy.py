@@ -55,6 +55,7 @@ def test_a_stopped_run_goes_on_where_it_was(
         "defects_found",
         "fit_seconds",
         "image_ms",
+        "peak_mb",
     }
     assert all(0 < row["image_auroc"] <= 1 and row["image_ms"] > 0 for row in first)
     # As if it had been stopped between two methods.
