@@ -13,7 +13,7 @@ NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 BUILTIN = "builtin"
 
-TIMM = "timm:"
+BACKBONE, TRUNK, TIMM = "backbone", "trunk", "timm:"
 """What the name of a model of timm follows, where it is the reference encoder."""
 
 Precision = Literal["float32", "bfloat16"]
@@ -96,12 +96,13 @@ class BackboneSpec(Settings):
     locality_blocks: int = Field(
         default=1, ge=1, description="How many of the last blocks use the window."
     )
-    reference_encoder: str = Field(
-        default="backbone",
-        pattern=f"^(backbone|trunk|{TIMM}.+)$",
+    reference_encoder: str | None = Field(
+        default=None,
+        pattern=f"^({BACKBONE}|{TRUNK}|{TIMM}.+)$",
         description="What the reference memory reads: backbone, its own blocks; trunk, an"
         " EfficientNet-Lite0 trained on photographs; or timm:NAME, any model of timm, with"
-        " pretrained weights as timm:NAME.TAG.",
+        " pretrained weights as timm:NAME.TAG. None is the trunk beside the built-in backbone, and"
+        " any other backbone itself.",
     )
     reference_pretrained: str | None = Field(
         default=None,
@@ -123,25 +124,29 @@ class BackboneSpec(Settings):
         default=None,
         ge=1,
         le=9,
-        description="Places a side over which its features are averaged, an odd number; None is 3"
-        " for a CNN, 1 for a ViT.",
+        description="Places a side over which its features are averaged, an odd number; None is 1.",
     )
 
     @model_validator(mode="after")
     def _of_another_encoder(self) -> "BackboneSpec":
         if self.reference_pool is not None and self.reference_pool % 2 == 0:
             raise ValueError("reference_pool must be an odd number")
-        if self.reference_encoder == "backbone" and self.reference_input_size is not None:
+        if self.reads == BACKBONE and self.reference_input_size is not None:
             raise ValueError(
                 "the backbone reads itself at its own size: set reference_encoder to 'trunk' or"
                 " 'timm:NAME', or leave reference_input_size out"
             )
-        if self.reference_pretrained is not None and not self.reference_encoder.startswith(TIMM):
+        if self.reference_pretrained is not None and not self.reads.startswith(TIMM):
             raise ValueError(
                 "reference_pretrained is a file for a model of timm: set reference_encoder to"
                 " 'timm:NAME', or leave it out"
             )
         return self
+
+    @property
+    def reads(self) -> str:
+        """The reference encoder: as it was named, or the default."""
+        return self.reference_encoder or (TRUNK if self.name == BUILTIN else BACKBONE)
 
 
 class FitSettings(Settings):
@@ -207,15 +212,22 @@ class FitSettings(Settings):
     steps: int = Field(default=100, ge=1, le=100_000, description="Optimisation steps.")
     seed: int = Field(default=0, ge=0, description="Seed of contexts, noise and batches.")
     reference_weight: float = Field(
-        default=0.5, ge=0, le=1, description="0 uses the prompts only, 1 the reference only."
+        default=0.85, ge=0, le=1, description="0 uses the prompts only, 1 the reference only."
+    )
+    reference_copies: int = Field(
+        default=4,
+        ge=0,
+        le=16,
+        description="Copies of each support image in the reference memory, slightly turned,"
+        " shifted, enlarged and relit.",
     )
     reference_rotations: Literal[1, 4, 8] = Field(
         default=1,
         description="Turns of each support image in the reference memory: 4 by 90, 8 by 45"
-        " degrees.",
+        " degrees. A single support image is always turned by 90 degrees, and mirrored.",
     )
     reference_size: int = Field(
-        default=512,
+        default=768,
         ge=1,
         description="Patches of a layer in the reference memory at most; a coreset of more.",
     )

@@ -8,12 +8,16 @@ most a share alpha of good parts, on average over draws of the calibration set.
 
 from collections.abc import Sequence
 from math import floor
-from statistics import stdev
+from statistics import median
 from typing import Literal
 
 from pydantic import Field
 
 from apt_ray.config import Settings
+
+SPREAD = 0.23
+"""From the median score of good parts to where about one in ten is higher: 1.15 standard deviations
+of evidence. Chosen on the validation set, see docs/accuracy.md."""
 
 
 class Threshold(Settings):
@@ -57,11 +61,18 @@ def conformal_p_value(calibration_scores: Sequence[float], score: float) -> floa
 
 
 def calibrate(scores: Sequence[float], false_alarm_rate: float) -> Threshold:
-    """The threshold from images that were not fitted to; uncertified if they are too few."""
-    rank = floor(false_alarm_rate * (len(scores) + 1))
-    certified = rank >= 1
+    """The threshold from images that were not fitted to.
+
+    Too few of them certify nothing: then it is the highest score, above which one good part in
+    `n + 1` is expected, and no lower than an estimate where that would be more than twice the rate.
+    """
+    certified = floor(false_alarm_rate * (len(scores) + 1)) >= 1
+    rank = max(1, floor(false_alarm_rate * (len(scores) + 1)))
+    value = sorted(scores, reverse=True)[rank - 1]
+    if 1 / (len(scores) + 1) > 2 * false_alarm_rate:
+        value = max(value, _estimated(scores))
     return Threshold(
-        value=sorted(scores, reverse=True)[rank - 1] if certified else _above_all(scores),
+        value=value,
         certified_false_alarm_rate=false_alarm_rate if certified else None,
         source="calibration images",
         scores=tuple(scores),
@@ -74,13 +85,14 @@ def estimate(
 ) -> Threshold:
     """The uncertified threshold where no image is left for calibration."""
     return Threshold(
-        value=_above_all(scores),
+        value=_estimated(scores),
         certified_false_alarm_rate=None,
         source=source,
         scores=tuple(scores),
     )
 
 
-def _above_all(scores: Sequence[float]) -> float:
-    """The highest score plus one standard deviation: few further good parts exceed it."""
-    return max(scores) + (stdev(scores) if len(scores) > 1 else 0.0)
+def _estimated(scores: Sequence[float]) -> float:
+    """A handful of scores says where their middle lies, and next to nothing of how far they spread:
+    the median, and a spread that scores in units of a product's own deviations have in common."""
+    return median(scores) + SPREAD

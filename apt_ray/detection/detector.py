@@ -50,7 +50,7 @@ class Inspection:
 
     Attributes:
         anomaly_map: `(H, W)` float32 in 0..1 at the size of the image, higher is worse.
-        anomaly_score: mean of the highest 1 % of the map, 0..1.
+        anomaly_score: root mean square of the highest 0.5 % of the map, 0..1.
         threshold: the score above which the image is anomalous.
         is_anomalous: whether it is.
         p_value: share of normal images that would score as high, None without calibration images.
@@ -148,7 +148,13 @@ class Detector:
         rule = self._rule
         if reference_weight is not None:
             rule = replace(rule, reference_weight=reference_weight)
-        return rule.score(features, self._text_PE, self._memory, interest_SS=self._interest_SS)
+        return rule.score(
+            features,
+            self._text_PE,
+            self._memory,
+            self.prompt_set.provenance.scales,
+            interest_SS=self._interest_SS,
+        )
 
 
 def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:

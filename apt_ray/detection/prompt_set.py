@@ -22,8 +22,8 @@ from safetensors.torch import load, save
 
 from apt_ray.config import BackboneSpec, FitSettings, Settings
 from apt_ray.detection.calibration import Threshold
-from apt_ray.detection.reference import DistanceScale, ReferenceMemory
-from apt_ray.detection.rule import RULE_VERSION
+from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import RULE_VERSION, Scales
 from apt_ray.errors import PromptSetError
 from apt_ray.files import write_whole
 
@@ -51,11 +51,7 @@ class Provenance(Settings):
     support_names: tuple[str, ...]
     created: str = Field(description="Time of the fit, ISO 8601 in UTC.")
     threshold: Threshold
-    distance_scale: DistanceScale | None = Field(
-        default=None,
-        description="What distances to the memory are measured in; null leaves it to the"
-        " backbone's constants.",
-    )
+    scales: Scales = Field(description="What its evidence is measured in.")
     metrics: dict[str, float] = Field(default_factory=dict)
     probe_score: float | None = Field(
         default=None,
@@ -72,7 +68,7 @@ class PromptSet:
         text_features: `(P, E)` float32, L2-normalised; row 0 normal, the others anomalous.
         contexts: `(P, L, C)` float32, the learned prompt contexts.
         meta_features: `(2, E)` float32, the meta-prompt at the end of the training.
-        memory: the support set's patch tokens.
+        memory: features of the support images.
     """
 
     provenance: Provenance
@@ -161,7 +157,7 @@ class PromptSet:
             text_features=tensors["text_features"],
             contexts=tensors["contexts"],
             meta_features=tensors["meta_features"],
-            memory=ReferenceMemory(memory, provenance.distance_scale),
+            memory=ReferenceMemory(memory),
         )
 
     def save(self, path: Path) -> None:

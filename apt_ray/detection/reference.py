@@ -1,6 +1,6 @@
-"""The reference memory: how far a patch is from everything that the support images show.
+"""The reference memory: how far a place is from everything that the support images show.
 
-B images, N patch tokens, M patches in memory, D width of the vision tower.
+B images, M_l places of reference layer l, K places in memory, D width of a layer.
 """
 
 from collections.abc import Mapping
@@ -8,43 +8,30 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 
-from apt_ray.config import Settings
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 
-_SMALLEST_SD = 1e-4
-
-
-class DistanceScale(Settings):
-    """What distances are measured in: those of normal places to other images than their own."""
-
-    mean: float = Field(description="Mean distance.")
-    sd: float = Field(gt=0, description="Its standard deviation over places and images.")
-
-    @classmethod
-    def of(cls, distances: torch.Tensor) -> "DistanceScale":
-        """The scale of distances of normal places, of any shape."""
-        return cls(mean=float(distances.mean()), sd=max(float(distances.std()), _SMALLEST_SD))
+_UNIT = 0.01
+"""Tokens whose lengths are 1 within this are compared by their directions."""
 
 
 class ReferenceMemory:
     """Features of the support images, a bank for each reference layer.
 
     Attributes:
-        layers: layer -> `(M, D)` L2-normalised features, float16.
-        scale: how its distances become probabilities; None leaves that to the backbone's constants.
+        layers: layer -> `(K, D)` features, float16.
     """
 
-    def __init__(
-        self, layers: Mapping[int, torch.Tensor], scale: DistanceScale | None = None
-    ) -> None:
-        self.layers = {layer: tokens_MD.half() for layer, tokens_MD in layers.items()}
-        self.scale = scale
+    def __init__(self, layers: Mapping[int, torch.Tensor]) -> None:
+        self.layers = {layer: tokens_KD.half() for layer, tokens_KD in layers.items()}
+        self._are_directions = {
+            layer: bool(((tokens_KD.float().norm(dim=1) - 1).abs() < _UNIT).all())
+            for layer, tokens_KD in self.layers.items()
+        }
 
     @classmethod
     def of(cls, support: ImageFeatures, size: int | None = None) -> "ReferenceMemory":
-        """The memory of the support images' patches: of all, or of a coreset of `size` a layer."""
+        """The memory of the support images' places: of all, or of a coreset of `size` a layer."""
         layers = {layer: tokens.flatten(0, 1) for layer, tokens in support.layers.items()}
         if size is not None:
             layers = {layer: tokens[coreset(tokens, size)] for layer, tokens in layers.items()}
@@ -52,40 +39,48 @@ class ReferenceMemory:
 
     def to(self, device: torch.device) -> "ReferenceMemory":
         """The same memory on another device."""
-        layers = {layer: tokens.to(device) for layer, tokens in self.layers.items()}
-        return ReferenceMemory(layers, self.scale)
+        return ReferenceMemory({layer: tokens.to(device) for layer, tokens in self.layers.items()})
 
-    def scaled(self, scale: DistanceScale | None) -> "ReferenceMemory":
-        """The same memory, whose distances become probabilities so."""
-        return ReferenceMemory(self.layers, scale)
+    def distances(self, features: ImageFeatures) -> dict[int, torch.Tensor]:
+        """Layer -> distance of each place to the nearest one in memory, `(B, M_l)` from 0.
 
-    def distance(self, features: ImageFeatures) -> torch.Tensor:
-        """Cosine distance to the nearest place, `(B, M)` in 0..2, mean over the layers."""
+        Cosine distances, 0..2, where tokens are of unit length; else Euclidean ones, as in
+        PatchCore (arXiv 2106.08265).
+        """
+        return {
+            layer: self._distance(layer, tokens_BMD)
+            for layer, tokens_BMD in features.layers.items()
+        }
+
+    def _distance(self, layer: int, tokens_BMD: torch.Tensor) -> torch.Tensor:
         # Multiplied in float32, which is what CPUs are fast at; kept in float16, because a replica
         # holds the memories of a thousand categories.
-        return torch.stack(
-            [
-                1 - (tokens_BND @ self.layers[layer].float().T).amax(-1)
-                for layer, tokens_BND in features.layers.items()
-            ]
-        ).mean(0)
+        memory_KD = self.layers[layer].float()
+        if self._are_directions[layer]:
+            return 1 - (tokens_BMD @ memory_KD.T).amax(-1)
+        half_K = memory_KD.square().sum(-1) / 2
+        nearest_BM = (tokens_BMD @ memory_KD.T - half_K).amax(-1)
+        return (tokens_BMD.square().sum(-1) - 2 * nearest_BM).clamp_min(0).sqrt()
 
 
-def coreset(tokens_MD: torch.Tensor, size: int) -> torch.Tensor:
+def coreset(tokens_KD: torch.Tensor, size: int) -> torch.Tensor:
     """Indices of at most `size` tokens such that every token has a near one among them.
 
     Greedy k-centre, as in PatchCore (arXiv 2106.08265): always the token next that is farthest
-    from all chosen ones. Tokens are of unit length; the first is the one nearest to their mean.
+    from all chosen ones. The first is the one nearest to their mean.
     """
-    if size >= len(tokens_MD):
-        return torch.arange(len(tokens_MD))
+    if size >= len(tokens_KD):
+        return torch.arange(len(tokens_KD))
     # Hundreds of small operations in a row, for which numpy has half of torch's overhead.
-    known_MD = tokens_MD.cpu().numpy()
-    chosen = [int((known_MD @ known_MD.mean(0)).argmax())]
-    nearest_M = known_MD @ known_MD[chosen[0]]
+    known_KD = tokens_KD.float().cpu().numpy()
+    half_K = np.square(known_KD).sum(1) / 2
+    chosen = [int((known_KD @ known_KD.mean(0) - half_K).argmax())]
+    # Half the squared distance of each token to the nearest chosen one.
+    far_K = half_K + half_K[chosen[0]] - known_KD @ known_KD[chosen[0]]
     while len(chosen) < size:
-        chosen.append(int(nearest_M.argmin()))
-        np.maximum(nearest_M, known_MD @ known_MD[chosen[-1]], out=nearest_M)
+        latest = int(far_K.argmax())
+        chosen.append(latest)
+        np.minimum(far_K, half_K + half_K[latest] - known_KD @ known_KD[latest], out=far_K)
     return torch.tensor(chosen)
 
 

@@ -5,38 +5,70 @@ trials are judged by its parts, on the patches of the prompts alone (`validation
 prompt set carries `RULE_VERSION`, since its threshold means something under the rule that set it
 alone.
 
-B images (or any leading dimensions), N patch tokens, E joint width, P prompts: row 0 the normal
-one, the others anomalous; S pixels a side of a map.
+B images (or any leading dimensions), N patch tokens, M_l places of reference layer l, E joint
+width, P prompts: row 0 the normal one, the others anomalous; S pixels a side of a map.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from apt_ray.config import FitSettings
+from apt_ray.config import FitSettings, Settings
 from apt_ray.features.constants import BackboneConstants
 from apt_ray.features.protocol import Backbone, ImageFeatures
 
 if TYPE_CHECKING:
-    from apt_ray.detection.reference import DistanceScale, ReferenceMemory
+    from apt_ray.detection.reference import ReferenceMemory
 
-RULE_VERSION = 1
+RULE_VERSION = 2
 """Raised whenever the same features come to another map or score."""
 
-TOP_SHARE = 0.01
-"""The anomaly score is the mean of this share of the highest values, as in AnomalyDINO (arXiv
-2405.14529)."""
+TOP_SHARE = 0.005
+"""The anomaly score is a mean over this share of the map, its highest values, as in AnomalyDINO
+(arXiv 2405.14529), which takes 1 %."""
 
-_EVEN_ODDS = 4.0
+MOST_EVIDENCE = 5.0
+"""Standard deviations above which more evidence of one kind counts no more: what one layer finds
+odd may be a harmless novelty, what several find odd seldom is."""
 
 _SMOOTHING = 4 / 240
 """Standard deviation of the map's Gaussian, as a fraction of its side: the 4 pixels at 240 of
 PromptAD's code (arXiv 2404.05231)."""
+
+_SMALLEST_SD = 1e-4
+
+_WORST_PATCHES = 0.01  # of the patches that losses and trials look at
+
+
+class Scale(Settings):
+    """What evidence of one kind is measured in: its mean and deviation at normal places."""
+
+    mean: float = Field(allow_inf_nan=False)
+    sd: float = Field(gt=0, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, evidence: torch.Tensor, *, widened: float = 1.0) -> Scale:
+        """The scale of evidence at normal places, of any shape; its deviation times `widened`."""
+        sd = widened * float(evidence.std())
+        return cls(mean=float(evidence.mean()), sd=max(sd, _SMALLEST_SD))
+
+    def excess(self, evidence: torch.Tensor) -> torch.Tensor:
+        """The square of what is above the mean, 0..1, and 1 from `MOST_EVIDENCE` deviations on."""
+        return ((evidence - self.mean) / (MOST_EVIDENCE * self.sd)).clamp(0, 1).square()
+
+
+class Scales(Settings):
+    """Those of a prompt set: what its own support images say is ordinary."""
+
+    prompts: Scale = Field(description="Of the prompts' log-odds.")
+    layers: dict[int, Scale] = Field(description="Reference layer -> of its distances.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +78,6 @@ class ScoreRule:
     Attributes:
         constants: how similarities become probabilities.
         grid: (rows, columns) of patches.
-        reference_grid: (rows, columns) of the places that the memory compares.
         map_size: S.
         reference_weight: 0 is the prompts alone, 1 the reference memory alone.
         cls_weight: share of the whole image's prompt score in the anomaly score.
@@ -54,7 +85,6 @@ class ScoreRule:
 
     constants: BackboneConstants
     grid: tuple[int, int]
-    reference_grid: tuple[int, int]
     map_size: int
     reference_weight: float
     cls_weight: float
@@ -65,7 +95,6 @@ class ScoreRule:
         return cls(
             constants=backbone.constants,
             grid=backbone.grid,
-            reference_grid=backbone.reference_grid,
             map_size=backbone.input_size,
             reference_weight=settings.reference_weight,
             cls_weight=settings.cls_weight,
@@ -76,32 +105,56 @@ class ScoreRule:
         features: ImageFeatures,
         text_PE: torch.Tensor,
         memory: ReferenceMemory,
+        scales: Scales,
         *,
         interest_SS: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Anomaly maps `(B, S, S)` and anomaly scores `(B,)`, both float32 in 0..1.
 
-        The maps are 0 outside of `interest_SS`, where it is given. The score is the mean over the
-        same number of pixels with it as without: it can only become lower, so whatever a threshold
+        The maps are 0 outside of `interest_SS`, where it is given. The score is taken over the same
+        number of pixels with it as without: it can only become lower, so whatever a threshold
         promises about good parts still holds.
         """
-        p_prompt_BN = anomalous_probability(features.tokens_BNE, text_PE, self.constants)
-        p_ref_BM = reference_probability(memory.distance(features), self.constants, memory.scale)
-        finer = max(self.grid, self.reference_grid)
-        p_BF = fuse(
-            enlarge(p_prompt_BN, self.grid, finer),
-            enlarge(p_ref_BM, self.reference_grid, finer),
-            self.reference_weight,
+        odds_BN = anomalous_log_odds(features.tokens_BNE, text_PE, self.constants)
+        maps_BSS, scores_B = self.score_evidence(
+            odds_BN, memory.distances(features), scales, interest_SS=interest_SS
         )
-        maps_BSS, scores_B = self._score(p_BF, finer, interest_SS)
+        if self.cls_weight == 0:
+            return maps_BSS, scores_B
         p_cls_B = anomalous_probability(features.cls_BE, text_PE, self.constants)
         return maps_BSS, (1 - self.cls_weight) * scores_B + self.cls_weight * p_cls_B
 
-    def score_patches(
-        self, p_BN: torch.Tensor, *, interest_SS: torch.Tensor | None = None
+    def score_evidence(
+        self,
+        odds_BN: torch.Tensor,
+        distances: dict[int, torch.Tensor],
+        scales: Scales,
+        *,
+        interest_SS: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps and scores from the probability of each patch, wherever that comes from."""
-        return self._score(p_BN, self.grid, interest_SS)
+        """Maps and scores from log-odds of patches and distances of places, `(B, M_l)` a layer.
+
+        Each kind of evidence is measured in standard deviations of its own; what is above the
+        ordinary is squared and averaged, so that a map is a root mean square of deviations, 1 being
+        `MOST_EVIDENCE` of every kind.
+        """
+        layers = [
+            (scales.layers[layer].excess(distance), _square(distance.shape[1]))
+            for layer, distance in distances.items()
+        ]
+        finest = max(self.grid, *(grid for _, grid in layers))
+        reference_BF = torch.stack([enlarge(excess, grid, finest) for excess, grid in layers]).mean(
+            0
+        )
+        prompts_BF = enlarge(scales.prompts.excess(odds_BN), self.grid, finest)
+        weight = self.reference_weight
+        fused_BF = (1 - weight) * prompts_BF + weight * reference_BF
+        maps_BSS, scores_B = self._score(fused_BF, finest, interest_SS)
+        return maps_BSS.sqrt(), scores_B.sqrt()
+
+    def score_patches(self, p_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps and scores from one value in 0..1 of each patch, wherever that comes from."""
+        return self._score(p_BN, _square(p_BN.shape[1]), None)
 
     def _score(
         self, p_BF: torch.Tensor, grid: tuple[int, int], interest_SS: torch.Tensor | None
@@ -109,7 +162,12 @@ class ScoreRule:
         maps_BSS = anomaly_maps(p_BF, grid, self.map_size)
         if interest_SS is not None:
             maps_BSS = maps_BSS * interest_SS
-        return maps_BSS, top_mean(maps_BSS.flatten(1))
+        return maps_BSS, top_mean(maps_BSS.flatten(1), max(1, round(TOP_SHARE * self.map_size**2)))
+
+
+def _square(places: int) -> tuple[int, int]:
+    """The grid of that many places: images are resized to squares."""
+    return isqrt(places), isqrt(places)
 
 
 def cosine_log_probabilities(cosine_PN: torch.Tensor, constants: BackboneConstants) -> torch.Tensor:
@@ -134,40 +192,19 @@ def anomalous_probability(
     return prompt_log_probabilities(tokens_NE, text_PE, constants)[..., 1:].exp().sum(-1)
 
 
-def reference_probability(
-    distance: torch.Tensor, constants: BackboneConstants, scale: DistanceScale | None = None
+def anomalous_log_odds(
+    tokens_NE: torch.Tensor, text_PE: torch.Tensor, constants: BackboneConstants
 ) -> torch.Tensor:
-    """p_ref in 0..1 of a cosine distance to the support set: a sigmoid of it.
-
-    Scale and bias are the backbone's constants, or those of a category: then `_EVEN_ODDS` standard
-    deviations above the mean distance of normal places come to one half.
-    """
-    if scale is not None:
-        return torch.sigmoid((distance - scale.mean) / scale.sd - _EVEN_ODDS)
-    return torch.sigmoid(constants.reference_scale * distance + constants.reference_bias)
-
-
-def fuse(p_prompt: torch.Tensor, p_ref: torch.Tensor, reference_weight: float) -> torch.Tensor:
-    """Weighted harmonic mean in float32; weight 0 is `p_prompt` itself, 1 is `p_ref`.
-
-    PromptAD (arXiv 2404.05231) fuses its two maps so, with equal weights and without the factor 2.
-    """
-    if reference_weight == 0:
-        return p_prompt
-    if reference_weight == 1:
-        return p_ref
-    smallest = torch.finfo(torch.float32).tiny
-    return 1 / (
-        (1 - reference_weight) / p_prompt.float().clamp_min(smallest)
-        + reference_weight / p_ref.float().clamp_min(smallest)
-    )
+    """log(p_prompt / (1 - p_prompt)), `(..., N)`: of the anomalous prompts against the normal."""
+    log_NP = prompt_log_probabilities(tokens_NE, text_PE, constants)
+    return log_NP[..., 1:].logsumexp(-1) - log_NP[..., 0]
 
 
 def top_mean(values_BX: torch.Tensor, count: int | None = None) -> torch.Tensor:
     """Mean of the `count` highest values along the last dimension; by default of the highest 1 %,
     of one value at the least."""
     if count is None:
-        count = max(1, round(TOP_SHARE * values_BX.shape[-1]))
+        count = max(1, round(_WORST_PATCHES * values_BX.shape[-1]))
     return values_BX.topk(count, dim=-1).values.mean(-1)
 
 
@@ -193,7 +230,7 @@ def _upsampling(patches: int, size: int) -> torch.Tensor:
 
 
 def anomaly_maps(p_BN: torch.Tensor, grid: tuple[int, int], size: int) -> torch.Tensor:
-    """Patch probabilities -> smooth maps `(B, size, size)` in 0..1, higher is worse."""
+    """Patch values in 0..1 -> smooth maps `(B, size, size)` in 0..1, higher is worse."""
     rows, columns = grid
     vertical_HR = _upsampling(rows, size).to(p_BN.device)
     horizontal_WC = _upsampling(columns, size).to(p_BN.device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from apt_ray.config import BUILTIN, BackboneSpec
+from apt_ray.config import BACKBONE, BUILTIN, BackboneSpec
 from apt_ray.errors import BackboneError
 from apt_ray.features.attention import locality_mask
 from apt_ray.features.builtin.apt_mini import load_builtin
@@ -75,7 +75,7 @@ class FrozenCLIP:
                 f" at least {visual.image_size[0]}"
             )
         blocks = len(visual.transformer.resblocks)
-        own_layers = spec.reference_layers if spec.reference_encoder == "backbone" else None
+        own_layers = spec.reference_layers if spec.reads == BACKBONE else None
         layers = own_layers or constants.reference_layers
         if max(layers) >= blocks or min(layers) < 0 or spec.locality_blocks > blocks:
             raise BackboneError(
@@ -138,7 +138,7 @@ class FrozenCLIP:
             tokens_BNE=self._join(joint_XSE[:, 1:]),
             cls_BE=F.normalize(cls_BE, dim=-1),
             layers=(
-                {0: self._reference.encode(resize_pixels(pixels_B3HW, self._reference.input_size))}
+                self._reference.encode(resize_pixels(pixels_B3HW, self._reference.input_size))
                 if self._reference
                 else {
                     layer: F.normalize(self._join(outputs[layer][:, 1:]).float(), dim=-1)

@@ -1,6 +1,6 @@
-"""Feature maps of several layers to one descriptor for each place.
+"""Feature maps of an encoder's layers to what a reference memory compares.
 
-B images, N places of the finest map, D channels of all layers together.
+B images, M_l places and D_l channels of layer l.
 """
 
 from collections.abc import Sequence
@@ -9,24 +9,20 @@ import torch
 import torch.nn.functional as F
 
 
-def describe(maps_BDHW: Sequence[torch.Tensor], *, pool: int) -> torch.Tensor:
-    """Maps of the same images, each of its own width and size -> `(B, N, D)`, float32,
-    L2-normalised.
+def describe(
+    maps_BDHW: Sequence[torch.Tensor], *, pool: int, lengths: bool
+) -> dict[int, torch.Tensor]:
+    """Maps of the same images, each of its own width and size -> reference layers
+    `(B, M_l, D_l)`, float32, counted from 0.
 
     Each map is averaged over windows of `pool` places a side (an odd number) and brought to unit
-    length, and those that are coarser are enlarged to the finest, so that each has the same say in
-    a cosine.
+    length, so that its directions are compared. With `lengths` the last map, which says most of
+    what is seen, follows once more as it is: how strongly a place answers tells defects from
+    surfaces, and directions alone do not say it.
     """
-    grid = max(x_BDHW.shape[-2:] for x_BDHW in maps_BDHW)
-    parts = []
-    for x_BDHW in maps_BDHW:
-        pooled = F.avg_pool2d(
-            x_BDHW.float(), pool, stride=1, padding=pool // 2, count_include_pad=False
-        )
-        parts.append(
-            F.interpolate(
-                F.normalize(pooled, dim=1), size=grid, mode="bilinear", align_corners=False
-            )
-        )
-    described_BDHW = torch.cat(parts, 1).contiguous()
-    return F.normalize(described_BDHW.flatten(2).mT, dim=-1)
+    pooled = [
+        F.avg_pool2d(x_BDHW.float(), pool, stride=1, padding=pool // 2, count_include_pad=False)
+        for x_BDHW in maps_BDHW
+    ]
+    described = [F.normalize(x_BDHW, dim=1) for x_BDHW in pooled] + pooled[-1:] * lengths
+    return {layer: x_BDHW.flatten(2).mT.contiguous() for layer, x_BDHW in enumerate(described)}

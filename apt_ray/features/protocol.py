@@ -27,8 +27,8 @@ class ImageFeatures:
     Attributes:
         tokens_BNE: patch tokens in the joint space, L2-normalised, row by row from the top left.
         cls_BE: the whole image in the joint space, L2-normalised.
-        layers: reference layer -> `(B, M, D)` features of the M places of the encoder's
-            `reference_grid`, L2-normalised.
+        layers: reference layer -> `(B, M_l, D_l)` features of its places, row by row, a square grid
+            each. Of unit length where directions are to be compared.
     """
 
     tokens_BNE: torch.Tensor
@@ -90,7 +90,7 @@ class ImageEncoder(Protocol):
 
     @property
     def reference_grid(self) -> tuple[int, int]:
-        """(rows, columns) of the places of reference layers; M is their product."""
+        """(rows, columns) of the places of the first reference layer, the finest."""
 
     @property
     def fingerprint(self) -> str:
@@ -118,14 +118,14 @@ class ReferenceEncoder(Protocol):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the places that it describes; M is their product."""
+        """(rows, columns) of the places of its first layer, the finest."""
 
     @property
     def fingerprint(self) -> str:
         """Hex digest over the weights and everything else that shapes the features."""
 
-    def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """Pixels in 0..1 of `input_size` -> features `(B, M, D)`, float32, L2-normalised."""
+    def encode(self, pixels_B3HW: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Pixels in 0..1 of `input_size` -> reference layers, as `ImageFeatures` has them."""
 
 
 class TextEncoder(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from apt_ray.config import TIMM, BackboneSpec
+from apt_ray.config import BACKBONE, TIMM, BackboneSpec
 from apt_ray.features import trunk
 from apt_ray.features.protocol import ReferenceEncoder
 from apt_ray.features.timm_encoder import TimmEncoder
@@ -15,12 +15,12 @@ from apt_ray.features.trunk import Trunk
 
 def load_reference_encoder(spec: BackboneSpec, *, device: str) -> ReferenceEncoder | None:
     """The reference encoder that `spec` names; None if that is the backbone itself."""
-    if spec.reference_encoder == "backbone":
+    if spec.reads == BACKBONE:
         return None
     precision = getattr(torch, spec.precision)
-    if spec.reference_encoder.startswith(TIMM):
+    if spec.reads.startswith(TIMM):
         return TimmEncoder(
-            spec.reference_encoder.removeprefix(TIMM),
+            spec.reads.removeprefix(TIMM),
             weights=Path(spec.reference_pretrained) if spec.reference_pretrained else None,
             layers=spec.reference_layers,
             input_size=spec.reference_input_size,

@@ -25,7 +25,7 @@ from apt_ray.features.torchvision_guard import import_timm
 
 _REDUCTIONS = (8, 16)  # of the layers that are read by default
 _SIZE_OF_BLOCKS, _SIZE_OF_STAGES = 448, 320  # pixels a side by default, or near them
-_POOL_OF_BLOCKS, _POOL_OF_STAGES = 1, 3
+_POOL = 1
 
 
 class TimmEncoder:
@@ -38,8 +38,7 @@ class TimmEncoder:
             methods.
         input_size: pixels a side; None is one that the model takes: 448 or near it for blocks, 320
             for stages, its own where that is fixed.
-        pool: side, odd, of the window over which features are averaged; None is 1 for blocks, 3 for
-            stages.
+        pool: side, odd, of the window over which features are averaged; None is 1.
         device: of torch.
         precision: of the arithmetic.
 
@@ -75,9 +74,9 @@ class TimmEncoder:
         has_blocks = len(set(reductions)) == 1
         layers = _layers(name, reductions, layers)
         self.input_size = _size(name, model, reductions, input_size)
-        self._pool = pool or (_POOL_OF_BLOCKS if has_blocks else _POOL_OF_STAGES)
-        self._norm = has_blocks
-        self._layers = model.prune_intermediate_layers(list(layers), prune_norm=not self._norm)
+        self._pool = pool or _POOL
+        self._has_blocks = has_blocks
+        self._layers = model.prune_intermediate_layers(list(layers), prune_norm=not has_blocks)
         self._device, self._dtype = torch.device(device), precision
         description = {
             "model": f"{published['architecture']}.{published.get('tag', '')}",
@@ -107,9 +106,12 @@ class TimmEncoder:
             ) from error
         self.grid = (rows, columns)
 
-    def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """Pixels in 0..1 of `input_size` -> features `(B, N, D)`, float32, L2-normalised."""
-        return describe(self._read(pixels_B3HW), pool=self._pool)
+    def encode(self, pixels_B3HW: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Pixels in 0..1 of `input_size` -> reference layers as of `describe`.
+
+        Blocks end in a normalisation, so that the lengths of what they give say nothing.
+        """
+        return describe(self._read(pixels_B3HW), pool=self._pool, lengths=not self._has_blocks)
 
     @torch.no_grad()
     def _read(self, pixels_B3HW: torch.Tensor) -> list[torch.Tensor]:
@@ -119,7 +121,7 @@ class TimmEncoder:
         maps: list[torch.Tensor] = self._model.forward_intermediates(
             pixels_B3HW.to(self._dtype, memory_format=torch.channels_last),
             indices=self._layers,
-            norm=self._norm,
+            norm=self._has_blocks,
             stop_early=True,
             output_fmt="NCHW",
             intermediates_only=True,

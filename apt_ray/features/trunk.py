@@ -30,7 +30,7 @@ STAGES = (2, 4)
 INPUT_SIZE = 320
 """Pixels a side by default."""
 
-POOL = 3
+POOL = 1
 """Places a side over which features are averaged by default."""
 
 _STRIDES = (2, 4, 8, 16, 16, 32, 32)
@@ -103,8 +103,8 @@ class Trunk:
             module.to(self._device, precision, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
-    def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """Pixels in 0..1 of `input_size` -> features `(B, N, D)`, float32, L2-normalised."""
+    def encode(self, pixels_B3HW: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Pixels in 0..1 of `input_size` -> reference layers as of `describe`."""
         pixels_B3HW = (2 * pixels_B3HW.to(self._device, self._dtype) - 1).contiguous(
             memory_format=torch.channels_last
         )
@@ -114,7 +114,7 @@ class Trunk:
             x_BDHW = blocks(x_BDHW)
             if stage in self._stages:
                 maps.append(x_BDHW)
-        return describe(maps, pool=self._pool)
+        return describe(maps, pool=self._pool, lengths=True)
 
 
 def _file_of_package() -> Path:

@@ -31,9 +31,7 @@ from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
     anomalous_probability,
     anomaly_maps,
-    fuse,
     prompt_log_probabilities,
-    reference_probability,
     top_mean,
 )
 from apt_ray.features.builtin.apt_mini import FOLDER, load_builtin
@@ -156,13 +154,15 @@ def _measure_kinds(
     constants = backbone.constants
     distance_PN = torch.stack(
         [
-            ReferenceMemory.of(reference[i : i + 1]).distance(query[i : i + 1])[0]
+            torch.cat(
+                list(ReferenceMemory.of(reference[i : i + 1]).distances(query[i : i + 1]).values())
+            ).mean(0)
             for i in range(pairs)
         ]
     )
     p_prompt = anomalous_probability(query.tokens_BNE, meta_features(backbone), constants)
-    p_ref = reference_probability(distance_PN, constants)
-    ways = {"prompts": p_prompt, "reference": p_ref, "both": fuse(p_prompt, p_ref, 0.5)}
+    p_ref = constants.reference_probability(distance_PN)
+    ways = {"prompts": p_prompt, "reference": p_ref, "both": 2 / (1 / p_prompt + 1 / p_ref)}
     is_anomalous = drawn.mask_PHW.flatten(1).any(1).numpy()
     figures = {
         "pixel_auroc": {way: _pixel_auroc(backbone, p, drawn) for way, p in ways.items()},

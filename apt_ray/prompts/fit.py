@@ -8,25 +8,23 @@ from importlib.metadata import version
 import torch
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
-from apt_ray.anomalies.families import harmless_copies
 from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import support_hash
 from apt_ray.detection.calibration import Threshold, calibrate, estimate
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet, Provenance
-from apt_ray.detection.reference import DistanceScale, ReferenceMemory, encode_turns
-from apt_ray.detection.rule import RULE_VERSION, ScoreRule
+from apt_ray.detection.rule import RULE_VERSION, Scale, Scales, ScoreRule, anomalous_log_odds
 from apt_ray.errors import DataError
-from apt_ray.features.protocol import Backbone, ImageFeatures
+from apt_ray.features.protocol import Backbone
 from apt_ray.files import Location
 from apt_ray.images import read_image
-from apt_ray.prompts.lanes import Lane, folds
+from apt_ray.prompts.lanes import Lane
+from apt_ray.prompts.remember import remember
 from apt_ray.prompts.trainer import PromptTrainer
 
 Progress = Callable[[int, int], None]
 
-_COPIES = 16
 _PROGRESS_EVERY = 5
 
 
@@ -65,74 +63,27 @@ def fit(
     everything = Lane(
         settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=settings.seed
     )
-    # Scores of left-out images need prompts that never saw them: the folds train beside the real
-    # one.
-    needs_folds = not calibration and bank.shots > 1
-    without_one = folds([bank], settings) if needs_folds else []
-    trainer = PromptTrainer(backbone, [everything, *without_one])
+    trainer = PromptTrainer(backbone, [everything])
     while trainer.steps_done < settings.steps:
         trainer.advance(min(_PROGRESS_EVERY, settings.steps - trainer.steps_done))
         if progress is not None:
             progress(trainer.steps_done, settings.steps)
-    text_TPE = trainer.text_features()
-    pixels = backbone.preprocess(images)
-    shown = [
-        bank.support.to(backbone.device),
-        *encode_turns(pixels, settings.reference_rotations, backbone),
-    ]
+    text_PE = trainer.text_features()[0]
 
-    def memory_of(kept: list[int]) -> ReferenceMemory:
-        turns = ImageFeatures.concatenate([features[kept] for features in shown])
-        return ReferenceMemory.of(turns, settings.reference_size)
-
-    def apart() -> list[tuple[ImageFeatures, ReferenceMemory]]:
-        """Normal images, each with a memory that was not made of it."""
-        if bank.shots == 1:
-            g = torch.Generator().manual_seed(settings.seed)
-            copies = harmless_copies(pixels, _COPIES, g)
-            return [(backbone.encode_in_batches(copies), memory_of([0]))]
-        places = range(bank.shots)
-        return [
-            (shown[0][image : image + 1], memory_of([other for other in places if other != image]))
-            for image in places
-        ]
-
-    reads_itself = backbone.spec.reference_encoder == "backbone"
-    held_apart = apart() if not reads_itself or not calibration else []
-    # What the backbone's own distances mean its constants say.
-    scale = (
-        None
-        if reads_itself
-        else DistanceScale.of(
-            torch.cat([memory.distance(features) for features, memory in held_apart])
-        )
-    )
-    memory = memory_of(list(range(bank.shots))).scaled(scale)
+    support_features = bank.support.to(backbone.device)
+    memory, held_out = remember(support_features, backbone.preprocess(images), settings, backbone)
+    odds_SN = anomalous_log_odds(support_features.tokens_BNE, text_PE, backbone.constants)
+    scales = Scales(prompts=Scale.of(odds_SN), layers=held_out.scales())
     rule = ScoreRule.of(backbone, settings)
-
-    def scores(
-        features: ImageFeatures, text_PE: torch.Tensor, memory: ReferenceMemory
-    ) -> list[float]:
-        _, scores_B = rule.score(features, text_PE, memory)
-        values: list[float] = scores_B.tolist()
-        return values
-
     threshold: Threshold
     if calibration:
         further = torch.cat([backbone.preprocess([read_image(path)]) for path in calibration])
-        calibration_scores = scores(backbone.encode_in_batches(further), text_TPE[0], memory)
-        threshold = calibrate(calibration_scores, settings.false_alarm_rate)
+        _, scores_C = rule.score(backbone.encode_in_batches(further), text_PE, memory, scales)
+        threshold = calibrate(scores_C.tolist(), settings.false_alarm_rate)
     else:
-        texts = text_TPE[1:] if needs_folds else text_TPE
-        normal_scores = [
-            score
-            for (features, without), text_PE in zip(held_apart, texts, strict=True)
-            for score in scores(features, text_PE, without.scaled(scale))
-        ]
-        threshold = estimate(
-            normal_scores,
-            "left-out support images" if needs_folds else "copies of the support image",
-        )
+        odds_HN = anomalous_log_odds(held_out.tokens_BNE, text_PE, backbone.constants)
+        _, scores_H = rule.score_evidence(odds_HN, held_out.distances, scales)
+        threshold = estimate(scores_H.tolist(), held_out.source)
 
     fitted = PromptSet(
         provenance=Provenance(
@@ -147,9 +98,9 @@ def fit(
             support_names=tuple(path.name for path in support),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
-            distance_scale=scale,
+            scales=scales,
         ),
-        text_features=text_TPE[0].cpu(),
+        text_features=text_PE.cpu(),
         contexts=trainer.contexts()[0].cpu(),
         meta_features=trainer.meta_T2E[0].cpu(),
         memory=memory,
