@@ -103,7 +103,7 @@ class Detector:
         self._interest_SS = (
             None
             if region_of_interest is None
-            else _stretch(region_of_interest, backbone.input_size).to(backbone.device)
+            else _stretch(region_of_interest, backbone.prompt_size).to(backbone.device)
         )
         self._text_PE = prompt_set.text_features.to(backbone.device)
         self._memory = prompt_set.memory.to(backbone.device)
@@ -141,7 +141,7 @@ class Detector:
     def score(
         self, features: ImageFeatures, *, reference_weight: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps at the backbone's input size and scores of encoded images.
+        """Maps at the backbone's prompt size and scores of encoded images.
 
         `reference_weight` replaces that of the prompt set: 0 prompts only, 1 reference only.
         """

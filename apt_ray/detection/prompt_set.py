@@ -39,7 +39,7 @@ class Provenance(Settings):
 
     format_version: int = FORMAT_VERSION
     rule_version: int = Field(
-        default=_FIRST_RULE, description="Of the score rule that its threshold belongs to."
+        default=RULE_VERSION, description="Of the score rule that its threshold belongs to."
     )
     library_version: str
     category: str
@@ -146,7 +146,7 @@ class PromptSet:
                 f" ({error.error_count()} fields differ, first {error.errors()[0]['loc']}): use the"
                 f" version that wrote it, or {remedy}"
             ) from error
-        _check_shapes(tensors, source, remedy)
+        _check_shapes(tensors, provenance.scales, source, remedy)
         memory = {
             int(name.removeprefix(_MEMORY)): tensor
             for name, tensor in tensors.items()
@@ -205,7 +205,9 @@ def _check_versions(header: str, source: str, remedy: str) -> None:
         )
 
 
-def _check_shapes(tensors: dict[str, torch.Tensor], source: str, remedy: str) -> None:
+def _check_shapes(
+    tensors: dict[str, torch.Tensor], scales: Scales, source: str, remedy: str
+) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     text = shapes.get("text_features", ())
     contexts = shapes.get("contexts", ())
@@ -217,7 +219,8 @@ def _check_shapes(tensors: dict[str, torch.Tensor], source: str, remedy: str) ->
         and len(contexts) == 3
         and contexts[0] == text[0]
         and memories
-        and all(name.removeprefix(_MEMORY).isdecimal() for name in shapes if _MEMORY in name)
+        and {name for name in shapes if name.startswith(_MEMORY)}
+        == {f"{_MEMORY}{layer}" for layer in scales.layers}
         and all(len(shape) == 2 and shape[0] > 0 for shape in memories)
         and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     )

@@ -5,7 +5,6 @@ B images, M_l places of reference layer l, K places in memory, D width of a laye
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -71,16 +70,17 @@ def coreset(tokens_KD: torch.Tensor, size: int) -> torch.Tensor:
     """
     if size >= len(tokens_KD):
         return torch.arange(len(tokens_KD))
-    # Hundreds of small operations in a row, for which numpy has half of torch's overhead.
-    known_KD = tokens_KD.float().cpu().numpy()
-    half_K = np.square(known_KD).sum(1) / 2
+    known_KD = tokens_KD.float()
+    half_K = known_KD.square().sum(1) / 2
     chosen = [int((known_KD @ known_KD.mean(0) - half_K).argmax())]
-    # Half the squared distance of each token to the nearest chosen one.
-    far_K = half_K + half_K[chosen[0]] - known_KD @ known_KD[chosen[0]]
+    # Minus half the squared distance of each token to the nearest chosen one.
+    nearest_K = torch.full_like(half_K, -torch.inf)
+    latest_K = torch.empty_like(half_K)
     while len(chosen) < size:
-        latest = int(far_K.argmax())
-        chosen.append(latest)
-        np.minimum(far_K, half_K + half_K[latest] - known_KD @ known_KD[latest], out=far_K)
+        torch.mv(known_KD, known_KD[chosen[-1]], out=latest_K)
+        latest_K.sub_(half_K).sub_(half_K[chosen[-1]])
+        torch.maximum(nearest_K, latest_K, out=nearest_K)
+        chosen.append(int(nearest_K.argmin()))
     return torch.tensor(chosen)
 
 

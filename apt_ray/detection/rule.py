@@ -95,7 +95,7 @@ class ScoreRule:
         return cls(
             constants=backbone.constants,
             grid=backbone.grid,
-            map_size=backbone.input_size,
+            map_size=backbone.prompt_size,
             reference_weight=settings.reference_weight,
             cls_weight=settings.cls_weight,
         )

@@ -64,7 +64,7 @@ def remember(
     g = torch.Generator().manual_seed(settings.seed)
     held_out_copies = _HELD_OUT_COPIES if alone else 0
     copies = settings.reference_copies + held_out_copies
-    altered = harmless_copies(pixels_S3HW, copies, g).unflatten(0, (shots, copies)).transpose(0, 1)
+    altered = [harmless_copies(pixels_S3HW, 1, g) for _ in range(copies)]
     shown = [
         support,
         *(encoder.encode_in_batches(copy) for copy in altered[held_out_copies:]),
@@ -85,7 +85,7 @@ def remember(
     places = list(range(shots))
     memory = memory_of(places)
     if alone:
-        copied = encoder.encode_in_batches(altered[:held_out_copies].flatten(0, 1))
+        copied = encoder.encode_in_batches(torch.cat(altered[:held_out_copies]))
         return memory, HeldOut(
             tokens_BNE=copied.tokens_BNE,
             distances=memory.distances(copied),

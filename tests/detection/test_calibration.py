@@ -7,7 +7,7 @@ from scipy.special import expit
 from scipy.stats import binom
 
 from apt_ray.data.samples.factory import draw_sample
-from apt_ray.detection.calibration import Threshold, calibrate, conformal_p_value, estimate
+from apt_ray.detection.calibration import SPREAD, Threshold, calibrate, conformal_p_value, estimate
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.features.clip import FrozenCLIP
@@ -47,18 +47,25 @@ def test_flagging_and_p_value_agree() -> None:
 def test_too_few_images_are_uncertified() -> None:
     threshold = calibrate([0.1, 0.3, 0.2], 0.05)  # 19 would be needed
     assert not threshold.certified
-    assert threshold.value == pytest.approx(0.3 + 0.1)
+    assert threshold.value == pytest.approx(0.2 + SPREAD), "the highest of three says nothing"
     assert threshold.p_value(0.9) == pytest.approx(1 / 4)
     assert calibrate([0.0] * 19, 0.05).certified
     assert not calibrate([0.0] * 18, 0.05).certified
+
+
+def test_a_dozen_images_set_the_threshold_at_the_highest() -> None:
+    threshold = calibrate([i / 100 for i in range(12)], 0.05)
+    assert not threshold.certified
+    assert threshold.value == 0.11
 
 
 def test_left_out_support_images_promise_nothing() -> None:
     threshold = estimate([0.1, 0.3], "left-out support images")
     assert not threshold.certified
     assert threshold.p_value(1.0) is None
-    assert threshold.value > 0.3
-    assert estimate([0.2], "copies of the support image").value == 0.2
+    assert threshold.value == pytest.approx(0.2 + SPREAD)
+    one_is_odd = [0.1, 0.1, 0.1, 0.9]
+    assert estimate(one_is_odd, "left-out support images").value == pytest.approx(0.1 + SPREAD)
 
 
 def false_alarms(

@@ -117,12 +117,10 @@ def test_a_set_of_another_score_rule_is_refused_with_the_remedy(
         PromptSet.load(path)
 
 
-def test_a_set_that_an_earlier_version_wrote_still_loads() -> None:
+def test_a_set_of_an_earlier_rule_is_refused_with_the_remedy() -> None:
     """`apt-ray fit --shots 2 --reference-size 16 --context-length 2 --region object` of 0.1."""
-    old = PromptSet.load(WRITTEN_BY_0_1)
-    assert old.provenance.library_version == "0.1.0"
-    assert old.provenance.rule_version == 1
-    assert old.settings.region == "everywhere"
+    with pytest.raises(PromptSetError, match=r"rule 1.* rule 2.* fit or register the category"):
+        PromptSet.load(WRITTEN_BY_0_1)
 
 
 def test_unknown_fields_are_refused(prompt_set: PromptSet, tmp_path: Path) -> None:

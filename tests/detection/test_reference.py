@@ -1,8 +1,14 @@
+from dataclasses import replace
+
 import torch
 
 from apt_ray.detection.reference import ReferenceMemory, coreset, encode_turns
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
+
+
+def _mean(distances: dict[int, torch.Tensor]) -> float:
+    return float(torch.cat([distance.flatten() for distance in distances.values()]).mean())
 
 
 def _features(*vectors: tuple[float, ...]) -> ImageFeatures:
@@ -12,16 +18,27 @@ def _features(*vectors: tuple[float, ...]) -> ImageFeatures:
     )
 
 
-def test_the_distance_is_one_minus_the_largest_cosine_averaged_over_layers() -> None:
+def test_directions_are_compared_by_their_cosine() -> None:
     memory = ReferenceMemory.of(_features((1.0, 0.0), (0.0, 1.0)))
-    distance_BN = memory.distance(_features((1.0, 0.0), (1.0, 1.0), (-1.0, 0.0)))
+    distances = memory.distances(_features((1.0, 0.0), (1.0, 1.0), (-1.0, 0.0)))
     expected = torch.tensor([[0.0, 1 - 0.5**0.5, 1.0]])
-    assert torch.allclose(distance_BN, expected, atol=1e-3)
+    assert torch.allclose(distances[1], expected, atol=1e-3)
+    assert torch.allclose(distances[3], expected, atol=1e-3)
+
+
+def test_what_has_a_length_is_compared_by_euclidean_distance() -> None:
+    g = torch.Generator().manual_seed(0)
+    known, query = (5 * torch.randn(1, places, 7, generator=g) for places in (9, 4))
+    plain = _features((1.0, 0.0))
+    memory = ReferenceMemory.of(replace(plain, layers={0: known}))
+    (distance_BM,) = memory.distances(replace(plain, layers={0: query})).values()
+    assert torch.allclose(distance_BM, torch.cdist(query, known).amin(-1), atol=0.02)
 
 
 def test_what_is_in_memory_is_at_distance_zero() -> None:
     support = _features((0.3, 0.4, 0.5), (0.9, -0.1, 0.2))
-    assert ReferenceMemory.of(support).distance(support).abs().max() < 1e-3
+    for distance_BM in ReferenceMemory.of(support).distances(support).values():
+        assert distance_BM.abs().max() < 1e-3
 
 
 def test_the_memory_is_kept_in_half_precision() -> None:
@@ -56,4 +73,5 @@ def test_a_turned_image_is_known_to_a_memory_of_turns(backbone: FrozenCLIP) -> N
     quarter = backbone.encode_images(image.rot90(1, (2, 3)))
     plain = ReferenceMemory.of(backbone.encode_images(image))
     turned = ReferenceMemory.of(ImageFeatures.concatenate(turns))
-    assert turned.distance(quarter).mean() < 0.05 * plain.distance(quarter).mean()
+    far, near = (_mean(memory.distances(quarter)) for memory in (plain, turned))
+    assert near < 0.05 * far

@@ -9,11 +9,12 @@ from scipy import ndimage
 from apt_ray.config import FitSettings
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
+    Scale,
+    Scales,
     ScoreRule,
+    anomalous_log_odds,
     anomalous_probability,
     anomaly_maps,
-    fuse,
-    reference_probability,
     resize_map,
     top_mean,
 )
@@ -41,16 +42,20 @@ def test_the_prompt_probability_equals_a_written_out_softmax() -> None:
     assert anomalous_probability(token, text, CONSTANTS).item() == pytest.approx(expected)
 
 
-def test_the_reference_probability_is_even_where_the_constants_say() -> None:
-    assert reference_probability(torch.tensor(0.1), CONSTANTS).item() == pytest.approx(0.5)
+def test_log_odds_are_those_of_the_probability() -> None:
+    g = torch.Generator().manual_seed(0)
+    tokens, text = torch.randn(5, 8, generator=g), torch.randn(3, 8, generator=g)
+    odds = anomalous_log_odds(tokens, text, CONSTANTS)
+    assert torch.allclose(odds.sigmoid(), anomalous_probability(tokens, text, CONSTANTS), atol=1e-5)
 
 
-def test_fusion_is_a_weighted_harmonic_mean_whose_ends_are_its_parts() -> None:
-    p, q = torch.tensor([0.2, 0.0]), torch.tensor([0.8, 0.5])
-    assert torch.equal(fuse(p, q, 0), p)
-    assert torch.equal(fuse(p, q, 1), q)
-    assert fuse(p, q, 0.25)[0].item() == pytest.approx(1 / (0.75 / 0.2 + 0.25 / 0.8))
-    assert fuse(p, q, 0.5)[1].item() == pytest.approx(0, abs=1e-30)
+def test_evidence_is_measured_in_deviations_and_counts_no_more_than_five() -> None:
+    scale = Scale.of(torch.tensor([1.0, 3.0]))
+    assert (scale.mean, scale.sd) == pytest.approx((2, 2**0.5))
+    evidence = 2 + 2**0.5 * torch.tensor([-3.0, 0.0, 1.0, 2.5, 5.0, 50.0])
+    assert scale.excess(evidence).tolist() == pytest.approx([0, 0, 0.04, 0.25, 1, 1])
+    assert Scale.of(torch.zeros(4)).sd > 0, "something to divide by"
+    assert Scale.of(torch.tensor([1.0, 3.0]), widened=2).sd == pytest.approx(2 * 2**0.5)
 
 
 def test_top_mean_takes_one_percent_and_at_least_one() -> None:
@@ -79,33 +84,63 @@ def test_a_map_is_brought_to_width_and_height() -> None:
 
 
 def test_a_score_is_made_of_patches_memory_and_whole_image() -> None:
-    """Written out for two patches on a map of two pixels, so that nothing is smoothed away."""
+    """Written out for one patch on a map of one pixel, so that nothing is smoothed away."""
     backbone = FakeBackbone(patches=1, patch=1)
     red, blue = (backbone.preprocess([Image.new("RGB", (1, 1), c)]) for c in ("red", "blue"))
     memory = ReferenceMemory.of(backbone.encode_images(red))
     features = backbone.encode_images(blue)
     text_PE = torch.tensor([[0, 0, 1.0, 0], [0, 0.8, 0, 0.6]])  # blue is rather normal
+    odds = -10 * (1 - 0.6) * 0.5**0.5
+    scales = Scales(
+        prompts=Scale(mean=odds - 2, sd=1), layers={0: Scale(mean=0.1, sd=0.2)}
+    )  # two deviations; a distance of 0.5 is two as well
     rule = ScoreRule.of(backbone, FitSettings(reference_weight=0.25, cls_weight=0.5))
-    p_prompt = 1 / (1 + math.exp(10 * (1 - 0.6) * 0.5**0.5))
-    p_ref = 1 / (1 + math.exp(-(20 * 0.5 - 5)))
-    fused = 1 / (0.75 / p_prompt + 0.25 / p_ref)
-    maps_1SS, scores_1 = rule.score(features, text_PE, memory)
+    fused = 0.4
+    p_cls = 1 / (1 + math.exp(-odds))
+    maps_1SS, scores_1 = rule.score(features, text_PE, memory, scales)
     assert maps_1SS.flatten().tolist() == pytest.approx([fused], abs=1e-3)
-    assert scores_1.item() == pytest.approx(0.5 * fused + 0.5 * p_prompt, abs=1e-3)
+    assert scores_1.item() == pytest.approx(0.5 * fused + 0.5 * p_cls, abs=1e-3)
     # Nothing of the map counts where nothing is of interest.
-    maps_1SS, scores_1 = rule.score(features, text_PE, memory, interest_SS=torch.zeros(1, 1))
+    maps_1SS, scores_1 = rule.score(
+        features, text_PE, memory, scales, interest_SS=torch.zeros(1, 1)
+    )
     assert maps_1SS.item() == 0
-    assert scores_1.item() == pytest.approx(0.5 * p_prompt, abs=1e-3)
+    assert scores_1.item() == pytest.approx(0.5 * p_cls, abs=1e-3)
+
+
+def test_layers_and_prompts_are_brought_to_the_finest_grid_and_averaged_as_squares() -> None:
+    rule = ScoreRule.of(
+        FakeBackbone(patches=2, patch=8), FitSettings(reference_weight=0.5, cls_weight=0)
+    )
+    one = Scale(mean=0, sd=1)
+    scales = Scales(prompts=one, layers={0: one, 1: one})
+    fine_1M, coarse_1M = torch.zeros(1, 16 * 16), torch.full((1, 1), 5.0)
+    maps, scores = rule.score_evidence(torch.full((1, 4), 2.5), {0: fine_1M, 1: coarse_1M}, scales)
+    # (0.5 * 0.25 + 0.5 * (0 + 1) / 2) ** 0.5 everywhere
+    assert maps.flatten().tolist() == pytest.approx([0.375**0.5] * 256)
+    assert scores.item() == pytest.approx(0.375**0.5)
+
+
+def test_a_score_is_taken_over_the_highest_half_percent() -> None:
+    rule = ScoreRule.of(FakeBackbone(patches=20, patch=1), FitSettings())
+    p_1N = torch.zeros(1, 400)
+    p_1N[0, 190] = 1
+    maps, scores = rule.score_patches(p_1N)
+    assert scores.item() == pytest.approx(maps.flatten().topk(2).values.mean().item())
 
 
 def test_outside_of_the_region_of_interest_nothing_counts() -> None:
-    backbone = FakeBackbone(patches=8, patch=8)
-    rule = ScoreRule.of(backbone, FitSettings())
-    p_1N = torch.full((1, 64), 0.1)
-    p_1N[0, 9] = 0.9  # second row, second column
+    rule = ScoreRule.of(FakeBackbone(patches=8, patch=8), FitSettings())
+    odds_1N = torch.full((1, 64), 0.5)
+    odds_1N[0, 9] = 4.5  # second row, second column
+    one = Scale(mean=0, sd=1)
+    scales = Scales(prompts=one, layers={0: one})
     inside_SS = torch.zeros(64, 64)
     inside_SS[32:, 32:] = 1
-    whole, inside = rule.score_patches(p_1N), rule.score_patches(p_1N, interest_SS=inside_SS)
+    whole, inside = (
+        rule.score_evidence(odds_1N, {0: odds_1N}, scales, interest_SS=interest)
+        for interest in (None, inside_SS)
+    )
     assert whole[1].item() > 0.5
     assert inside[1].item() == pytest.approx(0.1, abs=1e-3)
     assert inside[0][0, :32].max() == 0

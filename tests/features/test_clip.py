@@ -45,9 +45,9 @@ def test_ordinary_patch_tokens_and_cls_equal_those_of_open_clip(pixels: torch.Te
         raw = model.visual.forward_intermediates(
             (pixels - mean) / std, indices=[2], output_fmt="NLC"
         )["image_intermediates"][0]
-    ours = load_backbone(BackboneSpec(attention="ordinary", reference_layers=(2,))).encode_images(
-        pixels
-    )
+    ours = load_backbone(
+        BackboneSpec(attention="ordinary", reference_encoder="backbone", reference_layers=(2,))
+    ).encode_images(pixels)
     assert torch.allclose(ours.tokens_BNE, patches_BNE, atol=1e-5)
     assert torch.allclose(ours.cls_BE, cls_BE, atol=1e-5)
     assert torch.allclose(ours.layers[2], F.normalize(raw, dim=-1), atol=1e-5)
@@ -83,7 +83,7 @@ def test_position_embeddings_are_interpolated_as_open_clip_does() -> None:
 
 
 def test_a_larger_input_gives_more_patches() -> None:
-    backbone = load_backbone(BackboneSpec(input_size=160))
+    backbone = load_backbone(BackboneSpec(input_size=160, reference_encoder="backbone"))
     pixels = backbone.preprocess([Image.new("RGB", (300, 100), "gray")])
     assert pixels.shape == (1, 3, 160, 160)
     assert backbone.encode_images(pixels).tokens_BNE.shape[1] == 20 * 20
@@ -196,7 +196,8 @@ def test_missing_or_unknown_weights_are_refused() -> None:
     [
         BackboneSpec(input_size=130),
         BackboneSpec(input_size=64),
-        BackboneSpec(reference_layers=(6,)),
+        BackboneSpec(reference_encoder="backbone", reference_layers=(6,)),
+        BackboneSpec(reference_layers=(7,)),
         BackboneSpec(locality_blocks=7),
     ],
 )
@@ -205,8 +206,9 @@ def test_sizes_and_blocks_that_the_model_lacks_are_refused(spec: BackboneSpec) -
         load_backbone(spec)
 
 
-def test_tiles_are_seen_one_at_a_time_and_joined_row_by_row(backbone: FrozenCLIP) -> None:
-    tiled = load_backbone(BackboneSpec(tiles=2))
+def test_tiles_are_seen_one_at_a_time_and_joined_row_by_row() -> None:
+    backbone = load_backbone(BackboneSpec(reference_encoder="backbone"))
+    tiled = load_backbone(BackboneSpec(reference_encoder="backbone", tiles=2))
     assert tiled.input_size == 2 * backbone.input_size
     assert tiled.grid == (32, 32)
     g = torch.Generator().manual_seed(0)

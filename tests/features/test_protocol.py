@@ -29,8 +29,9 @@ def test_the_fake_and_the_real_backbone_keep_to_the_protocol(backbone: FrozenCLI
         features = one.encode_images(pixels)
         patches = one.grid[0] * one.grid[1]
         assert features.tokens_BNE.shape[:2] == (2, patches)
-        assert set(features.layers) == set(one.constants.reference_layers)
-        for tokens in (features.tokens_BNE, features.cls_BE, *features.layers.values()):
+        places = one.reference_grid[0] * one.reference_grid[1]
+        assert features.layers[0].shape[:2] == (2, places)
+        for tokens in (features.tokens_BNE, features.cls_BE, features.layers[0]):
             assert torch.allclose(tokens.norm(dim=-1), torch.ones(tokens.shape[:-1]), atol=1e-5)
         contexts = torch.randn(3, 2, one.token_width, generator=torch.Generator().manual_seed(0))
         text_TE = one.encode_contexts(contexts, torch.tensor([2, 1, 2]))
@@ -46,7 +47,8 @@ def test_a_memory_knows_how_far_a_colour_is() -> None:
     support = backbone.encode_images(backbone.preprocess([plain((255, 0, 0))]))
     memory = ReferenceMemory.of(support)
     same, other = plain((255, 0, 0)), plain((0, 0, 255))
-    distance_BN = memory.distance(backbone.encode_images(backbone.preprocess([same, other])))
+    seen = backbone.encode_images(backbone.preprocess([same, other]))
+    (distance_BN,) = memory.distances(seen).values()
     # (1, 0, 0, 1) and (0, 0, 1, 1) of unit length: the cosine is one half.
     expected = torch.tensor([[0.0], [0.5]]).expand(2, 16)
     assert torch.allclose(distance_BN, expected, atol=1e-3)

@@ -55,25 +55,28 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "width", "wrong", "nearest"),
+    ("name", "size", "shapes", "wrong", "nearest"),
     [
-        ("vit_small_patch14_reg4_dinov2", 112, 384, 100, 98),
-        ("vit_small_patch16_dinov3", 128, 384, 120, 128),
-        ("wide_resnet50_2", 64, 512 + 1024, 100, 96),
+        ("vit_small_patch14_reg4_dinov2", 112, [(64, 384)], 100, 98),
+        ("vit_small_patch16_dinov3", 128, [(64, 384)], 120, 128),
+        ("wide_resnet50_2", 64, [(64, 512), (16, 1024), (16, 1024)], 100, 96),
     ],
 )
 def test_published_encoders(
-    weights: Weights, name: str, size: int, width: int, wrong: int, nearest: int
+    weights: Weights, name: str, size: int, shapes: list[tuple[int, int]], wrong: int, nearest: int
 ) -> None:
     encoder = TimmEncoder(name, weights=weights(name), input_size=size)
     assert (encoder.input_size, encoder.grid) == (size, (8, 8))
     images = pixels(size, 2)
     together = encoder.encode(images)
-    assert (together.shape, together.dtype) == ((2, 64, width), torch.float32)
-    assert torch.allclose(together.norm(dim=-1), torch.ones(2, 64), atol=1e-5)
-    assert torch.equal(encoder.encode(images), together)
-    alone = torch.cat([encoder.encode(image[None]) for image in images])
-    assert torch.allclose(alone, together, atol=1e-5)
+    assert [layer.shape for layer in together.values()] == [(2, *shape) for shape in shapes]
+    assert {layer.dtype for layer in together.values()} == {torch.float32}
+    assert torch.allclose(together[0].norm(dim=-1), torch.ones(2, 64), atol=1e-5)
+    again, *alone = map(encoder.encode, (images, *images.split(1)))
+    for layer, tokens in together.items():
+        assert torch.equal(again[layer], tokens)
+        one_by_one = torch.cat([one[layer] for one in alone])
+        assert torch.allclose(one_by_one, tokens, atol=1e-4)
     with pytest.raises(BackboneError, match=f"reference_input_size of {nearest}, the nearest"):
         TimmEncoder(name, weights=weights(name), input_size=wrong)
 
@@ -84,7 +87,8 @@ def test_a_vit_says_what_its_own_last_layer_says(weights: Weights) -> None:
     with torch.no_grad():
         tokens = model.forward_features((image - 0.5) / 0.5)[:, model.num_prefix_tokens :]
     encoder = TimmEncoder(VIT, weights=weights(VIT), input_size=160)
-    assert torch.allclose(encoder.encode(image), F.normalize(tokens, dim=-1), atol=1e-5)
+    (directions,) = encoder.encode(image).values()
+    assert torch.allclose(directions, F.normalize(tokens, dim=-1), atol=1e-5)
 
 
 def test_a_cnn_says_what_its_own_stages_say(weights: Weights) -> None:
@@ -94,21 +98,22 @@ def test_a_cnn_says_what_its_own_stages_say(weights: Weights) -> None:
     with torch.no_grad():
         stage = model((image - mean) / std)[2]
     encoder = TimmEncoder(CNN, weights=weights(CNN), layers=(2,), input_size=96, pool=1)
-    expected = F.normalize(stage, dim=1).flatten(2).mT
-    assert torch.allclose(encoder.encode(image), expected, atol=1e-5)
+    directions, lengths = encoder.encode(image).values()
+    assert torch.allclose(directions, F.normalize(stage, dim=1).flatten(2).mT, atol=1e-5)
+    assert torch.allclose(lengths, stage.flatten(2).mT, atol=1e-4)
 
 
 def test_position_embeddings_are_interpolated(weights: Weights) -> None:
     encoder = TimmEncoder(VIT, weights=weights(VIT), input_size=224)
-    assert encoder.encode(pixels(224)).shape == (1, 14 * 14, 64)
+    assert encoder.encode(pixels(224))[0].shape == (1, 14 * 14, 64)
 
 
 @pytest.mark.parametrize(
     ("name", "defaults"),
     [
         (VIT, {"layers": (5,), "input_size": 448, "pool": 1}),
-        (CNN, {"layers": (2, 3), "input_size": 320, "pool": 3}),
-        ("pit_ti_224", {"layers": (0, 1), "input_size": 224, "pool": 3}),  # of one size alone
+        (CNN, {"layers": (2, 3), "input_size": 320, "pool": 1}),
+        ("pit_ti_224", {"layers": (0, 1), "input_size": 224, "pool": 1}),  # of one size alone
     ],
 )
 def test_defaults(weights: Weights, name: str, defaults: dict[str, Any]) -> None:
@@ -130,7 +135,10 @@ def test_what_is_behind_the_last_layer_does_not_count(
     plain = read(state)
     unread = read({**state, behind: state[behind] + 1})
     assert unread.fingerprint == plain.fingerprint
-    assert torch.equal(unread.encode(pixels(96)), plain.encode(pixels(96)))
+    for found, expected in zip(
+        unread.encode(pixels(96)).values(), plain.encode(pixels(96)).values(), strict=True
+    ):
+        assert torch.equal(found, expected)
     assert read({**state, before: state[before] + 1}).fingerprint != plain.fingerprint
 
 
@@ -154,9 +162,9 @@ def test_bfloat16_says_nearly_the_same(weights: Weights) -> None:
         TimmEncoder(name, weights=weights(name), input_size=96, precision=precision)
         for name, precision in ((CNN, torch.float32), (CNN, torch.bfloat16))
     )
-    found = rounded.encode(pixels(96))
+    found = rounded.encode(pixels(96))[0]
     assert found.dtype == torch.float32
-    assert (found * exact.encode(pixels(96))).sum(-1).min() > 0.99
+    assert (found * exact.encode(pixels(96))[0]).sum(-1).min() > 0.99
 
 
 def test_a_checkpoint_of_torch_and_a_head_of_its_own(weights: Weights, tmp_path: Path) -> None:
@@ -247,8 +255,8 @@ def test_a_fit_is_inspected_with_the_same_file(
     settings = ["--reference-input-size", "96", "--shots", "2", "--steps", "2"]
     assert main(["fit", "--data", str(category.root), "--out", fitted, *encoder, *settings]) == 0
     prompt_set = PromptSet.load(Path(fitted))
-    assert prompt_set.memory.layers[0].shape == (2 * 12 * 12, 240)
-    assert prompt_set.provenance.distance_scale is not None
+    assert [layer.shape[1] for layer in prompt_set.memory.layers.values()] == [48, 192, 192]
+    assert len(prompt_set.provenance.scales.layers) == len(prompt_set.memory.layers)
     assert main(["inspect", fitted, image]) == 0
     checkpoint.unlink()
     capsys.readouterr()

@@ -47,19 +47,22 @@ def test_folding_changes_nothing(weights: Path) -> None:
         for stage in model.blocks[:3]:
             x_BDHW = stage(x_BDHW)
     pooled = F.avg_pool2d(x_BDHW, 3, stride=1, padding=1, count_include_pad=False)
-    expected = F.normalize(pooled, dim=1).flatten(2).mT
-    trunk = Trunk(stages=(2,), input_size=96)
+    trunk = Trunk(stages=(2,), input_size=96, pool=3)
     assert trunk.grid == (12, 12)
-    assert torch.allclose(trunk.encode(pixels), expected, atol=1e-4)
+    directions, lengths = trunk.encode(pixels).values()
+    assert torch.allclose(directions, F.normalize(pooled, dim=1).flatten(2).mT, atol=1e-4)
+    assert torch.allclose(lengths, pooled.flatten(2).mT, atol=1e-3)
 
 
-def test_each_stage_has_the_same_say() -> None:
+def test_each_stage_is_a_layer_and_the_last_one_keeps_its_lengths() -> None:
     pixels = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    both = Trunk(input_size=96).encode(pixels)
-    assert both.shape == (1, 144, 40 + 112)
-    assert torch.allclose(both.norm(dim=-1), torch.ones(1, 144), atol=1e-5)
-    fine = Trunk(stages=(2,), input_size=96).encode(pixels)
-    assert torch.allclose(F.normalize(both[..., :40], dim=-1), fine, atol=1e-4)
+    fine, coarse, lengths = Trunk(input_size=96).encode(pixels).values()
+    assert (fine.shape, coarse.shape) == ((1, 144, 40), (1, 36, 112))
+    for directions in (fine, coarse):
+        norms = directions.norm(dim=-1)
+        assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+    assert torch.allclose(F.normalize(lengths, dim=-1), coarse, atol=1e-5)
+    assert lengths.norm(dim=-1).std() > 0.1
 
 
 def test_weights_that_are_missing_or_damaged_are_refused(weights: Path, tmp_path: Path) -> None:
@@ -87,13 +90,13 @@ def test_what_does_not_suit_is_refused(settings: dict[str, object], complaint: s
 
 def test_settings_of_the_trunk_are_refused_without_it() -> None:
     with pytest.raises(SettingsError, match="set reference_encoder to 'trunk'"):
-        BackboneSpec.parse({"reference_input_size": 320})
+        BackboneSpec.parse({"name": "ViT-B-16", "reference_input_size": 320})
     with pytest.raises(SettingsError, match="odd"):
         BackboneSpec.parse({"reference_encoder": "trunk", "reference_pool": 2})
 
 
 def test_the_fingerprint_tells_encoders_apart(seeing: FrozenCLIP, backbone: FrozenCLIP) -> None:
-    pooled = BackboneSpec(reference_encoder="trunk", reference_input_size=160, reference_pool=1)
+    pooled = BackboneSpec(reference_encoder="trunk", reference_input_size=160, reference_pool=3)
     assert len({seeing.fingerprint, backbone.fingerprint, load_backbone(pooled).fingerprint}) == 3
 
 
@@ -107,7 +110,7 @@ def test_prompts_see_what_they_saw_without_the_trunk(
     without = backbone.encode_images(backbone.preprocess([image]))
     cosine = (with_trunk.tokens_BNE * without.tokens_BNE).sum(-1)
     assert cosine.min() > 0.9  # resized twice instead of once
-    assert with_trunk.layers[0].shape == (1, 400, 152)
+    assert [layer.shape[1] for layer in with_trunk.layers.values()] == [400, 100, 100]
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -117,11 +120,9 @@ def test_a_fit_on_the_trunk_finds_a_stain(
     settings = FitSettings(steps=3, reference_weight=1.0)
     support = category.support_set(shots, seed=0)
     prompt_set = fit(category.name, support, settings, backbone=seeing)
-    scale = prompt_set.provenance.distance_scale
-    assert scale is not None
-    assert 0 < scale.mean < 1
+    assert set(prompt_set.provenance.scales.layers) == {0, 1, 2}
     loaded = PromptSet.from_bytes(prompt_set.to_bytes())
-    assert loaded.memory.scale == scale
+    assert loaded.provenance.scales == prompt_set.provenance.scales
     detector = Detector(seeing, loaded)
     good = Image.open(support[0]).convert("RGB")
     stained = np.array(good)

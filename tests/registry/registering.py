@@ -10,6 +10,7 @@ from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.detection.calibration import calibrate
 from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import Scale, Scales
 from apt_ray.registry import RegisteredVersion, Registry
 
 
@@ -29,6 +30,7 @@ def make_prompt_set(category: str, *, seed: int = 0) -> PromptSet:
             support_names=("0.png", "1.png", "2.png", "3.png"),
             created="2025-01-01T00:00:00+00:00",
             threshold=calibrate([0.1, 0.2, 0.3], 0.25),
+            scales=Scales(prompts=Scale(mean=0, sd=1), layers={2: Scale(mean=0, sd=1)}),
             metrics={"validation": 0.9125, "validation_sd": 0.0312, "validation.scratch": 0.87},
         ),
         text_features=text_PE,

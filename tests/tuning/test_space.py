@@ -24,7 +24,7 @@ def test_a_file_names_another_space(tmp_path: Path) -> None:
     file.write_text("reference_weight: {low: 0, high: 1}\nnoise_strength: {choices: [0.1, 0.3]}\n")
     space = read_space(file)
     assert distributions(space)["reference_weight"] == FloatDistribution(0, 1)
-    assert starting_point(space) == {"noise_strength": 0.3, "reference_weight": 0.5}
+    assert starting_point(space) == {"noise_strength": 0.3, "reference_weight": 0.85}
 
 
 @pytest.mark.parametrize(
