@@ -23,7 +23,7 @@ from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.detection.calibration import calibrate
 from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory
-from apt_ray.detection.rule import RULE_VERSION, Scale, Scales
+from apt_ray.detection.rule import Scale, Scales
 from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
 from apt_ray.files import write_json
 from apt_ray.registry import open_registry, promote
@@ -131,7 +131,6 @@ def _prompt_set(seed: int) -> PromptSet:
     text_PE = torch.eye(2, 8)
     return PromptSet(
         provenance=Provenance(
-            rule_version=RULE_VERSION,
             library_version="0",
             category="first",
             backbone=BackboneSpec(),

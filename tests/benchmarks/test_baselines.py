@@ -66,7 +66,7 @@ def test_all_methods_score_images_by_the_same_rule(
     fused = {"apt", "coop", "random-text", "free", "linear", "handwritten"}
     for name, rule in rules.items():
         maps_BHW, scores_B = rule.score(encoded)
-        size = support.backbone.input_size
+        size = support.backbone.prompt_size
         assert maps_BHW.shape == (2, size, size)
         assert maps_BHW.min() >= 0
         assert maps_BHW.max() <= 1
@@ -321,5 +321,5 @@ def test_written_prompts_alone_are_the_meta_prompt(support: Support, encoded: En
     p_BN = anomalous_probability(
         encoded.features.tokens_BNE, meta_features(backbone), backbone.constants
     )
-    expected = anomaly_maps(p_BN, backbone.grid, backbone.input_size)
+    expected = anomaly_maps(p_BN, backbone.grid, backbone.prompt_size)
     assert torch.allclose(rule.score(encoded)[0], expected)
