@@ -1,9 +1,10 @@
 """APT beside its neighbours, all on one backbone: `python -m benchmarks.accuracy --data DIR`.
 
 DIR holds categories in the layout of MVTec AD, of VisA, or plain folders. Every method is fitted on
-the same support sets, scored by the same image rule (the mean of the highest 1 % of the map), and
-never sees a test image before it is reported; nothing is chosen on them. Each test image is encoded
-once. With `--json FILE` finished rows are kept, and the same command goes on after a stop.
+the same support sets, scored by the same image rule (the mean of the highest 0.5 % of the map; only
+PatchCore has its own), and never sees a test image before it is reported; nothing is chosen on
+them. Each test image is encoded once. With `--json FILE` finished rows are kept, and the same
+command goes on after a stop.
 
 The second table says what may be claimed: differences of means over the categories with paired 95 %
 bootstrap intervals over test images and seeds.
@@ -213,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="methods:\n"
         + "\n".join(f"  {method.rows[0]:12} {method.about}" for method in METHODS)
-        + "\n\nROW-alone is without the support memory.",
+        + "\n\nROW-alone is the patch probabilities without the support memory.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -20,8 +20,9 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.batches import draw_batches
 from apt_ray.prompts.fit import fit
 from apt_ray.prompts.guidance import meta_features
-from apt_ray.prompts.lanes import Lane, fold
+from apt_ray.prompts.lanes import Lane
 from apt_ray.prompts.losses import gradients_at_text
+from apt_ray.prompts.remember import remember
 from apt_ray.prompts.trainer import PromptTrainer
 from benchmarks.common import (
     Row,
@@ -55,10 +56,8 @@ def main() -> None:
     settings = FitSettings(steps=options.steps)
     images = sample_images(options.shots)
     bank = sample_bank(backbone, images, strengths=[0.3])
-    lanes = [
-        Lane(settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=0),
-        *(fold(bank, image, settings) for image in range(bank.shots)),
-    ]
+    lanes = [Lane(settings=settings, bank=bank, images=tuple(range(bank.shots)), seed=0)]
+    pixels_S3HW = backbone.preprocess(images)
     parts: dict[str, tuple[Callable[[], object], int]] = {
         "encoding": (
             lambda: sample_bank(backbone, images, strengths=[0.3]),
@@ -66,6 +65,7 @@ def main() -> None:
         ),
         **{name: (part, options.steps) for name, part in _parts_of_a_step(backbone, lanes).items()},
         "all steps": (lambda: PromptTrainer(backbone, lanes).advance(options.steps), 1),
+        "remembering": (lambda: remember(bank.support, pixels_S3HW, settings, backbone), 1),
     }
     rows = []
     for name, (part, times) in parts.items():
@@ -82,11 +82,12 @@ def main() -> None:
             backbone.device,
             options.repeats,
         )
-    floor_ms = sum(row["baseline"] for row in rows if row["name"] in ("encoding", "all steps"))
+    whole_parts = ("encoding", "all steps", "remembering")
+    floor_ms = sum(row["baseline"] for row in rows if row["name"] in whole_parts)
     rows.append(_row("the whole fit", whole, floor_ms / 1000))
     print(
         f"{options.backbone}, {options.precision}, {backbone.input_size} px, {options.shots} shots,"
-        f" {options.steps} steps, {len(lanes)} lanes; {options.threads} threads on"
+        f" {options.steps} steps; {options.threads} threads on"
         f" {backbone.device}, ceiling {ceiling / 1e9:.0f} GFLOP/s; baseline is the floor\n"
     )
     write_rows(rows, options.json)

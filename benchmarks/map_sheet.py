@@ -42,7 +42,7 @@ def main() -> None:
     pictures = [read_image(image.path) for image in chosen]
     features = backbone.encode_in_batches(backbone.preprocess(pictures))
     columns, scores = [], []
-    for weight in (0.0, 1.0, 0.5):
+    for weight in (0.0, 1.0, None):
         maps_BHW, scores_B = detector.score(features, reference_weight=weight)
         high = torch.quantile(maps_BHW.flatten()[::7], 0.999)
         columns.append(colormaps["inferno"]((maps_BHW / high).clamp(0, 1).numpy())[..., :3])

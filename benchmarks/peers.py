@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from apt_ray.cli.flags import add_backbone_flags, given_backbone, integers
-from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.config import TRUNK, BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.detector import Detector
 from apt_ray.errors import AptError
@@ -234,7 +234,7 @@ def _run(options: argparse.Namespace) -> int:
         require_anomalib()
     categories = find_categories(options.data, options.categories)
     spec = given_backbone(options)
-    of_trunk = spec.reference_encoder == "trunk"
+    of_trunk = spec.reads == TRUNK
     setup = Setup(
         backbone=spec,
         stages=(of_trunk and spec.reference_layers) or STAGES,
@@ -263,7 +263,7 @@ def _run(options: argparse.Namespace) -> int:
         seeds=options.seeds,
     )
     print(
-        f"APT on {spec.name}, {backbone.input_size} px, reference {spec.reference_encoder};"
+        f"APT on {spec.name}, {backbone.input_size} px, reference {spec.reads};"
         f" anomalib {anomalib} on stages {setup.stages} of the trunk, {setup.size} px;"
         f" {setup.threads} threads\n"
     )

@@ -23,6 +23,7 @@ from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.detection.calibration import calibrate
 from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import Scale, Scales
 from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
 from apt_ray.files import write_json
 from apt_ray.registry import open_registry, promote
@@ -140,6 +141,7 @@ def _prompt_set(seed: int) -> PromptSet:
             support_names=("0.png",),
             created="2025-01-01T00:00:00+00:00",
             threshold=calibrate([0.1, 0.2, 0.3], 0.25),
+            scales=Scales(prompts=Scale(mean=0, sd=1), layers={2: Scale(mean=0, sd=1)}),
         ),
         text_features=text_PE,
         contexts=torch.zeros(2, 8, 4),

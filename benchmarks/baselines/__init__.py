@@ -1,9 +1,10 @@
-"""The methods that `benchmarks.accuracy` compares, all on one backbone and one image-score rule."""
+"""The methods that `benchmarks.accuracy` compares, all on the same features of one backbone."""
 
 from benchmarks.baselines import (
     autoencoder,
     linear,
     memory,
+    patchcore,
     promptad,
     prompts,
     subspace,
@@ -62,6 +63,11 @@ METHODS: tuple[Method, ...] = (
         rows=("anomalydino",),
         about="nearest patch of the support images in 8 rotations",
         fit=memory.fit_anomalydino,
+    ),
+    Method(
+        rows=("patchcore",),
+        about="PatchCore: coreset of a tenth, Euclidean, its own image score",
+        fit=patchcore.fit,
     ),
     Method(
         rows=("subspace",),

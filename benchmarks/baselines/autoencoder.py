@@ -1,10 +1,10 @@
 """A denoising autoencoder of patch features, after Bauer et al. (arXiv 2206.11723).
 
 There a convolutional autoencoder learns to undo distortions of an image's regions, so that it maps
-what is anomalous back to what is normal; here the same is learned on the grid of patch tokens. A
-patch is as anomalous as its token is far from its restored one.
+what is anomalous back to what is normal; here the same is learned on the finest grid of
+descriptors. A place is as anomalous as its descriptor is far from its restored one.
 
-B images, N patch tokens, D width of all reference layers side by side, H, W the grid.
+B images, D channels of a descriptor, H, W the grid.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_ray.features.protocol import ImageFeatures
+from benchmarks.baselines.descriptors import as_maps, descriptors
 from benchmarks.baselines.support import Encoded, ImageRule, Support
 
 _STEPS, _BATCH, _RATE = 100, 8, 2e-3
@@ -24,12 +24,11 @@ _CLEAN_WEIGHT = 0.1
 
 def fit(support: Support) -> dict[str, ImageRule]:
     """Train on the support images in eight rotations."""
-    grid = support.backbone.grid
-    network = train(tokens_as_maps(support.turned, grid), support.seed)
+    network = train(as_maps(descriptors(support.turned)), support.seed)
 
     @torch.no_grad()
     def restored_distance(encoded: Encoded) -> Tensor:
-        tokens_BDHW = tokens_as_maps(encoded.features, grid)
+        tokens_BDHW = as_maps(descriptors(encoded.features))
         cosine_BHW = F.cosine_similarity(network(tokens_BDHW), tokens_BDHW, dim=1)
         return ((1 - cosine_BHW) / 2).flatten(1)
 
@@ -85,8 +84,3 @@ def distort(clean_BDHW: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     noise = torch.randn(clean_BDHW.shape, generator=g).to(clean_BDHW.device) / width**0.5
     share = torch.rand(batch, 1, 1, 1, generator=g).to(clean_BDHW.device)
     return torch.lerp(clean_BDHW, torch.lerp(other_BDHW, noise, share), mask_B1HW), mask_B1HW
-
-
-def tokens_as_maps(features: ImageFeatures, grid: tuple[int, int]) -> Tensor:
-    """The reference layers' tokens side by side on their grid, `(B, D, H, W)`."""
-    return torch.cat(list(features.layers.values()), -1).transpose(1, 2).unflatten(2, grid)

@@ -19,10 +19,10 @@ def fit(support: Support) -> dict[str, ImageRule]:
     weight_E = torch.from_numpy(head.coef_[0]).float().to(device)
     bias = float(head.intercept_[0])
 
-    def alone(encoded: Encoded) -> Tensor:
-        return torch.sigmoid(encoded.features.tokens_BNE @ weight_E + bias)
+    def odds(encoded: Encoded) -> Tensor:
+        return encoded.features.tokens_BNE @ weight_E + bias
 
-    return support.with_memory("linear", alone)
+    return support.with_memory("linear", odds)
 
 
 def labelled_patches(support: Support) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ anomalous prompts both written (a state beside the name) and learned (one more v
 scale without exponentiation, a loss of three parts, SGD 0.002 with momentum 0.9, weight decay and
 cosine over 100 steps, and the map 1 / (1 / text + 1 / memory). Not as there: the last step is
 taken, not the best one on the test images; states are general, since those of a product are not
-known; and patches are those of the backbone that all methods share.
+known; patches are those of the backbone that all methods share; and the memory is the nearest
+support patch of `benchmarks.baselines.memory`, on whose grid the text's map is enlarged.
 
 T texts, L positions, C token width, N patch tokens, E joint width.
 """
@@ -18,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_ray.detection.reference import ReferenceMemory
+from apt_ray.detection.rule import enlarge
 from apt_ray.features.clip import FrozenCLIP
+from benchmarks.baselines.memory import nearest
 from benchmarks.baselines.support import Encoded, ImageRule, Support
 
 STATES = (
@@ -73,13 +75,15 @@ def fit(support: Support) -> dict[str, ImageRule]:
     """Learn the prompts; fuse with the memory of the support patches."""
     scale = math.log(support.backbone.constants.dense_scale)
     text_PE = learn(support, scale)
-    memory = ReferenceMemory.of(support.features)
+    memory, grid = nearest(support.features), support.backbone.grid
 
     def alone(encoded: Encoded) -> Tensor:
         return (scale * encoded.features.tokens_BNE @ text_PE.T).softmax(-1)[..., 1]
 
     def fused(encoded: Encoded) -> Tensor:
-        return parallel(alone(encoded), memory.distance(encoded.features) / 2)
+        memory_BF = memory(encoded)
+        side = math.isqrt(memory_BF.shape[1])
+        return parallel(enlarge(alone(encoded), grid, (side, side)), memory_BF)
 
     return {"promptad": support.by_patches(fused), "promptad-alone": support.by_patches(alone)}
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from apt_ray.config import FitSettings
 from apt_ray.detection.detector import Detector
-from apt_ray.detection.rule import anomalous_probability
+from apt_ray.detection.rule import anomalous_log_odds
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.pretraining.gates import train_free_direction
 from apt_ray.prompts.fit import fit as fit_prompt_set
 from apt_ray.prompts.guidance import meta_features
-from benchmarks.baselines.support import ImageRule, Support
+from benchmarks.baselines.support import ImageRule, PatchRule, Support
 
 _FREE_RATE = 0.03
 
@@ -42,7 +42,7 @@ def fit_random_text(support: Support) -> dict[str, ImageRule]:
 
 def fit_handwritten(support: Support) -> dict[str, ImageRule]:
     """Written states that fit any product; nothing is learned."""
-    return _by_text(support, "handwritten", meta_features(support.backbone))
+    return support.with_memory("handwritten", _odds(support, meta_features(support.backbone)))
 
 
 def fit_free(support: Support) -> dict[str, ImageRule]:
@@ -54,15 +54,12 @@ def fit_free(support: Support) -> dict[str, ImageRule]:
         rate=_FREE_RATE,
         seed=support.seed,
     )
-    return _by_text(support, "free", text_PE)
+    return support.with_memory("free", _odds(support, text_PE))
 
 
-def _by_text(support: Support, name: str, text_PE: Tensor) -> dict[str, ImageRule]:
+def _odds(support: Support, text_PE: Tensor) -> PatchRule:
     constants = support.backbone.constants
-    return support.with_memory(
-        name,
-        lambda encoded: anomalous_probability(encoded.features.tokens_BNE, text_PE, constants),
-    )
+    return lambda encoded: anomalous_log_odds(encoded.features.tokens_BNE, text_PE, constants)
 
 
 def _fit(
@@ -72,14 +69,13 @@ def _fit(
         support.category, support.paths, settings, backbone=backbone, bank=support.bank
     )
     detector = Detector(backbone, prompt_set)
+    text_PE = prompt_set.text_features.to(backbone.device)
     return {
         name: ImageRule(
             score=lambda encoded: detector.score(encoded.features),
             threshold=prompt_set.threshold,
         ),
-        f"{name}-alone": ImageRule(
-            score=lambda encoded: detector.score(encoded.features, reference_weight=0)
-        ),
+        f"{name}-alone": support.alone(_odds(support, text_PE)),
     }
 
 

@@ -1,9 +1,9 @@
 """SubspaceAD: what the principal components of the support patches leave unexplained.
 
-Patches are those of the reference layers, averaged; the support images are turned in eight
-rotations. The components kept explain 99 % of the variance.
+Patches are the descriptors of `benchmarks.baselines.descriptors`; the support images are turned in
+eight rotations. The components kept explain 99 % of the variance.
 
-N patch tokens, D width of the vision tower, C components.
+N places of the finest grid, D channels of a descriptor, C components.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt_ray.features.protocol import ImageFeatures
+from benchmarks.baselines.descriptors import descriptors
 from benchmarks.baselines.support import ImageRule, Support
 
 EXPLAINED = 0.99
@@ -45,15 +45,10 @@ class Subspace:
 
 def fit(support: Support) -> dict[str, ImageRule]:
     """Principal components of the turned support images' patches."""
-    subspace = Subspace.of(layer_mean(support.turned).flatten(0, 1))
-    # Tokens have length 1 at most, so a residual is at most 4.
+    subspace = Subspace.of(descriptors(support.turned).flatten(0, 1))
+    # Descriptors have length 1, so a residual is at most 4.
     return {
         "subspace": support.by_patches(
-            lambda encoded: subspace.residual(layer_mean(encoded.features)) / 4
+            lambda encoded: subspace.residual(descriptors(encoded.features)) / 4
         )
     }
-
-
-def layer_mean(features: ImageFeatures) -> Tensor:
-    """Patch tokens `(B, N, D)`, averaged over the reference layers."""
-    return torch.stack(list(features.layers.values())).mean(0)

@@ -1,6 +1,6 @@
 """What a method is given and what it returns, so that all are fitted, timed and scored alike.
 
-B images, N patch tokens, W windows, E joint width, S support images.
+B images, N patch tokens, F places of the finest grid, W windows, E joint width, S support images.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.reference import ReferenceMemory
-from apt_ray.detection.rule import ScoreRule, fuse, reference_probability
+from apt_ray.detection.rule import Scale, Scales, ScoreRule
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.protocol import ImageFeatures
 from apt_ray.files import Location
 from apt_ray.images import read_image
+from apt_ray.prompts.remember import remember
 from benchmarks.baselines.views import SCALES, encode_windows, turned
-
-MEMORY_WEIGHT = FitSettings().reference_weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +41,7 @@ class Encoded:
 
 
 PatchRule = Callable[[Encoded], Tensor]
-"""Encoded images -> how anomalous each patch is, `(B, N)` in 0..1."""
+"""Encoded images -> how anomalous each place of a square grid is, `(B, N)` or `(B, F)`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +94,24 @@ class Support:
         )
 
     @property
+    def remembered(self) -> tuple[ReferenceMemory, dict[int, Scale]]:
+        """The memory that `apt_ray.fit` would make of the default settings, and what its distances
+        are measured in."""
+        support = self.features  # timed on its own
+
+        def make() -> tuple[ReferenceMemory, dict[int, Scale]]:
+            pixels_S3HW = self.backbone.preprocess(self.images)
+            memory, held_out = remember(support, pixels_S3HW, self.settings, self.backbone)
+            return memory, held_out.scales()
+
+        return self._shared("remembered", make)
+
+    @property
+    def rule(self) -> ScoreRule:
+        """The score rule of the default settings."""
+        return ScoreRule.of(self.backbone, self.settings)
+
+    @property
     def bank(self) -> SupportBank:
         """The anomaly bank that `apt_ray.fit` would make of the default settings."""
         return self._shared(
@@ -107,19 +124,24 @@ class Support:
         )
 
     def by_patches(self, rule: PatchRule) -> ImageRule:
-        """The rule for maps and image scores that all methods share."""
-        shared = ScoreRule.of(self.backbone, self.settings)
-        return ImageRule(score=lambda encoded: shared.score_patches(rule(encoded)))
+        """The rule for maps and image scores that all methods share, of values in 0..1."""
+        return ImageRule(score=lambda encoded: self.rule.score_patches(rule(encoded)))
 
-    def with_memory(self, name: str, rule: PatchRule) -> dict[str, ImageRule]:
-        """A rule fused with all support patches by the rule's harmonic mean, and alone."""
-        memory, constants = ReferenceMemory.of(self.features), self.backbone.constants
+    def alone(self, odds: PatchRule) -> ImageRule:
+        """By the probabilities of patches, given as log-odds."""
+        return self.by_patches(lambda encoded: odds(encoded).sigmoid())
 
-        def fused(encoded: Encoded) -> Tensor:
-            p_ref_BN = reference_probability(memory.distance(encoded.features), constants)
-            return fuse(rule(encoded), p_ref_BN, MEMORY_WEIGHT)
+    def with_memory(self, name: str, odds: PatchRule) -> dict[str, ImageRule]:
+        """Log-odds of patches `(B, N)` beside APT's own memory, by APT's own rule; and alone."""
+        memory, layers = self.remembered
+        prompts = Scale.of(odds(Encoded(features=self.features)))
+        scales = Scales(prompts=prompts, layers=layers)
 
-        return {name: self.by_patches(fused), f"{name}-alone": self.by_patches(rule)}
+        def score(encoded: Encoded) -> tuple[Tensor, Tensor]:
+            distances = memory.distances(encoded.features)
+            return self.rule.score_evidence(odds(encoded), distances, scales)
+
+        return {name: ImageRule(score=score), f"{name}-alone": self.alone(odds)}
 
     def fit(self, method: Method) -> tuple[dict[str, ImageRule], float]:
         """The fitted rows of a method, and the seconds that it takes when it is run alone."""

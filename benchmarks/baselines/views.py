@@ -17,6 +17,7 @@ from torch import Tensor
 
 from apt_ray.features.attention import run_blocks
 from apt_ray.features.clip import FrozenCLIP, resize_position_embedding
+from apt_ray.features.pixels import resize_pixels
 from apt_ray.features.towers import FusedBlock, embed_patches, project_tokens
 
 ANGLES = tuple(range(0, 360, 45))
@@ -53,7 +54,8 @@ def encode_windows(backbone: FrozenCLIP, pixels_B3HW: Tensor, scale: int) -> Ten
         for values in (visual.image_mean, visual.image_std)
     )
     position_SD = resize_position_embedding(visual.positional_embedding, backbone.grid)
-    x_BSD = embed_patches(visual, (pixels_B3HW.to(backbone.device) - mean) / std, position_SD)
+    pixels_B3HW = resize_pixels(pixels_B3HW.to(backbone.device), backbone.prompt_size)
+    x_BSD = embed_patches(visual, (pixels_B3HW - mean) / std, position_SD)
     index_WK = windows(backbone.grid, scale).to(backbone.device)
     seen_WS = F.pad(1 + index_WK, (1, 0))
     blocks = [FusedBlock(block) for block in visual.transformer.resblocks]

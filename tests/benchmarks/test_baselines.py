@@ -12,10 +12,28 @@ from sklearn.decomposition import PCA
 
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
-from apt_ray.detection.rule import anomalous_probability, anomaly_maps, top_mean
+from apt_ray.detection.rule import (
+    TOP_SHARE,
+    anomalous_log_odds,
+    anomalous_probability,
+    anomaly_maps,
+    top_mean,
+)
 from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.protocol import ImageFeatures
+from apt_ray.prompts.fit import fit
 from apt_ray.prompts.guidance import meta_features
-from benchmarks.baselines import METHODS, autoencoder, memory, promptad, prompts, subspace, winclip
+from benchmarks.baselines import (
+    METHODS,
+    autoencoder,
+    memory,
+    patchcore,
+    promptad,
+    prompts,
+    subspace,
+    winclip,
+)
+from benchmarks.baselines.descriptors import as_maps, descriptors
 from benchmarks.baselines.linear import labelled_patches
 from benchmarks.baselines.support import Encoded, Method, Support
 from benchmarks.baselines.views import ANGLES, SCALES, encode_windows, turned, windows
@@ -45,13 +63,61 @@ def test_all_methods_score_images_by_the_same_rule(
     assert [name for name, rule in rules.items() if rule.threshold is not None] == [
         name for name in method.rows if name in ("apt", "coop", "random-text")
     ]
-    for rule in rules.values():
+    fused = {"apt", "coop", "random-text", "free", "linear", "handwritten"}
+    for name, rule in rules.items():
         maps_BHW, scores_B = rule.score(encoded)
-        size = support.backbone.input_size
+        size = support.backbone.prompt_size
         assert maps_BHW.shape == (2, size, size)
         assert maps_BHW.min() >= 0
         assert maps_BHW.max() <= 1
-        assert torch.allclose(scores_B, top_mean(maps_BHW.flatten(1)), atol=1e-6)
+        if name == "patchcore":
+            assert ((scores_B > 0) & (scores_B < 1)).all()
+            continue
+        power = 2 if name in fused else 1  # what is fused is a mean of squares
+        top_B = top_mean(maps_BHW.flatten(1) ** power, round(TOP_SHARE * size**2))
+        assert torch.allclose(scores_B**power, top_B, atol=1e-6)
+
+
+def test_words_are_fused_with_the_memory_as_a_prompt_set_fuses_them(
+    support: Support, encoded: Encoded
+) -> None:
+    ours = prompts.fit_apt(support)
+    prompt_set = fit(
+        support.category,
+        support.paths,
+        support.settings,
+        backbone=support.backbone,
+        bank=support.bank,
+    )
+    constants = support.backbone.constants
+    by_hand = support.with_memory(
+        "apt",
+        lambda encoded: anomalous_log_odds(
+            encoded.features.tokens_BNE, prompt_set.text_features, constants
+        ),
+    )
+    assert set(by_hand) == set(ours)
+    for name, rule in ours.items():
+        for mine, expected in zip(by_hand[name].score(encoded), rule.score(encoded), strict=True):
+            assert torch.allclose(mine, expected, atol=1e-5)
+
+
+def test_descriptors_are_the_directions_on_the_finest_grid() -> None:
+    g = torch.Generator().manual_seed(0)
+    fine_BMD = F.normalize(torch.randn(2, 16, 3, generator=g), dim=-1)
+    raw_BMD = 9 * torch.rand(2, 4, 5, generator=g) + 1
+    features = ImageFeatures(
+        tokens_BNE=fine_BMD,
+        cls_BE=fine_BMD[:, 0],
+        layers={0: fine_BMD, 1: F.normalize(raw_BMD, dim=-1), 2: raw_BMD},
+    )
+    described_BFD = descriptors(features)
+    assert described_BFD.shape == (2, 16, 8)
+    assert torch.allclose(described_BFD.norm(dim=-1), torch.ones(2, 16))
+    assert torch.allclose(F.normalize(described_BFD[..., :3], dim=-1), fine_BMD, atol=1e-6)
+    # A corner of the finer grid lies beyond the centre of the coarse place there.
+    corner_BD = F.normalize(raw_BMD, dim=-1)[:, 0]
+    assert torch.allclose(F.normalize(described_BFD[:, 0, 3:], dim=-1), corner_BD, atol=1e-6)
 
 
 def test_no_method_is_fitted_for_free(backbone: FrozenCLIP, category: Category) -> None:
@@ -82,7 +148,7 @@ def test_with_rotations_a_turned_part_is_nothing_new(
     part = Encoded(features=backbone.encode_images(pixels))
     (plain,) = memory.fit_memory(support).values()
     (rotated,) = memory.fit_anomalydino(support).values()
-    # Square images turn without interpolation, so all that is left is rounding to float16.
+    # Square images turn without interpolation, so all that is left is rounding.
     assert rotated.score(part)[1].item() == pytest.approx(0, abs=1e-3)
     assert plain.score(part)[1].item() > 2e-3
 
@@ -184,7 +250,7 @@ def test_promptad_learning_lowers_its_loss_and_fuses_in_parallel(support: Suppor
 
 
 def test_the_subspace_is_that_of_scikit_learn(support: Support) -> None:
-    tokens_ND = subspace.layer_mean(support.features).flatten(0, 1)
+    tokens_ND = descriptors(support.features).flatten(0, 1)
     ours = subspace.Subspace.of(tokens_ND)
     theirs = PCA(n_components=subspace.EXPLAINED, svd_solver="full").fit(tokens_ND.double().numpy())
     assert len(ours.components_CD) == theirs.n_components_
@@ -192,6 +258,31 @@ def test_the_subspace_is_that_of_scikit_learn(support: Support) -> None:
     restored = theirs.inverse_transform(theirs.transform(query.double().numpy()))
     expected = ((query.numpy() - restored) ** 2).sum(-1)
     assert ours.residual(query).numpy() == pytest.approx(expected, rel=1e-3)
+
+
+def test_patchcore_averages_places_and_weighs_the_worst_by_its_neighbours(
+    support: Support,
+) -> None:
+    spike_1MD = torch.zeros(1, 25, 1)
+    spike_1MD[0, 12] = 9
+    features = ImageFeatures(tokens_BNE=spike_1MD, cls_BE=spike_1MD[:, 0], layers={0: spike_1MD})
+    embedded_1F1 = patchcore.embed(features, {0: torch.tensor(1.0)})
+    near_55 = torch.zeros(5, 5)
+    near_55[1:4, 1:4] = 1
+    assert torch.allclose(embedded_1F1[0, :, 0].unflatten(0, (5, 5)), near_55)
+
+    known_KD = torch.arange(20.0)[:, None]
+    nearest_F, score = patchcore.distances(torch.tensor([[3.5], [-2.0], [7.0]]), known_KD)
+    assert nearest_F.tolist() == pytest.approx([0.5, 2.0, 0.0], abs=1e-5)
+    # The worst is nearest to 0, whose nine neighbours are 0 to 8, 2 to 10 away from it.
+    share = math.exp(2) / sum(math.exp(distance) for distance in range(2, 11))
+    assert score.item() == pytest.approx((1 - share) * 2, rel=1e-5)
+
+    (rule,) = patchcore.fit(support).values()
+    known = Encoded(features=support.features)
+    noise = torch.rand(1, 3, 320, 320, generator=torch.Generator().manual_seed(0))
+    other = Encoded(features=support.backbone.encode_images(noise))
+    assert rule.score(other)[1].item() > 2 * rule.score(known)[1].max().item()
 
 
 def test_the_linear_head_learns_from_clear_labels_only(support: Support) -> None:
@@ -203,7 +294,7 @@ def test_the_linear_head_learns_from_clear_labels_only(support: Support) -> None
 
 
 def test_the_autoencoder_restores_what_was_distorted(support: Support) -> None:
-    clean = autoencoder.tokens_as_maps(support.turned, support.backbone.grid)
+    clean = as_maps(descriptors(support.turned))
     network = autoencoder.train(clean, seed=0)
     distorted, mask_B1HW = autoencoder.distort(clean, torch.Generator().manual_seed(1))
     assert torch.equal(distorted * (1 - mask_B1HW), clean * (1 - mask_B1HW))
@@ -230,5 +321,5 @@ def test_written_prompts_alone_are_the_meta_prompt(support: Support, encoded: En
     p_BN = anomalous_probability(
         encoded.features.tokens_BNE, meta_features(backbone), backbone.constants
     )
-    expected = anomaly_maps(p_BN, backbone.grid, backbone.input_size)
+    expected = anomaly_maps(p_BN, backbone.grid, backbone.prompt_size)
     assert torch.allclose(rule.score(encoded)[0], expected)
