@@ -42,7 +42,7 @@ _SMOOTHING = 4 / 240
 """Standard deviation of the map's Gaussian, as a fraction of its side: the 4 pixels at 240 of
 PromptAD's code (arXiv 2404.05231)."""
 
-_SMALLEST_SD = 1e-4
+_SMALLEST_SD_OF_ODDS = 0.5  # real support images show 0.8 to 2.6, plain ones nothing
 
 _WORST_PATCHES = 0.01  # of the patches that losses and trials look at
 
@@ -54,10 +54,19 @@ class Scale(Settings):
     sd: float = Field(gt=0, allow_inf_nan=False)
 
     @classmethod
-    def of(cls, evidence: torch.Tensor, *, widened: float = 1.0) -> Scale:
-        """The scale of evidence at normal places, of any shape; its deviation times `widened`."""
-        sd = widened * float(evidence.std())
-        return cls(mean=float(evidence.mean()), sd=max(sd, _SMALLEST_SD))
+    def of(cls, evidence: torch.Tensor, *, smallest: float) -> Scale:
+        """The scale of evidence at normal places, of any shape.
+
+        Args:
+            smallest: deviation that is believed: places of a plain image are alike to the last bit,
+                those of the next one are not.
+        """
+        return cls(mean=float(evidence.mean()), sd=max(float(evidence.std()), smallest))
+
+    @classmethod
+    def of_odds(cls, odds: torch.Tensor) -> Scale:
+        """The scale of log-odds at the patches of normal images."""
+        return cls.of(odds, smallest=_SMALLEST_SD_OF_ODDS)
 
     def excess(self, evidence: torch.Tensor) -> torch.Tensor:
         """The square of what is above the mean, 0..1, and 1 from `MOST_EVIDENCE` deviations on."""

@@ -73,7 +73,7 @@ def fit(
     support_features = bank.support.to(backbone.device)
     memory, held_out = remember(support_features, backbone.preprocess(images), settings, backbone)
     odds_SN = anomalous_log_odds(support_features.tokens_BNE, text_PE, backbone.constants)
-    scales = Scales(prompts=Scale.of(odds_SN), layers=held_out.scales())
+    scales = Scales(prompts=Scale.of_odds(odds_SN), layers=held_out.scales)
     rule = ScoreRule.of(backbone, settings)
     threshold: Threshold
     if calibration:

@@ -102,7 +102,7 @@ class Support:
         def make() -> tuple[ReferenceMemory, dict[int, Scale]]:
             pixels_S3HW = self.backbone.preprocess(self.images)
             memory, held_out = remember(support, pixels_S3HW, self.settings, self.backbone)
-            return memory, held_out.scales()
+            return memory, held_out.scales
 
         return self._shared("remembered", make)
 
@@ -134,7 +134,7 @@ class Support:
     def with_memory(self, name: str, odds: PatchRule) -> dict[str, ImageRule]:
         """Log-odds of patches `(B, N)` beside APT's own memory, by APT's own rule; and alone."""
         memory, layers = self.remembered
-        prompts = Scale.of(odds(Encoded(features=self.features)))
+        prompts = Scale.of_odds(odds(Encoded(features=self.features)))
         scales = Scales(prompts=prompts, layers=layers)
 
         def score(encoded: Encoded) -> tuple[Tensor, Tensor]:

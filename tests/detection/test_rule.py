@@ -50,12 +50,11 @@ def test_log_odds_are_those_of_the_probability() -> None:
 
 
 def test_evidence_is_measured_in_deviations_and_counts_no_more_than_five() -> None:
-    scale = Scale.of(torch.tensor([1.0, 3.0]))
+    scale = Scale.of(torch.tensor([1.0, 3.0]), smallest=0.1)
     assert (scale.mean, scale.sd) == pytest.approx((2, 2**0.5))
     evidence = 2 + 2**0.5 * torch.tensor([-3.0, 0.0, 1.0, 2.5, 5.0, 50.0])
     assert scale.excess(evidence).tolist() == pytest.approx([0, 0, 0.04, 0.25, 1, 1])
-    assert Scale.of(torch.zeros(4)).sd > 0, "something to divide by"
-    assert Scale.of(torch.tensor([1.0, 3.0]), widened=2).sd == pytest.approx(2 * 2**0.5)
+    assert Scale.of(torch.zeros(4), smallest=0.1).sd == 0.1
 
 
 def test_top_mean_takes_one_percent_and_at_least_one() -> None:
