@@ -61,6 +61,9 @@ class FakeBackbone:
     def encode_tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         return self.encode_images(pixels_B3HW).tokens_BNE
 
+    def encode_places(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        return self.encode_tokens(pixels_B3HW)
+
     def encode_in_batches(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         return self.encode_images(pixels_B3HW)
 

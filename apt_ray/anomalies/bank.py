@@ -185,11 +185,11 @@ def encode_support(
     count(shots)
     mirrored = tokens(views_SV3HW[:, 1:].flatten(0, 1))
     clean_tokens = torch.cat([support.tokens_BNE.half()[:, None], mirrored], dim=1)
-    objects_SN = object_masks(support, encoder.reference_grid)
+    objects_SN = object_masks(encoder.encode_places(pixels), encoder.grid)
     if not spec.object_mask:
         objects_SN = torch.ones_like(objects_SN)
     objects_SHW = F.interpolate(
-        objects_SN.unflatten(1, (1, *encoder.reference_grid)).float(), size=(height, width)
+        objects_SN.unflatten(1, (1, *encoder.grid)).float(), size=(height, width)
     )[:, 0]
 
     view_SD = torch.randint(VIEWS, (shots, DRAWS), generator=g)

@@ -1,8 +1,8 @@
 """Where the part lies in an image, told by the frozen backbone itself.
 
 A part that lies on a ground is unlike whatever the image's border shows; a surface is not. So
-each patch is compared with the patches of the border, in the shallowest reference layer, where
-tokens still speak of their own place.
+each patch is compared with the patches of the border, in a shallow layer, where tokens still speak
+of their own place.
 
 N patch tokens, D width of the vision tower, S images.
 """
@@ -11,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import ndimage
-
-from apt_ray.features.protocol import ImageFeatures
 
 _NEIGHBOURS = 3
 """Border patches that a patch is compared with: one alike by chance says nothing."""
@@ -25,14 +23,14 @@ _MAX_ON_BORDER = 0.15
 _MIN_AREA = 0.03
 
 
-def object_masks(features: ImageFeatures, grid: tuple[int, int]) -> torch.Tensor:
-    """Masks `(S, N)`, bool, of the patches that show the part; all patches where there is none.
+def object_masks(tokens_SND: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """What `ImageEncoder.encode_places` gives `(S, N, D)` -> masks `(S, N)`, bool, of the patches
+    that show the part; all patches where there is none.
 
     An image without a part on a ground (a surface, or a part that is cut by the border) keeps the
     whole image.
     """
-    tokens_SND = features.layers[min(features.layers)].cpu()
-    masks = [_object_mask(tokens_ND, grid) for tokens_ND in tokens_SND]
+    masks = [_object_mask(tokens_ND, grid) for tokens_ND in tokens_SND.cpu()]
     return torch.from_numpy(np.stack(masks)).flatten(1)
 
 

@@ -148,6 +148,18 @@ class FrozenCLIP:
         )
 
     @torch.no_grad()
+    def encode_places(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """Tokens `(B, N, D)` of the shallowest of its own reference layers, L2-normalised, of
+        pixels of `prompt_size`."""
+        layer = min(self.constants.reference_layers)
+        return torch.cat(
+            [
+                F.normalize(self._join(self._see(batch)[1][layer][:, 1:]).float(), dim=-1)
+                for batch in pixels_B3HW.to(self.device).split(self._images_per_pass)
+            ]
+        )
+
+    @torch.no_grad()
     def encode_tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """The patch tokens alone, `(B, N, E)`, of pixels of `prompt_size`; passes of bounded
         memory."""

@@ -108,6 +108,10 @@ class ImageEncoder(Protocol):
     def encode_tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """The patch tokens alone, `(B, N, E)`, of pixels of `prompt_size`, in such passes."""
 
+    def encode_places(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """`(B, N, D)`, L2-normalised, of pixels of `prompt_size`: patches in a shallow layer, where
+        each still speaks of its own place."""
+
 
 class ReferenceEncoder(Protocol):
     """Images to what the reference memory compares. It never changes."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_ray.config import BackboneSpec
+from apt_ray.config import BACKBONE, BackboneSpec
 from apt_ray.features.attention import locality_mask
 from apt_ray.features.towers import run_text_tower, run_vision_tower
 
@@ -25,7 +25,7 @@ REFERENCE_BLOCKS = (2, 3, 4)
 """Blocks whose patch tokens are trained to tell a defect by its distance to a good picture."""
 
 # The tower is trained with the windows that inference gives it by default.
-_SPEC = BackboneSpec()
+_SPEC = BackboneSpec(reference_encoder=BACKBONE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.spec import BankSpec
-from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.config import BACKBONE, BackboneSpec, FitSettings
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
     anomalous_probability,
@@ -317,7 +317,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     builtin = load_builtin(options.weights)
     backbone = FrozenCLIP(
-        builtin.model, builtin.tokenizer, spec=BackboneSpec(), constants=builtin.constants
+        builtin.model,
+        builtin.tokenizer,
+        spec=BackboneSpec(reference_encoder=BACKBONE),
+        constants=builtin.constants,
     )
     report = measure_backbone(
         backbone,

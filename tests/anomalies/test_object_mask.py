@@ -10,8 +10,8 @@ from apt_ray.pretraining.generator import generate
 def _share(backbone: FrozenCLIP, surface: str) -> torch.Tensor:
     """Of eight images, the share of patches that the masks keep."""
     pairs = generate(torch.arange(8) + 900, size=128, surfaces=(surface,), defect_rate=0.0)
-    features = backbone.encode_images(pairs.query_P3HW)
-    return object_masks(features, backbone.grid).float().mean(1)
+    tokens = backbone.encode_places(pairs.query_P3HW)
+    return object_masks(tokens, backbone.grid).float().mean(1)
 
 
 @pytest.mark.parametrize("part", ["nut", "rod", "flange", "capsule"])

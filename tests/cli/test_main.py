@@ -48,7 +48,11 @@ def test_every_switch_of_the_method_is_a_flag(
     prompt_set = PromptSet.load(file)
     assert prompt_set.backbone.tiles == 2
     assert prompt_set.text_features.shape[0] == 3
-    assert {layer: len(rows) for layer, rows in prompt_set.memory.layers.items()} == {1: 50, 3: 50}
+    assert {layer: len(rows) for layer, rows in prompt_set.memory.layers.items()} == {
+        0: 50,
+        1: 50,
+        2: 50,
+    }
     assert not prompt_set.settings.object_mask
     assert prompt_set.settings.smgs == "penalty"
     assert main(["inspect", str(file), str(min((category / "test" / "good").iterdir()))]) == 0

@@ -255,7 +255,8 @@ def test_a_fit_is_inspected_with_the_same_file(
     settings = ["--reference-input-size", "96", "--shots", "2", "--steps", "2"]
     assert main(["fit", "--data", str(category.root), "--out", fitted, *encoder, *settings]) == 0
     prompt_set = PromptSet.load(Path(fitted))
-    assert [layer.shape[1] for layer in prompt_set.memory.layers.values()] == [48, 192, 192]
+    widths = {layer: rows.shape[1] for layer, rows in prompt_set.memory.layers.items()}
+    assert widths == {0: 48, 1: 192, 2: 192}
     assert len(prompt_set.provenance.scales.layers) == len(prompt_set.memory.layers)
     assert main(["inspect", fitted, image]) == 0
     checkpoint.unlink()

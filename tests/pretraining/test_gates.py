@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from apt_ray.anomalies.bank import SupportBank
+from apt_ray.config import BACKBONE, BackboneSpec
 from apt_ray.detection.rule import anomalous_probability
-from apt_ray.features.clip import FrozenCLIP
+from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.pretraining.gates import (
     LearnedFigures,
     Report,
@@ -20,7 +21,8 @@ from apt_ray.pretraining.generator import generate
 
 
 @pytest.fixture(scope="module", name="report")
-def _report(backbone: FrozenCLIP) -> Report:
+def _report() -> Report:
+    backbone = load_backbone(BackboneSpec(reference_encoder=BACKBONE))
     return measure_backbone(backbone, pairs=12, products=1, test_pairs=6, surfaces=("marble",))
 
 

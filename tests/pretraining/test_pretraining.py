@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from apt_ray.detection.rule import reference_probability
 from apt_ray.errors import SettingsError
 from apt_ray.features.builtin.apt_mini import load_builtin
 from apt_ray.pretraining.__main__ import main
@@ -255,7 +254,7 @@ def test_the_constants_are_calibrated_for_the_prior(held_out: tuple[HeldOut, Ten
     encoded, states = held_out
     constants = fit_constants(encoded, states)
     distance = torch.stack([encoded.distances_PN[i] for i in constants.reference_layers]).mean(0)
-    probability = reference_probability(distance, constants)[encoded.known]
+    probability = constants.reference_probability(distance)[encoded.known]
     is_anomalous = encoded.labels_PN[encoded.known] == 1
     # Weighted as if a share of `PRIOR` were anomalous, predictions agree with labels on the whole.
     weight = torch.where(
