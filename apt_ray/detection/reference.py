@@ -13,6 +13,12 @@ from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 _UNIT = 0.01
 """Tokens whose lengths are 1 within this are compared by their directions."""
 
+_TOKENS_PER_PASS = {"cpu": 1600}
+"""Tokens that are multiplied with the memory at a time: what stays in a CPU's cache. Elsewhere
+`_MOST_TOKENS_PER_PASS` bounds what the products take."""
+
+_MOST_TOKENS_PER_PASS = 65_536
+
 
 class ReferenceMemory:
     """Features of the support images, a bank for each reference layer.
@@ -56,10 +62,26 @@ class ReferenceMemory:
         # holds the memories of a thousand categories.
         memory_KD = self.layers[layer].float()
         if self._are_directions[layer]:
-            return 1 - (tokens_BMD @ memory_KD.T).amax(-1)
+            return 1 - _most(tokens_BMD, memory_KD, torch.zeros_like(memory_KD[:, 0]))
         half_K = memory_KD.square().sum(-1) / 2
-        nearest_BM = (tokens_BMD @ memory_KD.T - half_K).amax(-1)
+        nearest_BM = _most(tokens_BMD, memory_KD, -half_K)
         return (tokens_BMD.square().sum(-1) - 2 * nearest_BM).clamp_min(0).sqrt()
+
+
+def _most(
+    tokens_BMD: torch.Tensor, memory_KD: torch.Tensor, offset_K: torch.Tensor
+) -> torch.Tensor:
+    """The largest product of each token with any in memory, an offset for each added, `(B, M)`."""
+    tokens_XD = tokens_BMD.flatten(0, 1)
+    count = min(_TOKENS_PER_PASS.get(tokens_XD.device.type, _MOST_TOKENS_PER_PASS), len(tokens_XD))
+    # One buffer for all passes: asked for anew, a large one costs more than the products in it.
+    products_xK = tokens_XD.new_empty(count, len(memory_KD))
+    most_X = tokens_XD.new_empty(len(tokens_XD))
+    for tokens_xD, most_x in zip(tokens_XD.split(count), most_X.split(count), strict=True):
+        pass_xK = products_xK[: len(tokens_xD)]
+        torch.addmm(offset_K, tokens_xD, memory_KD.T, out=pass_xK)
+        torch.amax(pass_xK, -1, out=most_x)
+    return most_X.view(tokens_BMD.shape[:2])
 
 
 def coreset(tokens_KD: torch.Tensor, size: int) -> torch.Tensor:
