@@ -55,6 +55,11 @@ METHODS: tuple[Method, ...] = (
         uses_windows=True,
     ),
     Method(
+        rows=("reference",),
+        about="APT's memory by APT's rule, without prompts",
+        fit=prompts.fit_reference,
+    ),
+    Method(
         rows=("memory",),
         about="nearest support patch",
         fit=memory.fit_memory,

@@ -6,18 +6,19 @@ T texts, P prompts, E joint width.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from apt_ray.config import FitSettings
 from apt_ray.detection.detector import Detector
-from apt_ray.detection.rule import anomalous_log_odds
+from apt_ray.detection.rule import Scale, Scales, anomalous_log_odds
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.pretraining.gates import train_free_direction
 from apt_ray.prompts.fit import fit as fit_prompt_set
 from apt_ray.prompts.guidance import meta_features
-from benchmarks.baselines.support import ImageRule, PatchRule, Support
+from benchmarks.baselines.support import Encoded, ImageRule, PatchRule, Support
 
 _FREE_RATE = 0.03
 
@@ -55,6 +56,20 @@ def fit_free(support: Support) -> dict[str, ImageRule]:
         seed=support.seed,
     )
     return support.with_memory("free", _odds(support, text_PE))
+
+
+def fit_reference(support: Support) -> dict[str, ImageRule]:
+    """APT's own memory by APT's own rule, without any prompts."""
+    memory, layers = support.remembered
+    rule = replace(support.rule, reference_weight=1.0)
+    scales = Scales(prompts=Scale(mean=0, sd=1), layers=layers)
+
+    def score(encoded: Encoded) -> tuple[Tensor, Tensor]:
+        tokens_BNE = encoded.features.tokens_BNE
+        nothing_BN = torch.zeros(tokens_BNE.shape[:2], device=tokens_BNE.device)
+        return rule.score_evidence(nothing_BN, memory.distances(encoded.features), scales)
+
+    return {"reference": ImageRule(score=score)}
 
 
 def _odds(support: Support, text_PE: Tensor) -> PatchRule:

@@ -63,7 +63,7 @@ def test_all_methods_score_images_by_the_same_rule(
     assert [name for name, rule in rules.items() if rule.threshold is not None] == [
         name for name in method.rows if name in ("apt", "coop", "random-text")
     ]
-    fused = {"apt", "coop", "random-text", "free", "linear", "handwritten"}
+    fused = {"apt", "coop", "random-text", "free", "linear", "handwritten", "reference"}
     for name, rule in rules.items():
         maps_BHW, scores_B = rule.score(encoded)
         size = support.backbone.prompt_size
