@@ -64,7 +64,17 @@ def load_padim(stages: Sequence[int], size: int) -> Fit:
     trunk, layers = load_trunk(), _layers(stages)
     channels = sum(TimmFeatureExtractor(trunk, layers, pre_trained=False).out_dims)
     model = PadimModel(backbone=trunk, layers=layers, pre_trained=False, n_features=channels)
-    return _fitter(model, size, model.fit)
+    return _fitter(model, size, lambda: _on_one_thread(model.fit))
+
+
+def _on_one_thread(function: Callable[[], object]) -> None:
+    """torch 2.13 inverts large batches of matrices wrongly, or not at all, on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        function()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_trunk() -> nn.Module:
