@@ -28,6 +28,7 @@ from apt_ray.files import Location
 from apt_ray.images import read_image, read_mask
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
+from apt_ray.text import printable
 from apt_ray.validation.examples import Example, choose
 from apt_ray.validation.intervals import ImageScores, histogram
 from apt_ray.validation.metrics import image_auroc, pixel_auroc_and_aupro
@@ -99,7 +100,7 @@ class Result:
             "defects_found": self.defects_found,
             "defects_found_interval": verdicts and verdicts.defects.interval,
             "defects_found_by_type": verdicts
-            and {name: rejected.share for name, rejected in verdicts.by_type.items()},
+            and {printable(name): rejected.share for name, rejected in verdicts.by_type.items()},
             "threshold": threshold and threshold.model_dump(),
         }
 
