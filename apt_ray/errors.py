@@ -20,6 +20,10 @@ AptError
 class AptError(Exception):
     """Base of all errors that a caller of apt-ray may want to catch."""
 
+    def __init__(self, message: str = "") -> None:
+        # A message names files, and goes into JSON, tags and logs, which take UTF-8 alone.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
+
 
 class SettingsError(AptError):
     """A setting is outside its range."""

@@ -9,13 +9,15 @@ requests, not 2), reads one in seven requests and a copy on disk, and leaves err
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -28,6 +30,7 @@ from apt_ray.optional import require
 _SCHEME = "s3://"
 _ATTEMPTS = 4
 _FIRST_PAUSE = 0.2
+_PROBE_BYTES = 2**16
 
 _REFUSED = frozenset(
     {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
@@ -75,12 +78,66 @@ def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     unfinished = target.parent / f".{uuid.uuid4().hex}.part"
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            yield path
-        else:
-            target.parent.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
-            yield unfinished
-            unfinished.replace(target)
+        with _refusing(path):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                yield path
+            else:
+                target.parent.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
+                yield unfinished
+                unfinished.replace(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def check_writable(path: Path | None, *, is_folder: bool = False) -> None:
+    """WriteError now, before any work, if a file cannot be written to `path` later.
+
+    What is not there yet is not made. Only a disk that fills up in the meantime, or a device, can
+    still refuse.
+
+    Args:
+        path: None is no file, and all right.
+        is_folder: `path` is a folder that files are written to.
+    """
+    if path is None:
+        return
+    with _refusing(path):
+        place = Path(os.path.realpath(path))
+        if place.exists() and not place.is_file() and not place.is_dir():
+            return
+        if not is_folder:
+            if place.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            place = place.parent
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+
+
+def keep(path: Path, write: Callable[[Path], object]) -> None:
+    """Write what took long to compute by `write(path)`; if that fails, to a new temporary folder.
+
+    Raises WriteError in either case: it says where the result lies, if it could be kept at all.
+    """
+    try:
+        write(path)
+    except WriteError as error:
+        try:
+            other = Path(tempfile.mkdtemp(prefix="apt-ray-")) / path.name
+            write(other)
+        except (OSError, WriteError):
+            raise error from None
+        raise WriteError(f"{error}; until then it is kept in {other}") from error
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """OSError as WriteError, with the remedy."""
+    try:
+        yield
     except OSError as error:
         is_blocked = isinstance(error, (FileExistsError, NotADirectoryError))
         reason = "a file is where a folder should be" if is_blocked else error.strerror or error
@@ -88,15 +145,12 @@ def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
             f"cannot write {path} ({reason}): make room, mend its permissions, or choose another"
             f" place"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> None:
-    """Write a file as `writing` does, text in UTF-8; a private one only its owner may read."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write a file as `writing` does, text in UTF-8, with escapes of what is in no Unicode text; a
+    private one only its owner may read."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     opener = partial(os.open, mode=0o600 if private else 0o666)
     with writing(path, private=private) as place, open(place, "wb", opener=opener) as file:
         file.write(data)

@@ -7,8 +7,8 @@ import secrets
 import sys
 from pathlib import Path
 
+from apt_ray.cli.common import run
 from apt_ray.cli.registry import add_verbs
-from apt_ray.errors import AptError
 from apt_ray.optional import require
 from serving.settings import Fleet
 
@@ -16,14 +16,14 @@ from serving.settings import Fleet
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def command() -> int | None:
         if "ray_address" in arguments:
             require("ray", "fastapi", "python_multipart", "mlflow", extra="serve")
         code: int | None = arguments.run(arguments)
-    except AptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return code or 0
+        return code
+
+    return run(command)
 
 
 def _deploy_command(arguments: argparse.Namespace) -> None:

@@ -18,14 +18,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_ray.cli.common import run
 from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
 from apt_ray.cli.registry import register_pending
 from apt_ray.data.folders import Category, find_categories
-from apt_ray.errors import AptError, SettingsError, WriteError
-from apt_ray.files import location, write_json
+from apt_ray.errors import SettingsError, WriteError
+from apt_ray.files import check_writable, keep, location, write_json
 from apt_ray.optional import require
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.space import DEFAULT_SPACE, read_space
@@ -39,16 +41,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the search from the command line; returns the exit code."""
     command = read_command(arguments)
-    try:
-        if command.options.register_pending:
-            return register_pending(command.options.mlflow)
-        return _search(command)
-    except AptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if command.options.register_pending:
+        return run(lambda: register_pending(command.options.mlflow))
+    return run(lambda: _search(command))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +84,7 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
 def _search(command: Command) -> int:
     started = time.monotonic()
     options = command.options
+    check_writable(options.summary)
     require("ray", "optuna", "sklearn", "pyarrow", "mlflow", "matplotlib", extra="tune")
 
     from tuning.records import SearchStore
@@ -142,7 +138,7 @@ def _search(command: Command) -> int:
             ],
         }
         try:
-            write_json(options.summary, summary)
+            keep(options.summary, partial(write_json, value=summary))
         except WriteError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1
@@ -165,10 +161,12 @@ def _planned(command: Command, store: "SearchStore") -> "tuple[SearchPlan, list[
         return plan, find_categories(location(plan.data), plan.categories)
     data = command.options.data
     categories = find_categories(data, command.options.categories)
-    plan = SearchPlan(
-        data=str(data),
-        categories=tuple(category.name for category in categories),
-        settings=command.settings,
+    plan = SearchPlan.parse(
+        {
+            "data": str(data),
+            "categories": tuple(category.name for category in categories),
+            "settings": command.settings,
+        }
     )
     store.create(plan)
     return plan, categories

@@ -31,6 +31,7 @@ from apt_ray.errors import SettingsError, WriteError
 from apt_ray.features.pixels import resize_pixels
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 from apt_ray.files import writing
+from apt_ray.tensors import seal, unseal
 
 VIEWS = 4
 """Clean views of each support image: itself and its mirror images."""
@@ -239,9 +240,9 @@ class BankCache:
         path = self._path(spec)
         try:
             with safe_open(path, "pt") as file:
-                metadata = json.loads(file.metadata()["apt-ray"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            bank = _restore(tensors, metadata)
+                header = unseal(file.metadata() or {}, tensors)
+            bank = _restore(tensors, json.loads(header))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, SettingsError):
             return None
         if bank.spec != spec:
@@ -260,7 +261,7 @@ class BankCache:
         tensors = {name: tensor.contiguous() for name, tensor in _flatten(bank).items()}
         with suppress(OSError, WriteError, SafetensorError):
             with writing(self._path(bank.spec)) as place:
-                save_file(tensors, place, {"apt-ray": json.dumps(metadata)})
+                save_file(tensors, place, seal(json.dumps(metadata), tensors))
             self._make_room()
 
     def _path(self, spec: BankSpec) -> Path:

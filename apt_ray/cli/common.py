@@ -1,4 +1,4 @@
-"""What the commands share: their parsers' flags, progress bars.
+"""What the commands share: how one ends, their parsers' flags, progress bars.
 
 Heavy modules are imported inside the functions, so that `--help` answers at once.
 """
@@ -6,18 +6,58 @@ Heavy modules are imported inside the functions, so that `--help` answers at onc
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
 from apt_ray.config import FitSettings
+from apt_ray.errors import AptError
 
 if TYPE_CHECKING:
     from apt_ray.features.protocol import Backbone
+
+
+_PIPE_CLOSED = 141  # what a shell reports of a program that its reader ended, 128 + SIGPIPE
+
+
+def run(command: Callable[[], int | None]) -> int:
+    """Run a command, and return its exit status; None is 0.
+
+    Errors of ours and of the world outside are one line on stderr and status 1. A reader that goes
+    away, such as `head`, ends the command without a word. What a terminal cannot show, such as a
+    file name that is not UTF-8, is printed as an escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _end("interrupted", 130)
+    except BrokenPipeError:
+        return _end("", _PIPE_CLOSED)
+    except (AptError, OSError) as error:
+        return _end(f"error: {error}", 1)
+
+
+def _end(message: str, status: int) -> int:
+    """Say why, as far as anybody listens; what is left to print must not fail when Python ends."""
+    for stream, last in ((sys.stdout, ""), (sys.stderr, message)):
+        try:
+            print(last, end="\n" if last else "", file=stream, flush=True)
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
 
 
 def add_command(

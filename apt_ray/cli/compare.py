@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from apt_ray.cli.common import add_command
-from apt_ray.files import write_json
+from apt_ray.files import check_writable, keep, write_json
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,10 +21,12 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_writable(options.json)
     from apt_ray.validation.intervals import compare, format_differences, load_scores
 
     differences = compare(load_scores(options.before), load_scores(options.after))
     print(format_differences(differences))
     if options.json is not None:
-        write_json(options.json, [asdict(difference) for difference in differences])
+        rows = [asdict(difference) for difference in differences]
+        keep(options.json, partial(write_json, value=rows))
     return 0

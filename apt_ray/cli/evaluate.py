@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +20,11 @@ from apt_ray.cli.common import (
     settings,
 )
 from apt_ray.cli.flags import integers
-from apt_ray.errors import AptError
-from apt_ray.files import location, write_json
+from apt_ray.errors import AptError, WriteError
+from apt_ray.files import check_writable, keep, location, write_json
 
 if TYPE_CHECKING:
+    from apt_ray.features.protocol import Backbone
     from apt_ray.validation.evaluation import Result
 
 _TWO_KINDS = 2
@@ -71,53 +74,84 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(options: argparse.Namespace) -> int:
+    for file in (options.json, options.scores):
+        check_writable(file)
+    check_writable(options.report, is_folder=True)
     from apt_ray.data.folders import find_categories
-    from apt_ray.validation.evaluation import evaluate, format_table
-    from apt_ray.validation.intervals import format_types, save_scores
+    from apt_ray.validation.evaluation import evaluate
 
     if options.report is not None:
         # Before the work of hours: what draws it may not be installed.
-        from apt_ray.validation.report.html import write_report
-
+        import apt_ray.validation.report  # noqa: F401
     categories = find_categories(options.data, options.categories)
     loaded = backbone(options)
     results: list[Result] = []
     failed = False
-    for category in categories:
+    try:
+        for category in categories:
+            try:
+                with tqdm(leave=False, disable=None) as bar:
+
+                    def show(what: str, done: int, total: int, bar: tqdm[None] = bar) -> None:
+                        bar.set_description(f"{category.name}: {what}", refresh=False)  # noqa: B023
+                        bar.total, bar.n = total, done
+                        bar.refresh()
+
+                    results += evaluate(
+                        category,
+                        backbone=loaded,
+                        shots=options.shots,
+                        seeds=options.seeds,
+                        settings=settings(options),
+                        calibration=options.calibrate,
+                        examples=_EXAMPLES if options.report is not None else 0,
+                        progress=show,
+                    )
+            except AptError as error:
+                # The other categories are still worth their figures.
+                failed = True
+                print(f"error: {error}", file=sys.stderr)
+    finally:
+        # Also when it is interrupted: whole categories took their time.
+        failed |= not _write(options, results, loaded)
+        _print(results)
+    return 1 if failed else 0
+
+
+def _write(options: argparse.Namespace, results: list[Result], loaded: Backbone) -> bool:
+    """Write the files that were asked for; whether all could be, each where it should."""
+    from apt_ray.validation.intervals import save_scores
+
+    def report(folder: Path) -> None:
+        from apt_ray.validation.report.html import write_report
+
+        page = write_report(folder, results, backbone=loaded, settings=settings(options))
+        print(f"report: {page}\n")
+
+    rows = [result.as_dict() for result in results]
+    scores = [result.scores for result in results]
+    writers: list[tuple[Path | None, Callable[[Path], None]]] = [
+        (options.json, partial(write_json, value=rows)),
+        (options.scores if results else None, partial(save_scores, scores=scores)),
+        (options.report if results else None, report),
+    ]
+    is_whole = True
+    for path, write in writers:
         try:
-            with tqdm(leave=False, disable=None) as bar:
-
-                def show(what: str, done: int, total: int, bar: tqdm[None] = bar) -> None:
-                    bar.set_description(f"{category.name}: {what}", refresh=False)  # noqa: B023
-                    bar.total, bar.n = total, done
-                    bar.refresh()
-
-                results += evaluate(
-                    category,
-                    backbone=loaded,
-                    shots=options.shots,
-                    seeds=options.seeds,
-                    settings=settings(options),
-                    calibration=options.calibrate,
-                    examples=_EXAMPLES if options.report is not None else 0,
-                    progress=show,
-                )
-        except AptError as error:
-            # The other categories are still worth their figures.
-            failed = True
+            if path is not None:
+                keep(path, write)
+        except WriteError as error:
+            is_whole = False
             print(f"error: {error}", file=sys.stderr)
+    return is_whole
+
+
+def _print(results: list[Result]) -> None:
+    from apt_ray.validation.evaluation import format_table
+    from apt_ray.validation.intervals import format_types
+
     if results:
         print(format_table(results))
-        scores = [result.scores for result in results]
-        if any(len(set(one.defect_types)) > _TWO_KINDS for one in scores):
-            print(f"\n{format_types(scores)}")
-        if options.scores is not None:
-            save_scores(options.scores, scores)
-        if options.report is not None:
-            page = write_report(
-                options.report, results, backbone=loaded, settings=settings(options)
-            )
-            print(f"\nreport: {page}")
-    if options.json is not None:
-        write_json(options.json, [result.as_dict() for result in results])
-    return 1 if failed else 0
+    scores = [result.scores for result in results]
+    if any(len(set(one.defect_types)) > _TWO_KINDS for one in scores):
+        print(f"\n{format_types(scores)}")

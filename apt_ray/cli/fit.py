@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apt_ray.cli.common import add_backbone, add_command, add_settings, backbone, bar, count
 from apt_ray.cli.common import settings as given_settings
-from apt_ray.files import location
+from apt_ray.files import check_writable, keep, location
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,6 +32,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_writable(options.out)
     from apt_ray.data.folders import find_categories
     from apt_ray.errors import DataError
     from apt_ray.prompts.fit import fit
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
             calibration=others if options.calibrate else (),
             progress=progress,
         )
-    prompt_set.save(options.out)
+    keep(options.out, prompt_set.save)
     threshold = prompt_set.threshold
     rate = threshold.certified_false_alarm_rate
     print(f"{options.out}: {category.name}, {len(support)} shots")

@@ -3,75 +3,109 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from apt_ray.cli.common import add_command
-from apt_ray.files import write_json, writing
+from apt_ray.errors import DataError, WriteError
+from apt_ray.files import check_writable, keep, write_json, writing
+from apt_ray.text import printable
+
+if TYPE_CHECKING:
+    from apt_ray.detection.detector import Detector
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = add_command(commands, "inspect", _run, "look for defects in images")
     inspect.add_argument("prompt_set", type=Path, help="file that `fit` wrote")
     inspect.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    inspect.add_argument("--out", type=Path, help="folder for overlay images")
+    inspect.add_argument(
+        "--out", type=Path, help="folder for overlay images: NAME.png for each NAME, as they lie"
+    )
     inspect.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     inspect.add_argument("--device", default="cpu", help="torch device (cpu)")
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_writable(options.out, is_folder=True)
+    check_writable(options.json)
     from apt_ray.detection.detector import Detector
     from apt_ray.detection.prompt_set import PromptSet
     from apt_ray.features.clip import load_backbone
-    from apt_ray.images import draw_overlay, read_image
 
     paths = _images(options.images)
     prompt_set = PromptSet.load(options.prompt_set)
     detector = Detector(load_backbone(prompt_set.backbone, device=options.device), prompt_set)
-    rows = []
-    for path in tqdm(paths, desc="inspecting", leave=False, disable=None):
+    # Below the folder that all have in common no two have one name.
+    common = os.path.commonpath([os.path.abspath(_folder(path)) for path in options.images])
+    rows: list[dict[str, object]] = []
+    try:
+        for path in tqdm(paths, desc="inspecting", leave=False, disable=None):
+            name = os.path.relpath(path, common)
+            overlay = None if options.out is None else options.out / f"{name}.png"
+            rows.append(_inspect(detector, path, overlay))
+            sys.stdout.flush()
+    finally:
+        # Also when it is interrupted, or nobody reads any further.
+        if options.json is not None:
+            keep(options.json, partial(write_json, value=rows))
+    failed = sum(row["error"] is not None for row in rows)
+    if failed:
+        print(f"error: {failed} of {len(rows)} images: see what is said of them", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _inspect(detector: Detector, path: Path, overlay: Path | None) -> dict[str, object]:
+    """What is said of one image, printed too; what is wrong with the file is said of it."""
+    from apt_ray.images import draw_overlay, read_image
+
+    row: dict[str, object] = {
+        "image": printable(path),
+        "category": detector.prompt_set.category,
+        **dict.fromkeys(("anomaly_score", "threshold", "is_anomalous", "p_value", "error")),
+    }
+    try:
         image = read_image(path)
         (inspection,) = detector.inspect([image])
         verdict = "ANOMALOUS" if inspection.is_anomalous else "normal"
         p_value = "" if inspection.p_value is None else f"  p {inspection.p_value:.3f}"
         tqdm.write(
             f"{verdict:9}  score {inspection.anomaly_score:.4f}"
-            f"  threshold {inspection.threshold:.4f}{p_value}  {path}"
+            f"  threshold {inspection.threshold:.4f}{p_value}  {printable(path)}"
         )
-        row = {
-            "image": str(path),
-            "category": prompt_set.category,
+        row |= {
             "anomaly_score": inspection.anomaly_score,
             "threshold": inspection.threshold,
             "is_anomalous": inspection.is_anomalous,
             "p_value": inspection.p_value,
         }
-        if options.out is not None:
-            overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
-            target = options.out / f"{path.parent.name}-{path.stem}.png"
-            with writing(target) as place:
-                overlay.save(place, format="PNG")
-            row["overlay"] = str(target)
-        rows.append(row)
-    if options.json is not None:
-        write_json(options.json, rows)
-    return 0
+        if overlay is not None:
+            drawn = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
+            with writing(overlay) as place:
+                drawn.save(place, format="PNG")
+            row["overlay"] = printable(overlay)
+    except (DataError, WriteError) as error:
+        row["error"] = printable(error)
+        tqdm.write(f"{'error':9}  {row['error']}")
+    return row
 
 
 def _images(paths: Sequence[Path]) -> list[Path]:
-    from apt_ray.errors import DataError
-    from apt_ray.images import IMAGE_SUFFIXES
+    from apt_ray.data.folders import images_below
 
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            found += sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
-            )
-        else:
-            found.append(path)
+        found += images_below(path) if path.is_dir() else [path]
     if not found:
         raise DataError(f"no image in {', '.join(map(str, paths))}: give files or other folders")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

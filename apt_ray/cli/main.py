@@ -6,26 +6,18 @@ Each command is a module of this folder, which adds its parser and runs it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import apt_ray
 from apt_ray.cli import compare, evaluate, fit, inspect, registry, sample
-from apt_ray.errors import AptError
+from apt_ray.cli.common import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage."""
+    """Run one command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage, 130
+    interrupted, 141 its reader went away."""
     options = _parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except AptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return status
+    return run(lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

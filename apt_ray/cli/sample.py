@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from apt_ray.cli.common import add_command, bar
+from apt_ray.files import check_writable
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,6 +18,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_writable(options.out, is_folder=True)
     from apt_ray.data.samples.factory import write_samples
 
     with bar("drawing") as progress:

@@ -26,6 +26,7 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from apt_ray.errors import DataError
 from apt_ray.files import Location, S3Path, absolute, file_sha256, read_file
@@ -122,6 +123,15 @@ def find_categories(root: Location, names: Sequence[str] = ()) -> list[Category]
     return [
         _read_category(folder) for name, folder in folders.items() if name in (names or folders)
     ]
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and in its folders, sorted by name; hidden ones are left out."""
+    found = [path for path in _images(folder) if isinstance(path, Path)]
+    for inner in _folders(folder):
+        if isinstance(inner, Path) and not inner.is_symlink():  # which may lead back here
+            found += images_below(inner)
+    return found
 
 
 def support_hash(paths: Sequence[Location]) -> str:

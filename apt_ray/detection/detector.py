@@ -144,7 +144,9 @@ class Detector:
         """Maps at the backbone's prompt size and scores of encoded images.
 
         `reference_weight` replaces that of the prompt set: 0 prompts only, 1 reference only.
+        PromptSetError if the prompt set's tensors are not of the features' widths and layers.
         """
+        self._check_widths(features)
         rule = self._rule
         if reference_weight is not None:
             rule = replace(rule, reference_weight=reference_weight)
@@ -155,6 +157,18 @@ class Detector:
             self.prompt_set.provenance.scales,
             interest_SS=self._interest_SS,
         )
+
+    def _check_widths(self, features: ImageFeatures) -> None:
+        """A file may name a backbone to which its tensors do not belong."""
+        own = {layer: tokens.shape[1] for layer, tokens in self._memory.layers.items()}
+        seen = {layer: tokens.shape[-1] for layer, tokens in features.layers.items()}
+        widths = self._text_PE.shape[1], features.tokens_BNE.shape[-1]
+        if own != seen or widths[0] != widths[1]:
+            raise PromptSetError(
+                f"the prompt set of {self.prompt_set.category} holds features of width {widths[0]},"
+                f" and {own} by layer, its backbone gives {widths[1]} and {seen}: fit or register"
+                f" the category again"
+            )
 
 
 def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:

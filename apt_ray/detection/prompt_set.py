@@ -1,8 +1,8 @@
 """PromptSet: everything that one category needs beside the backbone, in one safetensors file.
 
 Tensors: `text_features` (P, E), `contexts` (P, L, C), `meta_features` (2, E), and
-`memory.<layer>` (M, D) in float16. The header holds everything else as JSON. Nothing is ever
-unpickled.
+`memory.<layer>` (M, D) in float16. The header holds everything else as JSON, and a SHA-256 over all
+of it. Nothing is ever unpickled.
 
 P prompts (0 normal, the others anomalous), E joint width, L context length, C token width, M
 patches, D width.
@@ -26,11 +26,11 @@ from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import RULE_VERSION, Scales
 from apt_ray.errors import PromptSetError
 from apt_ray.files import write_whole
+from apt_ray.tensors import header_of, seal, unseal
 
 FORMAT_VERSION = 1
 
 _FIRST_RULE = 1  # of files that do not say
-_HEADER = "apt-ray"
 _MEMORY = "memory."
 
 
@@ -124,20 +124,22 @@ class PromptSet:
             **{f"{_MEMORY}{layer}": tokens for layer, tokens in self.memory.layers.items()},
         }
         contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        return save(contiguous, {_HEADER: self.provenance.model_dump_json()})
+        return save(contiguous, seal(self.provenance.model_dump_json(), contiguous))
 
     @classmethod
     def from_bytes(cls, data: bytes, *, source: str = "prompt set") -> PromptSet:
         """The prompt set in a file's content; PromptSetError tells what is wrong with `source`."""
         remedy = "fit or register the category again"
         try:
-            header = _read_metadata(data)[_HEADER]
+            metadata = _read_metadata(data)
             tensors = load(data)
+            _check_versions(header_of(metadata), source, remedy)
+            header = unseal(metadata, tensors)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise PromptSetError(
-                f"{source} is damaged or not a prompt set of apt-ray ({error}): {remedy}"
+                f"{source} is damaged or not a prompt set of apt-ray ({error}): copy it again from"
+                f" where it came, or {remedy}"
             ) from error
-        _check_versions(header, source, remedy)
         try:
             provenance = Provenance.model_validate_json(header)
         except ValidationError as error:
@@ -209,22 +211,24 @@ def _check_shapes(
     tensors: dict[str, torch.Tensor], scales: Scales, source: str, remedy: str
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    memories = {f"{_MEMORY}{layer}" for layer in scales.layers}
     text = shapes.get("text_features", ())
     contexts = shapes.get("contexts", ())
-    memories = [shape for name, shape in shapes.items() if name.startswith(_MEMORY)]
     fits = (
-        len(text) == 2
+        set(shapes) == {"text_features", "contexts", "meta_features", *memories}
+        and len(text) == 2
         and text[0] >= 2
-        and shapes.get("meta_features") == (2, text[1])
+        and shapes["meta_features"] == (2, text[1])
         and len(contexts) == 3
         and contexts[0] == text[0]
         and memories
-        and {name for name in shapes if name.startswith(_MEMORY)}
-        == {f"{_MEMORY}{layer}" for layer in scales.layers}
-        and all(len(shape) == 2 and shape[0] > 0 for shape in memories)
-        and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        and all(len(shapes[name]) == 2 and shapes[name][0] > 0 for name in memories)
+        and all(
+            tensor.dtype == (torch.float16 if name in memories else torch.float32)
+            and bool(tensor.isfinite().all())
+            for name, tensor in tensors.items()
+        )
     )
     if not fits:
-        raise PromptSetError(
-            f"{source} holds tensors that do not fit together ({shapes}): {remedy}"
-        )
+        found = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items())
+        raise PromptSetError(f"{source} holds tensors that do not fit together ({found}): {remedy}")

@@ -246,8 +246,13 @@ class FrozenCLIP:
 
 
 def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> FrozenCLIP:
-    """The backbone that `spec` names, ready for inference; BackboneError says what to change."""
+    """The backbone that `spec` names, ready for inference; BackboneError says what to change.
+
+    Args:
+        device: of torch, such as "cpu" or "cuda:1"; it must be there and compute.
+    """
     spec = spec or BackboneSpec()
+    _check_device(device)
     if spec.name == BUILTIN:
         builtin = load_builtin()
         return FrozenCLIP(
@@ -265,6 +270,18 @@ def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> F
     return FrozenCLIP(
         model, open_clip.get_tokenizer(spec.name), spec=spec, constants=constants, device=device
     )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).add(1).item()
+    except Exception as error:  # torch raises nearly anything, and its lines are many
+        cuda = [f"cuda:{place}" for place in range(torch.cuda.device_count())]
+        mps = ["mps"] if torch.backends.mps.is_available() else []
+        raise BackboneError(
+            f"nothing can be computed on device {device!r} ({str(error).splitlines()[0]}): use one"
+            f" that is here, {', '.join(['cpu', *cuda, *mps])}"
+        ) from error
 
 
 def _cut(pixels_B3HW: torch.Tensor, tiles: int) -> torch.Tensor:

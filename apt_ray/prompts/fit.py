@@ -22,6 +22,7 @@ from apt_ray.images import read_image
 from apt_ray.prompts.lanes import Lane
 from apt_ray.prompts.remember import remember
 from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.text import printable
 
 Progress = Callable[[int, int], None]
 
@@ -95,7 +96,7 @@ def fit(
             settings=settings,
             shots=bank.shots,
             support_hash=support_hash(support),
-            support_names=tuple(path.name for path in support),
+            support_names=tuple(printable(path.name) for path in support),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
             scales=scales,

@@ -31,6 +31,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError
 from apt_ray.files import Location, file_sha256
 from apt_ray.images import encode_png, read_image
+from apt_ray.text import printable
 
 DIRECTORY = "version"
 """The one directory of artifacts of a version: registration keeps no other (mlflow#18581)."""
@@ -182,8 +183,8 @@ def _write_data(
         return None
     digests = {path: file_sha256(path) for path in (*support, *held_out)}
     fingerprints = {
-        "support": {path.name: digests[path] for path in support},
-        "held_out": {path.name: digests[path] for path in held_out},
+        "support": {printable(path.name): digests[path] for path in support},
+        "held_out": {printable(path.name): digests[path] for path in held_out},
     }
     (home / DATA).write_text(json.dumps(fingerprints, indent=2))
     used = {digests[path] for path in support}

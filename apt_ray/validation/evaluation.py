@@ -1,13 +1,17 @@
 """Evaluation on labelled test images: fit on the support set, report, never choose.
 
-Every test image is encoded once; all seeds and variants score the same features.
+Every test image is encoded once; all seeds and variants score the same features. Maps and masks of
+the images' size are made one at a time, as often as they are needed, and never kept: an evaluation
+takes the same memory whatever the size of the images.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +28,7 @@ from apt_ray.files import Location
 from apt_ray.images import read_image, read_mask
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
+from apt_ray.text import printable
 from apt_ray.validation.examples import Example, choose
 from apt_ray.validation.intervals import ImageScores, histogram
 from apt_ray.validation.metrics import image_auroc, pixel_auroc_and_aupro
@@ -95,7 +100,7 @@ class Result:
             "defects_found": self.defects_found,
             "defects_found_interval": verdicts and verdicts.defects.interval,
             "defects_found_by_type": verdicts
-            and {name: rejected.share for name, rejected in verdicts.by_type.items()},
+            and {printable(name): rejected.share for name, rejected in verdicts.by_type.items()},
             "threshold": threshold and threshold.model_dump(),
         }
 
@@ -184,14 +189,15 @@ class TestSet:
     Attributes:
         category: whose they are; `category.test` lists them.
         sizes: (width, height) of each.
-        masks: ground truth of each, or None unless every anomalous one has a mask.
+        masks: ground truth of each, bool (H, W), unpacked when it is asked for; None unless every
+            anomalous one has a mask.
     """
 
     __test__ = False
 
     category: Category
     sizes: tuple[tuple[int, int], ...]
-    masks: tuple[npt.NDArray[np.bool_], ...] | None
+    masks: Sequence[npt.NDArray[np.bool_]] | None
 
     @classmethod
     def read(cls, category: Category) -> TestSet:
@@ -202,7 +208,7 @@ class TestSet:
                 f" to be evaluated: add the missing kind"
             )
         sizes = tuple(read_image(image.path).size for image in category.test)
-        masks = tuple(_read_masks(category, sizes)) if category.has_masks else None
+        masks = _read_masks(category, sizes) if category.has_masks else None
         return cls(category=category, sizes=sizes, masks=masks)
 
     def encode(self, backbone: Backbone, progress: Progress) -> ImageFeatures:
@@ -210,8 +216,9 @@ class TestSet:
         parts = []
         images = self.category.test
         for start in range(0, len(images), _BATCH):
-            batch = [read_image(image.path) for image in images[start : start + _BATCH]]
-            features = backbone.encode_images(backbone.preprocess(batch))
+            batch = images[start : start + _BATCH]
+            pixels = [backbone.preprocess([read_image(image.path)]) for image in batch]
+            features = backbone.encode_images(torch.cat(pixels))
             parts.append(features.to(torch.device("cpu")))
             progress("encode test images", start + len(batch), len(images))
         return ImageFeatures.concatenate(parts)
@@ -229,21 +236,26 @@ class TestSet:
         """Score every test image outside the support and the calibration set, and measure."""
         seen = {*support, *calibration}
         kept = [i for i, image in enumerate(self.category.test) if image.path not in seen]
-        maps, scores = [], []
+        small_SS: list[torch.Tensor] = []
+        scores: list[float] = []
         for start in range(0, len(kept), _BATCH):
-            index = kept[start : start + _BATCH]
-            maps_BHW, scores_B = score(index)
+            maps_BSS, scores_B = score(kept[start : start + _BATCH])
+            small_SS += maps_BSS.cpu()
             scores += scores_B.tolist()
-            if self.masks is not None:
-                maps += [
-                    resize_map(map_HW, self.sizes[i]).numpy()
-                    for i, map_HW in zip(index, maps_BHW.cpu(), strict=True)
-                ]
         images = [self.category.test[i] for i in kept]
         is_anomalous = np.array([image.is_anomalous for image in images])
-        masks = [self.masks[i] for i in kept] if self.masks is not None else []
-        pixels = list(zip(maps, masks, strict=True))
-        pixel, overlap = pixel_auroc_and_aupro(maps, masks) if pixels else (None, None)
+        pixel, overlap, histograms_2IH = None, None, None
+        if (known := self.masks) is not None:
+            maps = _Made(len(kept), lambda k: resize_map(small_SS[k], self.sizes[kept[k]]).numpy())
+            masks = _Made(len(kept), lambda k: known[kept[k]])
+            pixel, overlap = pixel_auroc_and_aupro(maps, masks)
+            histograms_2IH = np.stack(
+                [
+                    [histogram(map_HW, ~mask_HW), histogram(map_HW, mask_HW)]
+                    for map_HW, mask_HW in zip(maps, masks, strict=True)
+                ],
+                axis=1,
+            )
         return Result(
             variant=variant,
             category=self.category.name,
@@ -260,10 +272,8 @@ class TestSet:
                 defect_types=tuple(image.defect_type for image in images),
                 score_I=np.asarray(scores, dtype=np.float64),
                 is_anomalous_I=is_anomalous,
-                normal_IH=np.stack([histogram(m, ~mask) for m, mask in pixels]) if pixels else None,
-                anomalous_IH=(
-                    np.stack([histogram(m, mask) for m, mask in pixels]) if pixels else None
-                ),
+                normal_IH=None if histograms_2IH is None else histograms_2IH[0],
+                anomalous_IH=None if histograms_2IH is None else histograms_2IH[1],
             ),
             threshold=threshold,
         )
@@ -278,14 +288,14 @@ class TestSet:
         for kind, chosen in choose(
             result.scores.score_I, result.scores.is_anomalous_I, threshold, count
         ):
-            maps_1HW, scores_1 = score([index[chosen]])
+            maps_1SS, scores_1 = score([index[chosen]])
             i = index[chosen]
             shown.append(
                 Example(
                     kind=kind,
                     image=self.category.test[i],
                     score=float(scores_1[0]),
-                    map_HW=resize_map(maps_1HW[0].cpu(), self.sizes[i]).numpy(),
+                    map_SS=maps_1SS[0].cpu(),
                 )
             )
         return tuple(shown)
@@ -337,12 +347,35 @@ def percent(values: Sequence[float | None]) -> str:
     return f"{fmean(known):.1f}{spread}"
 
 
+class _Made(Sequence[Any]):
+    """So many items, each made anew whenever it is asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], npt.NDArray[Any]]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._make(range(self._count)[place])
+
+
 def _read_masks(
     category: Category, sizes: Sequence[tuple[int, int]]
-) -> list[npt.NDArray[np.bool_]]:
-    return [
-        np.zeros((size[1], size[0]), dtype=bool)
+) -> Sequence[npt.NDArray[np.bool_]]:
+    packed = [
+        None
         if image.mask is None or not image.is_anomalous
-        else read_mask(image.mask, size)
+        else zlib.compress(np.packbits(read_mask(image.mask, size)).tobytes(), level=1)
         for image, size in zip(category.test, sizes, strict=True)
     ]
+
+    def mask(place: int) -> npt.NDArray[np.bool_]:
+        width, height = sizes[place]
+        content = packed[place]
+        if content is None:
+            return np.zeros((height, width), dtype=bool)
+        bits = np.frombuffer(zlib.decompress(content), dtype=np.uint8)
+        return np.unpackbits(bits, count=width * height).reshape(height, width).astype(bool)
+
+    return _Made(len(sizes), mask)

@@ -1,6 +1,6 @@
 """Telling test images: where a detector is surest, where it is most wrong, where it wavers.
 
-I test images, H, W pixels.
+I test images, S pixels a side of a map.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from apt_ray.data.folders import LabelledImage
@@ -24,13 +25,13 @@ class Example:
     Attributes:
         kind: `best`: on the right side of the threshold, and farthest from it. `worst`: on the
             wrong side and farthest, or else nearest to it. `borderline`: nearest to it.
-        map_HW: float32 in 0..1, of the image's size.
+        map_SS: float32 in 0..1, as the detector scores it: not of the image's size.
     """
 
     kind: Kind
     image: LabelledImage
     score: float
-    map_HW: NDArray[np.float32]
+    map_SS: torch.Tensor
 
 
 def choose(

@@ -29,7 +29,8 @@ class Cache:
         folder: Where; `~` is the user's home.
         registry: Address of the registry that the versions are of: two never mix.
 
-    Writing fails silently (a full disk must not stop the fleet); what cannot be read is absent.
+    Writing fails silently (a full disk must not stop the fleet); what cannot be read is absent, and
+    so is a version whose file is damaged: its name holds the digest of what was written.
     """
 
     def __init__(self, folder: str, registry: str) -> None:
@@ -38,7 +39,7 @@ class Cache:
 
     def put(self, stored: StoredVersion) -> None:
         """Keep a version, and the last few of its category besides; once is enough."""
-        name = f"{stored.version}-{stored.run_id or 'unknown'}.safetensors"
+        name = f"{stored.version}-{stored.run_id or 'unknown'}-{_digest(stored.data)}.safetensors"
         path = self._folder / stored.category / name
         with contextlib.suppress(OSError, WriteError):
             if path.exists():
@@ -51,10 +52,13 @@ class Cache:
     def get(self, category: str, version: int) -> StoredVersion | None:
         with contextlib.suppress(OSError):
             for file in self._folder.glob(f"{category}/{version}-*.safetensors"):
-                run_id = file.stem.partition("-")[2]
-                return StoredVersion(
-                    category=category, version=version, run_id=run_id, data=file.read_bytes()
-                )
+                run_id, _, digest = file.stem.partition("-")[2].rpartition("-")
+                data = file.read_bytes()
+                if _digest(data) == digest:
+                    return StoredVersion(
+                        category=category, version=version, run_id=run_id, data=data
+                    )
+                file.unlink(missing_ok=True)  # or it would stand in the way of a whole one
         return None
 
     def forget(self, category: str, version: int) -> None:
@@ -74,6 +78,10 @@ class Cache:
             return kind.model_validate(json.loads((self._folder / f"{name}.json").read_bytes()))
         except (OSError, ValueError, ValidationError):
             return None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _modified(path: Path) -> float:

@@ -157,8 +157,10 @@ def test_a_damaged_bank_counts_as_none_and_a_full_disk_does_no_harm(
     cache = BankCache(tmp_path)
     cache.save(bank)
     (file,) = tmp_path.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-100])
-    assert cache.load(bank.spec) is None
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:-5000] + bytes(5000)):
+        file.write_bytes(damaged)
+        assert cache.load(bank.spec) is None
     for folder in (Path("/proc/none"), file):
         BankCache(folder).save(bank)
     with full_disk(1000):

@@ -1,7 +1,12 @@
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from apt_ray.cli.main import main
 from apt_ray.data.folders import Category
@@ -151,6 +156,203 @@ def test_results_that_cannot_be_written_are_one_clear_line(
     assert error.startswith(f"error: cannot write {file}/results")
     assert error.endswith("or choose another place\n")
     assert PromptSet.load(file).provenance == prompt_set.provenance
+
+
+@pytest.fixture
+def set_file(prompt_set: PromptSet, tmp_path: Path) -> str:
+    file = tmp_path / "set.safetensors"
+    prompt_set.save(file)
+    return str(file)
+
+
+def run_program(arguments: Sequence[str], *, lines: int, **options: object) -> tuple[str, int, str]:
+    """What the program prints until its reader goes, its status, and what it says on stderr."""
+    program = subprocess.Popen(
+        [sys.executable, "-m", "apt_ray", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+    assert program.stdout is not None
+    said = "".join(program.stdout.readline() for _ in range(lines))
+    program.stdout.close()
+    assert program.stderr is not None
+    errors = program.stderr.read()
+    program.stderr.close()
+    return said, program.wait(), errors
+
+
+def test_a_bad_file_is_a_row_with_the_reason_and_hidden_files_are_none(
+    category: Category, set_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "day"
+    (folder / ".cache").mkdir(parents=True)
+    whole = category.good[0].read_bytes()
+    for name, data in {
+        "1.png": whole,
+        "2.png": whole[: len(whole) // 2],
+        "3.png": b"",
+        "4.png": whole,
+        "._1.png": b"\0\5\x16\7",
+        ".cache/5.png": whole,
+    }.items():
+        (folder / name).write_bytes(data)
+    file = tmp_path / "results.json"
+    assert main(["inspect", set_file, str(folder), "absent.png", "--json", str(file)]) == 1
+    rows = json.loads(file.read_text())
+    names = [Path(row["image"]).name for row in rows]
+    assert names == ["1.png", "2.png", "3.png", "4.png", "absent.png"]
+    assert [row["error"] is None for row in rows] == [True, False, False, True, False]
+    assert "2.png is damaged" in rows[1]["error"]
+    assert rows[1]["is_anomalous"] is None
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == [
+        *("normal", "error", "error", "normal", "error")
+    ]
+    assert said.err == "error: 3 of 5 images: see what is said of them\n"
+
+
+def test_every_image_has_an_overlay_of_its_own(
+    category: Category, set_file: str, tmp_path: Path
+) -> None:
+    day, out = tmp_path / "day", tmp_path / "out"
+    for name in ("line1/cam/1.png", "line1/cam/1.jpg", "line2/cam/1.png", "1.png"):
+        (day / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(category.good[0]).convert("RGB").save(day / name)
+    for number, arguments in enumerate(([day], [day / "line1", day / "line2" / "cam"])):
+        target = out / str(number)
+        assert main(["inspect", set_file, *map(str, arguments), "--out", str(target)]) == 0
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+    lines = ["line1/cam/1.jpg.png", "line1/cam/1.png.png", "line2/cam/1.png.png"]
+    assert found == ["0/1.png.png", *(f"0/{name}" for name in lines), *(f"1/{n}" for n in lines)]
+
+
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(
+    category: Category, set_file: str, tmp_path: Path
+) -> None:
+    folder, file = str(category.root / "test"), tmp_path / "results.json"
+    arguments = ["inspect", set_file, folder, "--json", str(file)]
+    said, status, errors = run_program(arguments, lines=1)
+    assert (said.count("\n"), status, errors) == (1, 141, "")
+    assert json.loads(file.read_text())[0]["error"] is None
+    assert run_program(["--help"], lines=1)[1:] in ((141, ""), (0, ""))
+
+
+def test_a_screen_that_takes_nothing_is_one_line(set_file: str, category: Category) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "apt_ray", "inspect", set_file, str(category.good[0])],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps:7", "foo", "meta", ""])
+def test_a_device_that_is_not_there_is_named_before_the_work(
+    category: Category, set_file: str, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(category.root)
+    for arguments in (
+        ["inspect", set_file, str(category.good[0])],
+        ["fit", "--data", data, "--out", f"{set_file}.new"],
+        ["evaluate", "--data", data],
+    ):
+        assert main([*arguments, "--device", device]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: nothing can be computed on device {device!r} (")
+        assert "use one that is here, cpu" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("fit --data {data} --steps 100000", ("--out",)),
+        ("inspect {set} {data}/train", ("--out", "--json")),
+        ("evaluate --data {data} --steps 100000", ("--json", "--scores", "--report")),
+        ("sample", ("--out",)),
+        ("compare {set} {set}", ("--json",)),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(
+    category: Category,
+    set_file: str,
+    tmp_path: Path,
+    command: str,
+    flags: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "folder").mkdir()
+    arguments = command.format(data=category.root, set=set_file).split()
+    for flag in flags:
+        for place in ("/proc/x", f"{set_file}/x", str(tmp_path / "folder")):
+            is_for_files = flag in ("--out", "--report") and arguments[0] != "fit"
+            if is_for_files and place.endswith("folder"):
+                continue
+            assert main([*arguments, flag, place]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: cannot write {place}")
+            assert line.endswith("or choose another place")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "set.safetensors"}
+
+
+def test_a_disk_that_fills_up_during_the_work_loses_nothing(
+    category: Category,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    full = tmp_path / "link"
+    full.symlink_to("/dev/full")
+    arguments = ["--data", str(category.root), "--shots", "1", "--steps", "1"]
+    assert main(["fit", *arguments, "--out", str(full)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write {full} (No space left on device): make room")
+    kept = Path(error.rpartition("until then it is kept in ")[2].strip())
+    assert PromptSet.load(kept).category == category.name
+    files = ["--json", str(full), "--scores", str(tmp_path / "scores.npz")]
+    assert main(["evaluate", *arguments, "--seeds", "0", *files]) == 1
+    said = capsys.readouterr()
+    assert "| image AUROC |" in said.out
+    assert len(json.loads(Path(said.err.rpartition(" in ")[2].strip()).read_text())) == 3
+    assert (tmp_path / "scores.npz").is_file()
+
+
+def test_names_that_are_not_utf_8_are_shown_as_escapes(
+    category: Category, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "part"
+    for kind in ("train/good", "test/good", "test/kratzer"):
+        (root / kind).mkdir(parents=True)
+        for i in range(3):
+            name = os.fsencode(root / kind) + b"/St\xfcck %d.png" % i
+            with open(name, "wb") as file:
+                file.write(category.good[i].read_bytes())
+    os.rename(root / "test/kratzer", os.fsencode(root / "test") + b"/kr\xe4tzer")
+    one, results = str(tmp_path / "set.safetensors"), tmp_path / "results.json"
+    data = ["--data", str(root), "--shots", "2", "--steps", "1"]
+    assert main(["fit", *data, "--out", one]) == 0
+    assert all("\\udcfc" in name for name in PromptSet.load(Path(one)).provenance.support_names)
+    capsys.readouterr()
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    said, status, errors = run_program(
+        ["inspect", one, str(root), "--json", str(results), "--out", str(tmp_path / "out")],
+        lines=10,
+        env=environment,
+    )
+    assert (said.count("\\udcfcck"), status, errors) == (9, 0, "")
+    results.read_text().encode()
+    assert "\\udcfcck 0.png" in json.loads(results.read_text())[0]["image"]
+    files = ["--json", str(results), "--scores", f"{one}.npz", "--report", str(tmp_path / "page")]
+    assert main(["evaluate", *data, "--seeds", "0", *files]) == 0
+    assert "kr\\udce4tzer" in (tmp_path / "page" / "index.html").read_text()
+    json.loads(results.read_text())
+    assert main(["compare", f"{one}.npz", f"{one}.npz"]) == 0
 
 
 def test_a_folder_of_several_products_cannot_be_fitted_at_once(

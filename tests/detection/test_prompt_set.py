@@ -12,6 +12,7 @@ from apt_ray.detection.rule import RULE_VERSION
 from apt_ray.errors import PromptSetError, WriteError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
+from apt_ray.tensors import seal
 
 WRITTEN_BY_0_1 = Path(__file__).with_name("prompt_set_0_1.safetensors")
 
@@ -55,7 +56,7 @@ def test_a_file_that_is_missing_cut_short_or_foreign_is_refused(
 
 
 def _rewrite(prompt_set: PromptSet, path: Path, **changes: object) -> Path:
-    """The prompt set as another version, or a vandal, would have written it."""
+    """The prompt set as another version, or another program, would have written it."""
     prompt_set.save(path)
     tensors = load_file(path)
     header = prompt_set.provenance.model_dump(mode="json")
@@ -64,8 +65,33 @@ def _rewrite(prompt_set: PromptSet, path: Path, **changes: object) -> Path:
             tensors[name] = value
         else:
             header[name] = value
-    save_file(tensors, path, {"apt-ray": json.dumps(header)})
+    save_file(tensors, path, seal(json.dumps(header), tensors))
     return path
+
+
+def test_damage_that_keeps_the_length_is_noticed(prompt_set: PromptSet) -> None:
+    data = prompt_set.to_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    middle = (start + len(data)) // 2
+    header = json.loads(data[8:start])["__metadata__"]["apt-ray"]
+    name = data.index(prompt_set.category.encode())
+    threshold = data.index(header.partition('"value":')[2][:6].encode())
+    for place, length in ((start, 400), (middle, 1), (len(data) - 64, 64), (name, 1)):
+        zeroed = data[:place] + bytes(b ^ 1 for b in data[place : place + length])
+        with pytest.raises(PromptSetError, match=r"damaged .*copy it again from where it came"):
+            PromptSet.from_bytes(zeroed + data[place + length :])
+    moved = data[: threshold + 3] + b"9" + data[threshold + 4 :]
+    assert moved != data
+    with pytest.raises(PromptSetError, match="damaged"):
+        PromptSet.from_bytes(moved)
+
+
+def test_a_file_without_its_digest_is_refused(prompt_set: PromptSet, tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    prompt_set.save(path)
+    save_file(load_file(path), path, {"apt-ray": prompt_set.provenance.model_dump_json()})
+    with pytest.raises(PromptSetError, match="SHA-256"):
+        PromptSet.load(path)
 
 
 def test_another_format_version_is_refused_by_its_number(
@@ -97,7 +123,8 @@ def test_a_header_that_is_no_table_is_refused(
 ) -> None:
     path = tmp_path / "set.safetensors"
     prompt_set.save(path)
-    save_file(load_file(path), path, {"apt-ray": header})
+    tensors = load_file(path)
+    save_file(tensors, path, seal(header, tensors))
     with pytest.raises(PromptSetError, match="fit or register"):
         PromptSet.load(path)
 
@@ -143,3 +170,40 @@ def test_values_that_are_no_numbers_are_refused(prompt_set: PromptSet, tmp_path:
     path = _rewrite(prompt_set, tmp_path / "set.safetensors", text_features=broken)
     with pytest.raises(PromptSetError, match="do not fit together"):
         PromptSet.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float16, torch.bool])
+@pytest.mark.parametrize("name", ["text_features", "meta_features", "contexts"])
+def test_tensors_of_another_kind_are_refused(
+    prompt_set: PromptSet, tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    other = getattr(prompt_set, name).to(dtype)
+    path = _rewrite(prompt_set, tmp_path / "set.safetensors", **{name: other})
+    with pytest.raises(PromptSetError, match=r"do not fit together .*fit or register"):
+        PromptSet.load(path)
+
+
+def test_a_memory_of_another_kind_or_with_more_beside_it_is_refused(
+    prompt_set: PromptSet, tmp_path: Path
+) -> None:
+    layer, tokens = next(iter(prompt_set.memory.layers.items()))
+    for changes in ({f"memory.{layer}": tokens.float()}, {"more": torch.zeros(2)}):
+        path = _rewrite(prompt_set, tmp_path / "set.safetensors", **changes)
+        with pytest.raises(PromptSetError, match="do not fit together"):
+            PromptSet.load(path)
+
+
+def test_features_of_another_width_than_the_backbones_are_refused(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, tmp_path: Path
+) -> None:
+    layer, tokens = next(iter(prompt_set.memory.layers.items()))
+    narrow = {
+        "text_features": prompt_set.text_features[:, :-1],
+        "meta_features": prompt_set.meta_features[:, :-1],
+    }
+    image = read_image(category.good[0])
+    for changes in ({f"memory.{layer}": tokens[:, :-1].contiguous()}, narrow):
+        whole = {name: tensor.contiguous() for name, tensor in changes.items()}
+        path = _rewrite(prompt_set, tmp_path / "set.safetensors", **whole)
+        with pytest.raises(PromptSetError, match=r"its backbone gives .*fit or register"):
+            Detector(backbone, PromptSet.load(path)).inspect([image])

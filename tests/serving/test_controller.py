@@ -196,6 +196,33 @@ def test_a_replica_follows_and_starts_from_its_cache(tmp_path: Path, prompt_set:
     asyncio.run(run())
 
 
+def test_damaged_files_in_the_caches_are_fetched_anew(
+    tmp_path: Path, prompt_set: PromptSet
+) -> None:
+    registry = stocked(prompt_set)
+
+    def damage() -> int:
+        files = list(tmp_path.glob("*/*/nut/*.safetensors"))
+        for file in files:
+            data = file.read_bytes()
+            file.write_bytes(data[:-5000] + bytes(5000))
+        return len(files)
+
+    async def run() -> None:
+        controller = await started(registry, tmp_path / "controller")
+        first, _, _ = replica(Line(controller), tmp_path / "replica")
+        await first.start(patience_s=20)
+        assert damage() == 2
+        again, inspector, _ = replica(Line(controller), tmp_path / "replica")
+        await again.start(patience_s=20)
+        assert again.report.categories["nut"].problem is None
+        assert inspector.serves()["nut"].version == 1
+        for folder in ("controller", "replica"):
+            assert Cache(str(tmp_path / folder), "registry").get("nut", 1) is not None
+
+    asyncio.run(run())
+
+
 def test_one_bad_category_leaves_the_rest_of_its_pool_alone(
     tmp_path: Path, prompt_set: PromptSet
 ) -> None:
@@ -224,6 +251,11 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
     cache.put(stored)
     assert cache.get("nut", 1) == stored
     assert Cache(str(tmp_path), "another").get("nut", 1) is None
+    (kept,) = tmp_path.glob("*/nut/*")
+    kept.write_bytes(b"y")
+    assert cache.get("nut", 1) is None
+    cache.put(stored)
+    assert cache.get("nut", 1) == stored
     cache.remember("orders", Orders(categories={"nut": Order(version=1)}))
     (file,) = tmp_path.glob("*/orders.json")
     assert file.stat().st_mode & 0o077 == 0

@@ -1,7 +1,9 @@
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from apt_ray.config import FitSettings
@@ -9,7 +11,7 @@ from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.calibration import calibrate
 from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
-from apt_ray.validation.evaluation import Result, evaluate, format_table
+from apt_ray.validation.evaluation import Result, TestSet, evaluate, format_table
 from apt_ray.validation.intervals import by_defect_type
 from tests.validation.test_intervals import scores
 
@@ -103,6 +105,35 @@ def test_thresholds_can_be_set_from_images_that_are_neither_learned_from_nor_tes
         assert value == pytest.approx(score[name], abs=1e-5)
     with pytest.raises(DataError, match=r"2 normal images .* support set, 3 were"):
         evaluate(plain, backbone=backbone, shots=2, seeds=(0,), settings=settings, calibration=3)
+
+
+def test_large_images_take_no_more_memory_than_a_few_of_them(tmp_path: Path) -> None:
+    side, images = 1500, 32
+    for folder in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
+        (tmp_path / folder).mkdir(parents=True)
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (100, 200, 300, 230))
+    for i in range(images):
+        Image.new("L", (side, side)).save(tmp_path / "test" / ("good", "hole")[i % 2] / f"{i}.png")
+        mask.save(tmp_path / "ground_truth/hole" / f"{i}.png")
+    Image.new("L", (side, side)).save(tmp_path / "train/good/0.png")
+    (category,) = find_categories(tmp_path)
+    test = TestSet.read(category)
+    tracemalloc.start()
+    try:
+        result = test.result(
+            lambda places: (torch.rand(len(places), 24, 24), torch.rand(len(places))),
+            variant="both",
+            support=(),
+            seed=0,
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * side**2 * images / 2
+    assert result.aupro is not None
+    assert result.scores.anomalous_IH is not None
+    assert result.scores.anomalous_IH.sum() == images / 2 * 200 * 30
 
 
 def test_a_mask_of_another_size_is_named(

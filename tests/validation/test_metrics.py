@@ -1,4 +1,7 @@
+import tracemalloc
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from sklearn import metrics as scikit_learn
 
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.validation.metrics import (
+    LEVELS,
     aupro,
     counts_above,
     image_auroc,
@@ -101,6 +105,53 @@ def test_auroc_equals_scikit_learn(levels: int) -> None:
     expected = scikit_learn.roc_auc_score(flat_masks, flat_maps)
     assert pixel_auroc(maps, masks) == pytest.approx(expected, abs=1e-12)
     assert image_auroc(flat_maps, flat_masks) == pytest.approx(expected, abs=1e-12)
+
+
+class Made(Sequence[Any]):
+    """Items that exist only while somebody looks at them."""
+
+    def __init__(self, count: int, make: Callable[[int], np.ndarray]) -> None:
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.make(range(self.count)[place])
+
+
+def test_maps_that_are_made_when_asked_for_take_the_memory_of_a_few() -> None:
+    side, count = 1000, 40
+
+    def make_map(place: int) -> np.ndarray:
+        return np.random.default_rng(place).random((side, side), np.float32)
+
+    def make_mask(place: int) -> np.ndarray:
+        mask = np.zeros((side, side), dtype=bool)
+        mask[place : place + 20, :50] = place % 2
+        return mask
+
+    maps, masks = Made(count, make_map), Made(count, make_mask)
+    tracemalloc.start()
+    try:
+        lazy = pixel_auroc_and_aupro(maps, masks)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * side**2 * count * 0.6
+    assert lazy == pixel_auroc_and_aupro(list(maps), list(masks))
+    flat = np.concatenate([m.ravel() for m in masks]), np.concatenate([m.ravel() for m in maps])
+    assert lazy[0] == pytest.approx(scikit_learn.roc_auc_score(*flat), abs=1e-12)
+
+
+def test_an_image_of_more_defect_pixels_than_thresholds_is_measured_as_closely() -> None:
+    rng = np.random.default_rng(0)
+    masks = [rng.random((700, 400)) < share for share in (0.6, 0.01)]
+    assert masks[0].sum() > 2 * LEVELS
+    maps = [(rng.random(m.shape) + 0.3 * m).astype(np.float32) for m in masks]
+    flat = np.concatenate([m.ravel() for m in masks]), np.concatenate([m.ravel() for m in maps])
+    exact = scikit_learn.roc_auc_score(*flat)
+    assert 0 <= pixel_auroc(maps, masks) - exact < 2e-5
 
 
 @pytest.mark.parametrize("levels", [3, 10**6])

@@ -15,6 +15,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.features.pixels import to_image
 from apt_ray.features.protocol import Backbone
 from apt_ray.images import draw_overlay
+from apt_ray.text import printable
 
 _SIDE = 190
 _GAP = 4
@@ -63,7 +64,11 @@ def draw_sheet(
     ):
         left = place % _COLUMNS * (_SIDE + _GAP)
         top = place // _COLUMNS * row_height
-        draw.text((left, top + 2), f"{name}, score {inspection.anomaly_score:.3f}", fill="black")
+        draw.text(
+            (left, top + 2),
+            f"{printable(name)}, score {inspection.anomaly_score:.3f}",
+            fill="black",
+        )
         overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
         for line, picture in enumerate((image, overlay)):
             small = ImageOps.contain(picture, (_SIDE, _SIDE))

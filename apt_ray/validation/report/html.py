@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from apt_ray.config import FitSettings
 from apt_ray.detection.calibration import Threshold
+from apt_ray.detection.rule import resize_map
 from apt_ray.features.protocol import Backbone
 from apt_ray.files import write_whole
 from apt_ray.images import draw_overlay, read_image, read_mask
@@ -209,7 +210,8 @@ def _examples(result: Result) -> str:
 
 def _card(example: Example, threshold: Threshold) -> str:
     image = read_image(example.image.path)
-    overlay = draw_overlay(image, example.map_HW, threshold=threshold.value)
+    map_HW = resize_map(example.map_SS, image.size).numpy()
+    overlay = draw_overlay(image, map_HW, threshold=threshold.value)
     if example.image.mask is not None and example.image.is_anomalous:
         image = _outline(image, read_mask(example.image.mask, image.size))
     is_alarm = threshold.rejects(example.score)

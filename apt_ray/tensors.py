@@ -1,0 +1,41 @@
+"""Tensors in safetensors files that tell damage: a digest of everything stands in the header."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+_HEADER, _DIGEST = "apt-ray", "sha256"
+
+
+def seal(header: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The metadata of a safetensors file of `tensors`, on the CPU, which `unseal` checks.
+
+    Args:
+        header: all that the file says beside the tensors.
+    """
+    return {_HEADER: header, _DIGEST: _digest(header, tensors)}
+
+
+def header_of(metadata: Mapping[str, str]) -> str:
+    """The header as it stands there, damaged or not; KeyError if there is none."""
+    return metadata[_HEADER]
+
+
+def unseal(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """The header, once it and the tensors prove to be those that were sealed; else ValueError."""
+    header = header_of(metadata)
+    if metadata.get(_DIGEST) != _digest(header, tensors):
+        raise ValueError("the SHA-256 in it is not that of its content")
+    return header
+
+
+def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """In hex, over the header and over name, dtype, shape and bytes of each tensor, by name."""
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,10 @@
+"""Text that everybody can read: file names are bytes, and hold what no terminal or JSON takes."""
+
+
+def printable(value: object) -> str:
+    """`str(value)` in one line: what is not printable, such as a line break or a byte of a file
+    name that is not UTF-8, as Python's escape of it."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in str(value)
+    )
