@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -26,6 +27,11 @@ from apt_ray.errors import DataError, WriteError
 from apt_ray.optional import require
 
 _SCHEME = "s3://"
+# Hidden files and folders, those of file servers, archives, Windows and disks.
+_FOREIGN = re.compile(
+    r"\.|@(eaDir|Recycle|Recently-Snapshot|tmp)$|#(recycle|snapshot)$|__MACOSX$"
+    r"|\$RECYCLE\.BIN$|System Volume Information$|lost\+found$"
+)
 _ATTEMPTS = 4
 _FIRST_PAUSE = 0.2
 
@@ -35,17 +41,34 @@ _REFUSED = frozenset(
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound"})
 
 
-def location(text: str) -> Location:
-    """What a user wrote, as a path: `s3://bucket/prefix`, or a local one."""
+def location(path: AnyPath) -> Location:
+    """A path as a user gives it: text or any other path-like object; `s3://bucket/prefix`, or a
+    local one."""
+    if isinstance(path, S3Path):
+        return path
+    text = os.fspath(path)
     if not text.startswith(_SCHEME):
         return Path(text)
     bucket, _, key = text.removeprefix(_SCHEME).partition("/")
     return S3Path((bucket, *_parts(key)))
 
 
-def absolute(path: Location) -> Location:
+def absolute(path: AnyPath) -> Location:
     """The path in a form that means the same in other processes."""
+    path = location(path)
     return path if isinstance(path, S3Path) else Path(os.path.abspath(path.expanduser()))
+
+
+def visible(folder: Location) -> list[Location]:
+    """What is in the folder, sorted, without hidden files and what systems and servers leave there,
+    such as a NAS's `@eaDir`; nothing if there is no such folder. DataError if it cannot be listed.
+    """
+    if not folder.is_dir():
+        return []
+    try:
+        return sorted(path for path in folder.iterdir() if not _FOREIGN.match(path.name))
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}") from error
 
 
 def read_file(path: Location) -> bytes:
@@ -254,6 +277,9 @@ class S3Path:
 
 
 Location: TypeAlias = Path | S3Path
+"""Where something lies, as the functions here hand it on."""
+AnyPath: TypeAlias = str | os.PathLike[str] | S3Path
+"""The same as users may give it; `location` reads it."""
 
 
 @lru_cache(maxsize=1)

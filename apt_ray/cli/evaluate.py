@@ -80,6 +80,8 @@ def _run(options: argparse.Namespace) -> int:
         from apt_ray.validation.report.html import write_report
 
     categories = find_categories(options.data, options.categories)
+    for category in categories:
+        print(category.contents)
     loaded = backbone(options)
     results: list[Result] = []
     failed = False

@@ -44,6 +44,7 @@ HEADER = (
 """Of the rows that `summarise` gives."""
 
 _BATCH = 16
+_MOST_OF_THE_IMAGE = 0.5
 
 Progress = Callable[[str, int, int], None]
 
@@ -340,9 +341,17 @@ def percent(values: Sequence[float | None]) -> str:
 def _read_masks(
     category: Category, sizes: Sequence[tuple[int, int]]
 ) -> list[npt.NDArray[np.bool_]]:
-    return [
+    masks = [
         np.zeros((size[1], size[0]), dtype=bool)
         if image.mask is None or not image.is_anomalous
         else read_mask(image.mask, size)
         for image, size in zip(category.test, sizes, strict=True)
     ]
+    covered = [mask.mean() for mask in masks if mask.any()]
+    if covered and min(covered) > _MOST_OF_THE_IMAGE:
+        first = next(image.mask for image in category.test if image.is_anomalous)
+        raise DataError(
+            f"every mask of {category.name}, such as {first}, marks more than half of its image:"
+            f" invert them, so that the defect is white on black, or take them away"
+        )
+    return masks
