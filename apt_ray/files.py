@@ -59,10 +59,11 @@ def absolute(path: AnyPath) -> Location:
     return path if isinstance(path, S3Path) else Path(os.path.abspath(path.expanduser()))
 
 
-def visible(folder: Location) -> list[Location]:
+def visible(folder: AnyPath) -> list[Location]:
     """What is in the folder, sorted, without hidden files and what systems and servers leave there,
     such as a NAS's `@eaDir`; nothing if there is no such folder. DataError if it cannot be listed.
     """
+    folder = location(folder)
     if not folder.is_dir():
         return []
     try:
@@ -71,16 +72,16 @@ def visible(folder: Location) -> list[Location]:
         raise DataError(f"cannot list {folder}: {error.strerror}") from error
 
 
-def read_file(path: Location) -> bytes:
+def read_file(path: AnyPath) -> bytes:
     """The whole content; DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return location(path).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 @contextmanager
-def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
+def writing(path: StrPath, *, private: bool = False) -> Iterator[Path]:
     """A place to write a file or folder to, which becomes `path` once the block ends well.
 
     Until then, and if it does not, whatever was at `path` stays; what was half written is removed.
@@ -95,6 +96,7 @@ def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
         WriteError: the block raised OSError, or the file cannot be put in its place.
     """
+    path = Path(path)
     target = Path(os.path.realpath(path))
     unfinished = target.parent / f".{uuid.uuid4().hex}.part"
     try:
@@ -117,7 +119,7 @@ def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
             unfinished.unlink()
 
 
-def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> None:
+def write_whole(path: StrPath, content: bytes | str, *, private: bool = False) -> None:
     """Write a file as `writing` does, text in UTF-8; a private one only its owner may read."""
     data = content.encode() if isinstance(content, str) else content
     opener = partial(os.open, mode=0o600 if private else 0o666)
@@ -125,12 +127,12 @@ def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> N
         file.write(data)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: StrPath, value: object) -> None:
     """Write a value as indented JSON, as `write_whole` does."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def file_sha256(path: Location) -> str:
+def file_sha256(path: AnyPath) -> str:
     """The SHA-256 of a file, in hex; DataError if it cannot be read."""
     return hashlib.sha256(read_file(path)).hexdigest()
 
@@ -278,8 +280,10 @@ class S3Path:
 
 Location: TypeAlias = Path | S3Path
 """Where something lies, as the functions here hand it on."""
-AnyPath: TypeAlias = str | os.PathLike[str] | S3Path
-"""The same as users may give it; `location` reads it."""
+StrPath: TypeAlias = str | os.PathLike[str]
+"""A local path as users may give it."""
+AnyPath: TypeAlias = StrPath | S3Path
+"""Any path as users may give it; `location` reads it."""
 
 
 @lru_cache(maxsize=1)

@@ -78,7 +78,7 @@ def decode_image(
 def read_image(path: AnyPath) -> Image.Image:
     """`decode_image` of a file of our own, without the limit on bytes. Raises DataError."""
     try:
-        return decode_image(read_file(location(path)), limits=_LOCAL_LIMITS, source=str(path))
+        return decode_image(read_file(path), limits=_LOCAL_LIMITS, source=str(path))
     except ImageError as error:
         raise DataError(str(error)) from error
 

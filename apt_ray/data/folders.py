@@ -18,7 +18,6 @@ from apt_ray.files import (
     S3Path,
     absolute,
     file_sha256,
-    location,
     read_file,
     visible,
 )
@@ -169,7 +168,7 @@ def find_categories(root: AnyPath, names: Sequence[str] = ()) -> list[Category]:
 
 def support_hash(paths: Sequence[AnyPath]) -> str:
     """SHA-256 over the digests of the files' bytes, whatever their names and order."""
-    digests = [bytes.fromhex(file_sha256(location(path))) for path in paths]
+    digests = [bytes.fromhex(file_sha256(path)) for path in paths]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
