@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from apt_ray.validation.evaluation import Result as Result
     from apt_ray.validation.evaluation import evaluate as evaluate
 
-    __version__: str
+__version__ = "0.1.0"
 
 _HOME = {
     # Learn and inspect, in the order in which they are used.
@@ -88,13 +88,6 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            return version("apt-ray")
-        except PackageNotFoundError:
-            return "unknown"  # a checkout that is not installed
     if name not in _HOME:
         raise AttributeError(f"module 'apt_ray' has no attribute {name!r}")
     return getattr(import_module(f"apt_ray.{_HOME[name]}"), name)

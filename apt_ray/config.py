@@ -1,5 +1,6 @@
 """The frozen, validated settings: which backbone, and how one prompt set is fitted."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -126,6 +127,11 @@ class BackboneSpec(Settings):
         le=9,
         description="Places a side over which its features are averaged, an odd number; None is 1.",
     )
+
+    @field_validator("pretrained", "reference_pretrained", mode="before")
+    @classmethod
+    def _file_name(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @model_validator(mode="after")
     def _of_another_encoder(self) -> "BackboneSpec":

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -28,6 +29,11 @@ from apt_ray.errors import DataError, WriteError
 from apt_ray.optional import require
 
 _SCHEME = "s3://"
+# Hidden files and folders, those of file servers, archives, Windows and disks.
+_FOREIGN = re.compile(
+    r"\.|@(eaDir|Recycle|Recently-Snapshot|tmp)$|#(recycle|snapshot)$|__MACOSX$"
+    r"|\$RECYCLE\.BIN$|System Volume Information$|lost\+found$"
+)
 _ATTEMPTS = 4
 _FIRST_PAUSE = 0.2
 _PROBE_BYTES = 2**16
@@ -38,29 +44,47 @@ _REFUSED = frozenset(
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound"})
 
 
-def location(text: str) -> Location:
-    """What a user wrote, as a path: `s3://bucket/prefix`, or a local one."""
+def location(path: AnyPath) -> Location:
+    """A path as a user gives it: text or any other path-like object; `s3://bucket/prefix`, or a
+    local one."""
+    if isinstance(path, S3Path):
+        return path
+    text = os.fspath(path)
     if not text.startswith(_SCHEME):
         return Path(text)
     bucket, _, key = text.removeprefix(_SCHEME).partition("/")
     return S3Path((bucket, *_parts(key)))
 
 
-def absolute(path: Location) -> Location:
+def absolute(path: AnyPath) -> Location:
     """The path in a form that means the same in other processes."""
+    path = location(path)
     return path if isinstance(path, S3Path) else Path(os.path.abspath(path.expanduser()))
 
 
-def read_file(path: Location) -> bytes:
+def visible(folder: AnyPath) -> list[Location]:
+    """What is in the folder, sorted, without hidden files and what systems and servers leave there,
+    such as a NAS's `@eaDir`; nothing if there is no such folder. DataError if it cannot be listed.
+    """
+    folder = location(folder)
+    if not folder.is_dir():
+        return []
+    try:
+        return sorted(path for path in folder.iterdir() if not _FOREIGN.match(path.name))
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def read_file(path: AnyPath) -> bytes:
     """The whole content; DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return location(path).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 @contextmanager
-def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
+def writing(path: StrPath, *, private: bool = False) -> Iterator[Path]:
     """A place to write a file or folder to, which becomes `path` once the block ends well.
 
     Until then, and if it does not, whatever was at `path` stays; what was half written is removed.
@@ -75,6 +99,7 @@ def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
         WriteError: the block raised OSError, or the file cannot be put in its place.
     """
+    path = Path(path)
     target = Path(os.path.realpath(path))
     unfinished = target.parent / f".{uuid.uuid4().hex}.part"
     try:
@@ -147,7 +172,7 @@ def _refusing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> None:
+def write_whole(path: StrPath, content: bytes | str, *, private: bool = False) -> None:
     """Write a file as `writing` does, text in UTF-8, with escapes of what is in no Unicode text; a
     private one only its owner may read."""
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
@@ -156,12 +181,12 @@ def write_whole(path: Path, content: bytes | str, *, private: bool = False) -> N
         file.write(data)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: StrPath, value: object) -> None:
     """Write a value as indented JSON, as `write_whole` does."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def file_sha256(path: Location) -> str:
+def file_sha256(path: AnyPath) -> str:
     """The SHA-256 of a file, in hex; DataError if it cannot be read."""
     return hashlib.sha256(read_file(path)).hexdigest()
 
@@ -308,6 +333,11 @@ class S3Path:
 
 
 Location: TypeAlias = Path | S3Path
+"""Where something lies, as the functions here hand it on."""
+StrPath: TypeAlias = str | os.PathLike[str]
+"""A local path as users may give it."""
+AnyPath: TypeAlias = StrPath | S3Path
+"""Any path as users may give it; `location` reads it."""
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,7 @@ from apt_ray.errors import (
     ImageTooLargeError,
     UnsupportedImageError,
 )
-from apt_ray.files import Location, read_file
+from apt_ray.files import AnyPath, Location, location, read_file, visible
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -50,6 +50,8 @@ class ImageLimits:
     max_pixels: int = 40_000_000
 
 
+# A JPEG's black may be as bright as this, of 255.
+_FAINT = 32
 # Files of our own need no limit on bytes.
 _LOCAL_LIMITS = ImageLimits(max_bytes=sys.maxsize)
 _open_lock = threading.Lock()
@@ -73,7 +75,7 @@ def decode_image(
         raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
 
 
-def read_image(path: Location) -> Image.Image:
+def read_image(path: AnyPath) -> Image.Image:
     """`decode_image` of a file of our own, without the limit on bytes. Raises DataError."""
     try:
         return decode_image(read_file(path), limits=_LOCAL_LIMITS, source=str(path))
@@ -81,14 +83,58 @@ def read_image(path: Location) -> Image.Image:
         raise DataError(str(error)) from error
 
 
-def read_mask(path: Location, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Ground-truth mask (H, W): True where the file is not black.
+def is_image_file(path: Location) -> bool:
+    """Whether it is a file whose name ends like that of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
-    Raises DataError if the file cannot be read or is not of `size` = (width, height).
+
+def read_mask(path: AnyPath, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Ground-truth mask (H, W) of a defect: True where the file is painted (`painted`).
+
+    A folder holds masks that are laid over one another. Raises DataError if a file cannot be read
+    or is not of `size` = (width, height), or if nothing is painted.
     """
+    path = location(path)
+    mask_HW = np.zeros((size[1], size[0]), np.bool_)
+    files = filter(is_image_file, visible(path)) if path.is_dir() else [path]
+    for file in files:
+        mask_HW |= _read_layer(file, size)
+    if not mask_HW.any():
+        raise DataError(
+            f"nothing is painted in the mask {path}, though its image is defective: paint the"
+            f" defect white on black, or take image and mask away"
+        )
+    return mask_HW
+
+
+def painted(image: Image.Image) -> NDArray[np.bool_]:
+    """Where a mask is painted, (H, W): wherever it is neither clear nor black, by any value.
+
+    Two files differ. With transparency, black counts if nothing else is painted on the clear
+    ground. In JPEG and WebP, which may lose what is faint, it takes more than half of the brightest
+    pixel, and that of a mask is above 32.
+    """
+    is_lossy = image.format in ("JPEG", "WEBP")
+    is_clear_HW = np.zeros((image.height, image.width), np.bool_)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        is_clear_HW = np.asarray(image.getchannel("A")) == 0
+        image = image.convert("RGB")
+    elif image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")
+    values_HWC = np.atleast_3d(np.asarray(image))
+    brightest = int(values_HWC.max()) if is_lossy else 0
+    floor = max(brightest / 2, _FAINT) if is_lossy else 0
+    ink_HW = (values_HWC > floor).any(axis=-1) & ~is_clear_HW
+    if is_clear_HW.any() and not ink_HW.any():
+        return ~is_clear_HW
+    return np.asarray(ink_HW)
+
+
+def _read_layer(path: Location, size: tuple[int, int]) -> NDArray[np.bool_]:
     try:
         image = _open(read_file(path), _LOCAL_LIMITS, str(path))
-        mask_HW = np.asarray(image.convert("L")) > 0
+        painted_HW = painted(image)
     except ImageError as error:
         raise DataError(str(error)) from error
     except Exception as error:
@@ -98,7 +144,7 @@ def read_mask(path: Location, size: tuple[int, int]) -> NDArray[np.bool_]:
             f"mask {path} is {image.width} x {image.height} pixels but its image is "
             f"{size[0]} x {size[1]}: save the mask in the size of the image"
         )
-    return mask_HW
+    return painted_HW
 
 
 def draw_overlay(

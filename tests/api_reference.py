@@ -33,7 +33,8 @@ def reference() -> str:
         "# The Python interface",
         "What `import apt_ray` offers. Letters name the axes of tensors and arrays: B images, N"
         " patch tokens, E width of the joint space, T texts, P prompts, L vectors of a context, C"
-        " their width, H and W pixels.",
+        " their width, H and W pixels. A `StrPath` is text or any path-like object, an `AnyPath`"
+        " may also lie in S3 (`s3://bucket/key`), and a `Location` is what they are read as.",
         *(part for name in described for part in _describe(package, name)),
         "## Errors",
         *_errors(package["errors"]),

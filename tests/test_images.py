@@ -171,15 +171,104 @@ def test_read_image_names_the_file(tmp_path: Path) -> None:
     assert read_image(path).size == (32, 16)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA"])
-@pytest.mark.parametrize("value", [1, 255])
-def test_mask_is_true_where_not_black(tmp_path: Path, mode: str, value: int) -> None:
-    expected = np.zeros((3, 5), dtype=bool)
-    expected[1, 2:4] = True
-    gray = Image.fromarray(np.where(expected, 255 if mode == "1" else value, 0).astype(np.uint8))
-    path = tmp_path / "mask.png"
-    gray.convert(mode).save(path)
-    np.testing.assert_array_equal(read_mask(path, (5, 3)), expected)
+PAINTED = np.zeros((24, 40), dtype=bool)
+PAINTED[8:16, 16:32] = True
+
+
+def _palette(*colours: int) -> Image.Image:
+    image = Image.fromarray(PAINTED.astype(np.uint8)).convert("P")
+    image.putpalette([*colours, *[0] * (768 - len(colours))])
+    return image
+
+
+def _stack(*channels: int) -> Image.Image:
+    """One value a channel where the mask is painted; 0 elsewhere."""
+    return Image.fromarray(PAINTED[..., None] * np.array(channels, np.uint8))
+
+
+def _on_clear(*channels: int, ground: int) -> Image.Image:
+    """A layer that is clear, over a gray of `ground`, where nothing is painted."""
+    colours = np.where(PAINTED[..., None], np.array(channels), ground)
+    return Image.fromarray(np.dstack([colours, PAINTED * 255]).astype(np.uint8))
+
+
+MASKS: dict[str, tuple[Image.Image, str, dict[str, object]]] = {
+    "1 bit": (Image.fromarray(PAINTED), "PNG", {}),
+    "1 of 255": (Image.fromarray(PAINTED.astype(np.uint8)), "PNG", {}),
+    "128 of 255": (Image.fromarray(PAINTED.astype(np.uint8) * 128), "PNG", {}),
+    "255 of 255": (Image.fromarray(PAINTED.astype(np.uint8) * 255), "PNG", {}),
+    "1 of 65535": (Image.fromarray(PAINTED.astype(np.uint16)), "PNG", {}),
+    "1 of 65535 in a TIFF": (Image.fromarray(PAINTED.astype(np.uint16)), "TIFF", {}),
+    "256 of 65535": (Image.fromarray(PAINTED.astype(np.uint16) * 256), "PNG", {}),
+    "65535 of 65535": (Image.fromarray(PAINTED.astype(np.uint16) * 65535), "PNG", {}),
+    "32 bits": (Image.fromarray(PAINTED.astype(np.int32)), "TIFF", {}),
+    "floats": (Image.fromarray(PAINTED.astype(np.float32) / 100), "TIFF", {}),
+    "palette": (_palette(0, 0, 0, 128, 0, 0), "PNG", {}),
+    "palette of dark blue": (_palette(0, 0, 0, 0, 0, 1), "PNG", {}),
+    "palette with a clear ground": (_palette(0, 0, 0, 0, 0, 1), "PNG", {"transparency": 0}),
+    "palette in a BMP": (_palette(0, 0, 0, 128, 0, 0), "BMP", {}),
+    "red": (_stack(255, 0, 0), "PNG", {}),
+    "faint blue": (_stack(0, 0, 4), "BMP", {}),
+    "opaque": (_stack(255, 255, 255).convert("RGBA"), "PNG", {}),
+    "gray and opaque": (Image.fromarray(PAINTED.astype(np.uint8)).convert("LA"), "PNG", {}),
+    "white on a clear white layer": (_on_clear(255, 255, 255, ground=255), "PNG", {}),
+    "white on a clear layer": (_on_clear(255, 255, 255, ground=0), "PNG", {}),
+    "red on a clear layer": (_on_clear(255, 0, 0, ground=0), "WEBP", {"lossless": True}),
+    "black on a clear layer": (_on_clear(0, 0, 0, ground=0), "PNG", {}),
+    "JPEG": (Image.fromarray(PAINTED.astype(np.uint8) * 255), "JPEG", {"quality": 60}),
+    "gray JPEG": (Image.fromarray(PAINTED.astype(np.uint8) * 128), "JPEG", {"quality": 80}),
+    "WebP": (Image.fromarray(PAINTED.astype(np.uint8) * 255), "WEBP", {"quality": 80}),
+    "CMYK": (_stack(255, 255, 255).convert("CMYK"), "TIFF", {}),
+    "compressed TIFF": (Image.fromarray(PAINTED), "TIFF", {"compression": "group4"}),
+}
+
+
+@pytest.mark.parametrize(("image", "file_format", "options"), MASKS.values(), ids=MASKS)
+def test_a_mask_is_true_where_it_is_painted(
+    tmp_path: Path, image: Image.Image, file_format: str, options: dict[str, object]
+) -> None:
+    path = tmp_path / "mask"
+    image.save(path, file_format, **options)
+    mask_HW = read_mask(path, (40, 24))
+    assert mask_HW.dtype == np.bool_
+    lossy = file_format in ("JPEG", "WEBP")
+    assert (mask_HW != PAINTED).sum() <= (4 if lossy else 0)
+
+
+def test_a_folder_of_masks_is_read_as_one(tmp_path: Path) -> None:
+    for name, rows in (("000.png", slice(8, 12)), ("001.bmp", slice(12, 16))):
+        layer = np.zeros_like(PAINTED)
+        layer[rows] = PAINTED[rows]
+        Image.fromarray(layer).save(tmp_path / name)
+    (tmp_path / "._000.png").write_bytes(b"what macOS leaves")
+    np.testing.assert_array_equal(read_mask(tmp_path, (40, 24)), PAINTED)
+    np.testing.assert_array_equal(read_mask(str(tmp_path), (40, 24)), PAINTED)
+
+
+@pytest.mark.parametrize(
+    ("image", "file_format"),
+    [
+        (Image.new("L", (40, 24)), "PNG"),
+        (Image.new("1", (40, 24)), "TIFF"),
+        (Image.new("RGB", (40, 24)), "JPEG"),
+        (Image.new("L", (40, 24), 8), "JPEG"),
+        (Image.new("RGBA", (40, 24)), "PNG"),
+        (Image.new("RGBA", (40, 24), "black"), "PNG"),
+        (Image.new("RGBA", (40, 24), (255, 255, 255, 0)), "PNG"),
+    ],
+)
+def test_a_mask_without_paint_is_refused(
+    tmp_path: Path, image: Image.Image, file_format: str
+) -> None:
+    folder = tmp_path / "000"
+    folder.mkdir()
+    with pytest.raises(DataError, match=r"nothing is painted in the mask .*000,"):
+        read_mask(folder, (40, 24))
+    path = folder / "mask.png"
+    image.save(path, file_format)
+    for mask in (path, folder):
+        with pytest.raises(DataError, match=rf"nothing is painted in the mask {mask}, .*: paint"):
+            read_mask(mask, (40, 24))
 
 
 def test_mask_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from apt_ray.config import NOISE_LADDER, FitSettings, NoiseRegion, Settings
 from apt_ray.errors import SettingsError
-from apt_ray.files import Location, file_sha256
+from apt_ray.files import AnyPath, file_sha256
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CODE = ("anomalies/*.py", "features/**/*.py", "images.py")
@@ -45,7 +45,7 @@ class BankSpec(Settings):
     def of(
         cls,
         settings: FitSettings,
-        support: Sequence[Location],
+        support: Sequence[AnyPath],
         *,
         fingerprint: str,
         seed: int | None = None,
@@ -100,7 +100,7 @@ class BankSpec(Settings):
             )
 
 
-def file_digests(paths: Sequence[Location]) -> tuple[str, ...]:
+def file_digests(paths: Sequence[AnyPath]) -> tuple[str, ...]:
     """The SHA-256 of each file, in hex; DataError if one cannot be read."""
     return tuple(file_sha256(path) for path in paths)
 

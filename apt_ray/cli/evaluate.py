@@ -84,6 +84,8 @@ def _run(options: argparse.Namespace) -> int:
         # Before the work of hours: what draws it may not be installed.
         import apt_ray.validation.report  # noqa: F401
     categories = find_categories(options.data, options.categories)
+    for category in categories:
+        print(category.contents)
     loaded = backbone(options)
     results: list[Result] = []
     failed = False

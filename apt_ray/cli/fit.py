@@ -44,6 +44,7 @@ def _run(options: argparse.Namespace) -> int:
             f" {categories[0].root}"
         )
     (category,) = categories
+    print(category.contents)
     settings = given_settings(options)
     support = category.support_set(options.shots, settings.seed)
     others = tuple(path for path in category.good if path not in support)

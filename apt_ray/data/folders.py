@@ -1,48 +1,69 @@
-"""Categories of images in folders, local ones or in S3.
+"""Categories of images in folders, local ones or in S3; docs/data.md describes what is read."""
 
-Three layouts, told apart by what a category's folder holds:
-
-    MVTec AD                                plain
-    <category>/train/good/*.png             <category>/good/*.png
-    <category>/test/good/*.png              <category>/<defect type>/*.png
-    <category>/test/<defect type>/*.png     <category>/ground_truth/<defect type>/<stem>_mask.png
-    <category>/ground_truth/<defect type>/<stem>_mask.png
-
-or, plainer still, images directly in <category>/, which are all good; and that of VisA, as it is
-published, whose normal images and splits are listed in split_csv/1cls.csv of the root:
-
-    <category>/Data/Images/Normal/*.JPG
-    <category>/Data/Images/Anomaly/*.JPG
-    <category>/Data/Masks/Anomaly/<stem>.png
-
-Test images and ground-truth masks may be absent. In the plain layout, and in that of VisA without
-the list, the normal images outside the support set are the good test images.
-"""
-
+import codecs
 import csv
 import hashlib
-import io
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
 
 from apt_ray.errors import DataError
-from apt_ray.files import Location, S3Path, absolute, file_sha256, read_file
-from apt_ray.images import IMAGE_SUFFIXES
+from apt_ray.files import (
+    AnyPath,
+    Location,
+    S3Path,
+    absolute,
+    file_sha256,
+    read_file,
+    visible,
+)
+from apt_ray.images import IMAGE_SUFFIXES, is_image_file
 
 GOOD = "good"
-_GROUND_TRUTH = "ground_truth"
-_VISA_NORMAL, _VISA_ANOMALY = "Data/Images/Normal", "Data/Images/Anomaly"
-_VISA_MASKS = "Data/Masks/Anomaly"
-_VISA_SPLITS = "split_csv"
+_NORMAL = frozenset({GOOD, "ok", "normal"})
+_MASKS = frozenset({"ground_truth", "groundtruth", "masks", "mask", "gt"})
+_MARK = re.compile(r"[ ._-]+(masks?|gt|ground[ _-]?truth|label)$", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """Folders of a category, in small letters; of several names one may be there.
+
+    Attributes:
+        home: holds all others.
+        learn: holds the folder of normal images to learn from.
+        test: holds a folder for each kind of test image; that of the masks lies in it or beside it.
+    """
+
+    name: str
+    home: tuple[str, ...] = ()
+    learn: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+
+_LAYOUTS = (
+    _Layout(name="MVTec AD", learn=("train",), test=("test", "test_public")),
+    _Layout(name="VisA", home=("data",), learn=("images",), test=("images",)),
+    _Layout(name="plain folders"),
+)
+_SPLITS, _SPLIT_LIST = "split_csv", "1cls.csv"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_HEADINGS = {
+    "object": ("object", "category", "class"),
+    "split": ("split", "set", "subset"),
+    "image": ("image", "image_path", "path", "file"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledImage:
-    """A test image: its defect type ("good" if normal) and, where known, its mask's file."""
+    """A test image: its defect type ("good" if normal) and, where known, its mask, which is a file
+    or a folder of files (`read_mask` reads both)."""
 
     path: Location
     defect_type: str
@@ -88,20 +109,39 @@ class Category:
             )
         return self.support_set(shots + count, seed)[shots:]
 
-    def held_out(self, support: Collection[Location]) -> tuple[LabelledImage, ...]:
+    def held_out(self, support: Collection[AnyPath]) -> tuple[LabelledImage, ...]:
         """The test images that are not in the support set."""
-        return tuple(image for image in self.test if image.path not in support)
+        seen = {absolute(path) for path in support}
+        return tuple(image for image in self.test if image.path not in seen)
 
-    def name_of(self, path: Location) -> str:
+    def name_of(self, path: AnyPath) -> str:
         """Where an image lies below the category's folder: the same on disk and in S3."""
-        return "/".join(path.parts[len(self.root.parts) :])
+        return "/".join(absolute(path).parts[len(self.root.parts) :])
+
+    @property
+    def contents(self) -> str:
+        """What was found, in one sentence: images, their kinds, masks."""
+        kinds = Counter(image.defect_type for image in self.test)
+        parts = [f"{len(self.good)} normal images to learn from"]
+        if kinds:
+            parts.append("to test " + ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds)))
+        anomalous = [image for image in self.test if image.is_anomalous]
+        lacking = [image for image in anomalous if image.mask is None]
+        if anomalous and not lacking:
+            parts.append("a mask of each defective one")
+        elif lacking:
+            masks = len(anomalous) - len(lacking)
+            count = f"masks of {masks} of {len(anomalous)} defective ones" if masks else "no masks"
+            first = f", {self.name_of(lacking[0].path)} has none" if masks else ""
+            parts.append(f"{count} (no pixel metrics{first})")
+        return f"{self.name}: {'; '.join(parts)}"
 
 
-def find_categories(root: Location, names: Sequence[str] = ()) -> list[Category]:
+def find_categories(root: AnyPath, names: Sequence[str] = ()) -> list[Category]:
     """The categories in `root`, or `root` itself if it is one, sorted by name.
 
     With `names` only these are looked at. Raises DataError for whatever would make a category
-    unusable, with the path and the remedy.
+    unusable or leaves open what is meant, with the path and the remedy.
     """
     root = absolute(root)
     if not root.is_dir():
@@ -111,7 +151,8 @@ def find_categories(root: Location, names: Sequence[str] = ()) -> list[Category]
             else "give an absolute path that exists on every node that reads it"
         )
         raise DataError(f"{root} is not a folder: {remedy}")
-    folders = {folder.name: folder for folder in ([root] if _is_category(root) else _folders(root))}
+    top = _Folder(root)
+    folders = {folder.name: folder for folder in ([top] if _is_category(top) else top.folders)}
     if not folders:
         raise DataError(
             f"{root} holds no category: give each product a folder with its normal images "
@@ -127,119 +168,286 @@ def find_categories(root: Location, names: Sequence[str] = ()) -> list[Category]
 
 def images_below(folder: Path) -> list[Path]:
     """The images in a folder and in its folders, sorted by name; hidden ones are left out."""
-    found = [path for path in _images(folder) if isinstance(path, Path)]
-    for inner in _folders(folder):
-        if isinstance(inner, Path) and not inner.is_symlink():  # which may lead back here
+    listed = [path for path in visible(folder) if isinstance(path, Path)]
+    found = [path for path in listed if is_image_file(path)]
+    for inner in listed:
+        if inner.is_dir() and not inner.is_symlink():  # which may lead back here
             found += images_below(inner)
     return found
 
 
-def support_hash(paths: Sequence[Location]) -> str:
+def support_hash(paths: Sequence[AnyPath]) -> str:
     """SHA-256 over the digests of the files' bytes, whatever their names and order."""
     digests = [bytes.fromhex(file_sha256(path)) for path in paths]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def _is_category(folder: Location) -> bool:
-    if any((folder / sign).is_dir() for sign in ("train", GOOD, _VISA_NORMAL)):
-        return True
-    return bool(_images(folder)) and not _folders(folder)
+class _Folder:
+    """A folder that is listed once, however often it is asked."""
+
+    def __init__(self, path: Location) -> None:
+        self.path = path
+        self.name = path.name
+
+    @property
+    def is_normal(self) -> bool:
+        return self.name.casefold() in _NORMAL
+
+    @cached_property
+    def _listed(self) -> list[Location]:
+        return visible(self.path)
+
+    @cached_property
+    def folders(self) -> tuple["_Folder", ...]:
+        """Those in it, without VisA's lists."""
+        return tuple(
+            _Folder(path) for path in self._listed if path.name != _SPLITS and path.is_dir()
+        )
+
+    @cached_property
+    def files(self) -> tuple[Location, ...]:
+        """Its image files, masks or not."""
+        return tuple(path for path in self._listed if is_image_file(path))
+
+    @cached_property
+    def images(self) -> tuple[Location, ...]:
+        """The same, which must all be images. Raises DataError."""
+        stems = {_stem(path.name) for path in self.files}
+        for path in self.files:
+            bare = _unmarked(path.name)
+            if bare != _stem(path.name) and bare in stems:
+                raise DataError(
+                    f"{path} looks like the mask of the image beside it: move masks into the"
+                    f" category's folder ground_truth, or rename it"
+                )
+        return self.files
+
+    def child(self, names: Collection[str]) -> "_Folder | None":
+        """The folder of one of these names, or this one if there are no names. Raises DataError if
+        there is more than one."""
+        if not names:
+            return self
+        return _only(folder for folder in self.folders if folder.name.casefold() in names)
 
 
-def _read_category(folder: Location) -> Category:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Places:
+    """Where a category keeps its images, whatever its layout; None where there is no such folder.
+
+    Attributes:
+        normal: images to learn from.
+        test: folders of test images by kind.
+        masks: folders of masks by kind, and masks that lie directly in it.
+    """
+
+    layout: str
+    learn: _Folder
+    normal: _Folder | None
+    test: _Folder | None
+    masks: _Folder | None
+
+
+def _places(folder: _Folder) -> _Places | None:
+    """The places of a category in one of the layouts; None if it is in none of them."""
+    found = []
+    for layout in _LAYOUTS:
+        home = folder.child(layout.home)
+        learn = home and home.child(layout.learn)
+        normal = learn and learn.child(_NORMAL)
+        # Without a folder to learn from, that of normal images tells a category.
+        if home and learn and (layout.learn or normal):
+            test = home.child(layout.test)
+            places = dict.fromkeys(place for place in (home, test) if place)
+            masks = [place.child(_MASKS) for place in places]
+            found.append(
+                _Places(
+                    layout=layout.name,
+                    learn=learn,
+                    normal=normal,
+                    test=test,
+                    masks=_only(place for place in masks if place),
+                )
+            )
+    if len(found) > 1:
+        raise DataError(
+            f"{folder.path} is in two layouts, {found[0].layout} and {found[1].layout}: take one"
+            f" away or rename it, {found[0].learn.path} or"
+            f" {(found[1].normal or found[1].learn).path}"
+        )
+    return found[0] if found else None
+
+
+def _only(folders: Iterable[_Folder]) -> _Folder | None:
+    """The one folder, if there is one. Raises DataError if there are more."""
+    found = list(folders)
+    if len(found) > 1:
+        raise DataError(
+            f"{found[0].path} and {found[1].path} stand for the same: put what they hold into one"
+            f" of them, or rename one"
+        )
+    return found[0] if found else None
+
+
+def _is_category(folder: _Folder) -> bool:
+    return _places(folder) is not None or (bool(folder.files) and not folder.folders)
+
+
+def _read_category(folder: _Folder) -> Category:
     if not _NAME.fullmatch(folder.name):
         raise DataError(
-            f"{folder.name!r} cannot name a category: rename the folder {folder} "
+            f"{folder.name!r} cannot name a category: rename the folder {folder.path} "
             "so that it has only letters, digits, '-' and '_'"
         )
-    if (folder / "train").is_dir():
-        home = folder / "train" / GOOD
-        good = _images(home)
-        test = _labelled_folders(folder, _folders(folder / "test"))
-    elif (folder / GOOD).is_dir():
-        home = folder / GOOD
-        good = _images(home)
-        test = _labelled_folders(folder, _folders(folder))
-    elif (folder / _VISA_NORMAL).is_dir():
-        home = folder / _VISA_NORMAL
-        good, test = _read_visa(folder)
-    elif _folders(folder):
+    places = _places(folder)
+    if places is None and folder.folders:
         raise DataError(
-            f"category {folder} has folders but none with normal images: move these to "
-            f"{folder / GOOD}, or name the categories to use"
+            f"category {folder.path} has folders but none with normal images: move these to "
+            f"{folder.path / GOOD}, or name the categories to use"
         )
+    if places is None:
+        normal, good = folder.path, folder.images
+        test = [LabelledImage(path=path, defect_type=GOOD) for path in good]
     else:
-        home = folder
-        good = _images(home)
-        test = tuple(LabelledImage(path=path, defect_type=GOOD) for path in good)
+        normal = places.normal.path if places.normal else places.learn.path / GOOD
+        good, test = _read_images(folder, places)
     if not good:
         raise DataError(
             f"category {folder.name} has no normal image: put PNG, JPEG, BMP, TIFF or WebP files "
-            f"into {home}, or remove the folder {folder}"
+            f"into {normal}, or remove the folder {folder.path}"
         )
-    return Category(name=folder.name, root=folder, good=good, test=test)
+    return Category(name=folder.name, root=folder.path, good=good, test=tuple(test))
 
 
-def _read_visa(folder: Location) -> tuple[tuple[Location, ...], tuple[LabelledImage, ...]]:
-    """Normal images and test images; the published split of one class sets good ones aside."""
-    normal, anomalous = _images(folder / _VISA_NORMAL), folder / _VISA_ANOMALY
-    list_file = folder.parent / _VISA_SPLITS / "1cls.csv"
-    good = tested = normal
-    if list_file.is_file():
-        rows = csv.DictReader(io.StringIO(read_file(list_file).decode("utf-8-sig")))
-        split = {row["image"]: row["split"] for row in rows if row["object"] == folder.name}
-        good, tested = (
-            tuple(p for p in normal if split.get(f"{folder.name}/{_VISA_NORMAL}/{p.name}") == part)
-            for part in ("train", "test")
-        )
-    test = [
-        *_labelled(_images(anomalous), "anomaly", folder / _VISA_MASKS),
-        *_labelled(tested, GOOD, None),
-    ]
-    return good, tuple(test)
-
-
-def _labelled_folders(category: Location, types: Sequence[Location]) -> tuple[LabelledImage, ...]:
-    return tuple(
-        image
-        for folder in types
-        if folder.name != _GROUND_TRUTH
-        for image in _labelled(_images(folder), folder.name, category / _GROUND_TRUTH / folder.name)
-    )
-
-
-def _labelled(
-    images: Sequence[Location], defect_type: str, masks: Location | None
-) -> list[LabelledImage]:
-    """MVTec AD names masks <stem>_mask.png, others <stem>.png."""
-    named = {path.name: path for path in _images(masks)} if masks is not None else {}
-    return [
+def _read_images(
+    folder: _Folder, places: _Places
+) -> tuple[tuple[Location, ...], list[LabelledImage]]:
+    """The normal images to learn from, and the test images with their masks."""
+    good = places.normal.images if places.normal else ()
+    if places.test is None:
+        return good, []
+    kinds = [kind for kind in places.test.folders if kind.name.casefold() not in _MASKS]
+    _only(kind for kind in kinds if kind.is_normal)
+    images = {kind: kind.images for kind in kinds}
+    if places.normal is not None and places.normal in images:
+        good, images[places.normal] = _split(folder, places.normal)
+    masks = {} if places.masks is None else _match(places.masks, images)
+    return good, [
         LabelledImage(
-            path=path,
-            defect_type=defect_type,
-            mask=named.get(f"{path.stem}_mask.png") or named.get(f"{path.stem}.png"),
+            path=path, defect_type=GOOD if kind.is_normal else kind.name, mask=masks.get(path)
         )
-        for path in images
+        for kind in kinds
+        for path in images[kind]
     ]
 
 
-def _images(folder: Location) -> tuple[Location, ...]:
-    return tuple(
-        path
-        for path in _visible(folder)
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _match(
+    masks: _Folder, images: Mapping[_Folder, Sequence[Location]]
+) -> dict[Location, Location]:
+    """The masks of defective images, files or folders of files, by the image."""
+    normal = {_stem(p.name) for kind, paths in images.items() if kind.is_normal for p in paths}
+    defective = {kind: list(paths) for kind, paths in images.items() if not kind.is_normal}
+    of_kind = {kind: masks.child({kind.name.casefold()}) for kind in images}
+    loose = [folder for folder in masks.folders if folder not in of_kind.values()]
+    everything = [path for paths in defective.values() for path in paths]
+    groups = [(masks.files, loose, everything)]
+    groups += [
+        (folder.files, [*folder.folders], paths)
+        for kind, paths in defective.items()
+        if (folder := of_kind[kind])
+    ]
+    mask_of: dict[Location, Location] = {}
+    spare: list[Location] = []
+    for files, folders, paths in groups:
+        by_stem: dict[str, list[Location]] = defaultdict(list)
+        for path in paths:
+            by_stem[_stem(path.name)].append(path)
+        for mask in (*files, *(folder.path for folder in folders)):
+            names = (_stem(mask.name), _unmarked(mask.name))
+            owners = next((by_stem[name] for name in names if name in by_stem), [])
+            if len(owners) > 1:
+                raise DataError(
+                    f"the mask {mask} may be that of {owners[0]} or of {owners[1]}: put masks into"
+                    f" {masks.path / '<defect type>'}, and give each image a name of its own"
+                )
+            is_of_normal = paths is everything and normal.intersection(names)
+            if not owners and not is_of_normal:
+                spare.append(mask)
+            for owner in owners:
+                if owner in mask_of:
+                    raise DataError(
+                        f"{owner} has two masks, {mask_of[owner]} and {mask}: take one away"
+                    )
+                mask_of[owner] = mask
+    lacking = next((path for path in everything if path not in mask_of), None)
+    if spare and lacking is not None:
+        raise DataError(
+            f"{spare[0]} is the mask of no defective image, while {lacking} has none: name each"
+            f" mask like its image, as {lacking.stem}_mask.png, or take it away"
+        )
+    return mask_of
+
+
+def _stem(name: str) -> str:
+    """A name in small letters without what it ends in, as often as that is that of an image."""
+    name = name.casefold()
+    while (dot := name.rfind(".")) > 0 and name[dot:] in IMAGE_SUFFIXES:
+        name = name[:dot]
+    return name
+
+
+def _unmarked(name: str) -> str:
+    """The same without what marks a mask."""
+    return _stem(_MARK.sub("", _stem(name)))
+
+
+def _split(folder: _Folder, normal: _Folder) -> tuple[tuple[Location, ...], tuple[Location, ...]]:
+    """The normal images to learn from and those to test, all in both without VisA's list."""
+    split_list = folder.path.parent / _SPLITS / _SPLIT_LIST
+    if not split_list.is_file():
+        return normal.images, normal.images
+    split = _read_split(split_list)
+    place = folder.name.casefold(), normal.name.casefold()
+    good, tested = (
+        tuple(path for path in normal.images if split.get((*place, path.name.casefold())) == part)
+        for part in ("train", "test")
     )
+    if not good and normal.images:
+        raise DataError(
+            f"{split_list} sets no image of {normal.path} aside for training: it must have lines"
+            f" such as {folder.name},train,{folder.name}/{_below(folder, normal.images[0])}, or"
+            f" take it away"
+        )
+    return good, tested
 
 
-def _folders(folder: Location) -> tuple[Location, ...]:
-    return tuple(path for path in _visible(folder) if path.name != _VISA_SPLITS and path.is_dir())
+def _below(folder: _Folder, path: Location) -> str:
+    return "/".join(path.parts[len(folder.path.parts) :])
 
 
-def _visible(folder: Location) -> list[Location]:
-    """What is in the folder, sorted, without hidden files; nothing if there is no such folder."""
-    if not folder.is_dir():
-        return []
+def _read_split(path: Location) -> dict[tuple[str, ...], str]:
+    """Category, kind and name of the images, in small letters -> their part of the split."""
+    data = read_file(path)
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror}") from error
+        text = data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    header, *lines = text.splitlines() or [""]
+    delimiter = max(",;\t", key=header.count)
+    titles = [title.strip().casefold() for title in next(csv.reader([header], delimiter=delimiter))]
+    place = {
+        heading: column
+        for heading, meant in _HEADINGS.items()
+        for column, title in enumerate(titles)
+        if title in meant
+    }
+    if missing := [heading for heading in _HEADINGS if heading not in place]:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)} but {', '.join(titles)}: name its columns"
+            f" object, split and image"
+        )
+    split = dict[tuple[str, ...], str]()
+    for row in csv.reader(lines, delimiter=delimiter):
+        if len(row) > max(place.values()):
+            category, part, image = (row[place[heading]].strip().casefold() for heading in place)
+            split[(category, *PureWindowsPath(image).parts[-2:])] = part
+    return split

@@ -25,7 +25,7 @@ from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import RULE_VERSION, Scales
 from apt_ray.errors import PromptSetError
-from apt_ray.files import write_whole
+from apt_ray.files import StrPath, write_whole
 from apt_ray.tensors import header_of, seal, unseal
 
 FORMAT_VERSION = 1
@@ -162,15 +162,15 @@ class PromptSet:
             memory=ReferenceMemory(memory),
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the file whole or not at all; WriteError if it cannot be written."""
         write_whole(path, self.to_bytes())
 
     @classmethod
-    def load(cls, path: Path) -> PromptSet:
+    def load(cls, path: StrPath) -> PromptSet:
         """Read a file; PromptSetError if it is missing, damaged or of another format."""
         try:
-            data = path.read_bytes()
+            data = Path(path).read_bytes()
         except OSError as error:
             raise PromptSetError(
                 f"cannot read {path} ({error.strerror}): check the path, or create it with"

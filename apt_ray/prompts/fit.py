@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
 
 import torch
 
+from apt_ray import __version__
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
@@ -17,7 +17,7 @@ from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.rule import RULE_VERSION, Scale, Scales, ScoreRule, anomalous_log_odds
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone
-from apt_ray.files import Location
+from apt_ray.files import AnyPath, location
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import Lane
 from apt_ray.prompts.remember import remember
@@ -31,11 +31,11 @@ _PROGRESS_EVERY = 5
 
 def fit(
     category: str,
-    support: Sequence[Location],
+    support: Sequence[AnyPath],
     settings: FitSettings | None = None,
     *,
     backbone: Backbone,
-    calibration: Sequence[Location] = (),
+    calibration: Sequence[AnyPath] = (),
     bank: SupportBank | None = None,
     progress: Progress | None = None,
 ) -> PromptSet:
@@ -89,14 +89,14 @@ def fit(
     fitted = PromptSet(
         provenance=Provenance(
             rule_version=RULE_VERSION,
-            library_version=version("apt-ray"),
+            library_version=__version__,
             category=category,
             backbone=backbone.spec,
             fingerprint=backbone.fingerprint,
             settings=settings,
             shots=bank.shots,
             support_hash=support_hash(support),
-            support_names=tuple(printable(path.name) for path in support),
+            support_names=tuple(printable(location(path).name) for path in support),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
             scales=scales,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import PromptSetError, RegistryError
-from apt_ray.files import Location, file_sha256
+from apt_ray.files import AnyPath, file_sha256
 from apt_ray.images import read_image
 from apt_ray.registry.contents import DATA, HELD_OUT
 from apt_ray.registry.history import Move
@@ -93,7 +93,7 @@ def promote(
     category: str,
     reference: str = CANDIDATE,
     *,
-    normal: Sequence[Location] = (),
+    normal: Sequence[AnyPath] = (),
     force: str | None = None,
     compare: Compare = compare_prompt_sets,
 ) -> Promotion:
@@ -168,7 +168,7 @@ def _judge(
     promotion: Promotion,
     candidate: RegisteredVersion,
     champion: RegisteredVersion,
-    normal: Sequence[Location],
+    normal: Sequence[AnyPath],
     compare: Compare,
 ) -> Promotion:
     sides = [_Side.of(registry, candidate)]

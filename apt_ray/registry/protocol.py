@@ -11,7 +11,7 @@ from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import PromptSetError, RegistryError
-from apt_ray.files import Location
+from apt_ray.files import AnyPath, StrPath, location
 from apt_ray.registry import pending as waiting_room
 from apt_ray.registry.contents import Record, sha256, write_version
 from apt_ray.registry.history import Action, History, Move
@@ -90,11 +90,11 @@ class Registry(Protocol):
         pictures: Mapping[str, Image.Image],
         trials: Sequence[Mapping[str, object]],
         tags: Mapping[str, str] = {},
-        support: Sequence[Location] = (),
-        held_out: Sequence[Location] = (),
+        support: Sequence[AnyPath] = (),
+        held_out: Sequence[AnyPath] = (),
         promote: bool = True,
         submission: str | None = None,
-        pending: Path | None = None,
+        pending: StrPath | None = None,
     ) -> RegisteredVersion:
         """Store a prompt set as the category's newest version and make it the candidate.
 
@@ -123,8 +123,8 @@ class Registry(Protocol):
                 pictures=pictures,
                 trials=trials,
                 tags=tags,
-                support=support,
-                held_out=held_out,
+                support=[location(path) for path in support],
+                held_out=[location(path) for path in held_out],
                 submission=submission,
                 may_serve=promote,
             )
@@ -134,19 +134,19 @@ class Registry(Protocol):
                 if pending is None:
                     raise
                 place = f"{record.category}-{sha256(record.submission.encode())[:16]}"
-                kept = waiting_room.keep(folder, place, pending)
+                kept = waiting_room.keep(folder, place, Path(pending))
                 raise type(error)(
                     f"{error}. The version is kept in {kept}: once the registry is back, run"
                     " `apt-ray registry pending`"
                 ) from error
 
-    def register_pending(self, pending: Path) -> Iterator[RegisteredVersion]:
+    def register_pending(self, pending: StrPath) -> Iterator[RegisteredVersion]:
         """Register the versions that wait in a folder, oldest first, each exactly once.
 
         A version is removed from the folder once it is registered. The first that the registry
         does not take ends the iteration with its error.
         """
-        for folder in waiting_room.waiting(pending):
+        for folder in waiting_room.waiting(Path(pending)):
             registered = self.submit(folder, Record.read(folder))
             waiting_room.remove(folder)
             yield registered

@@ -49,6 +49,7 @@ HEADER = (
 """Of the rows that `summarise` gives."""
 
 _BATCH = 16
+_MOST_OF_THE_IMAGE = 0.5
 
 Progress = Callable[[str, int, int], None]
 
@@ -363,12 +364,24 @@ class _Made(Sequence[Any]):
 def _read_masks(
     category: Category, sizes: Sequence[tuple[int, int]]
 ) -> Sequence[npt.NDArray[np.bool_]]:
+    covered: list[float] = []
+
+    def pack(place: Location, size: tuple[int, int]) -> bytes:
+        mask_HW = read_mask(place, size)
+        if mask_HW.any():
+            covered.append(float(mask_HW.mean()))
+        return zlib.compress(np.packbits(mask_HW).tobytes(), level=1)
+
     packed = [
-        None
-        if image.mask is None or not image.is_anomalous
-        else zlib.compress(np.packbits(read_mask(image.mask, size)).tobytes(), level=1)
+        None if image.mask is None or not image.is_anomalous else pack(image.mask, size)
         for image, size in zip(category.test, sizes, strict=True)
     ]
+    if covered and min(covered) > _MOST_OF_THE_IMAGE:
+        first = next(image.mask for image in category.test if image.is_anomalous)
+        raise DataError(
+            f"every mask of {category.name}, such as {first}, marks more than half of its image:"
+            f" invert them, so that the defect is white on black, or take them away"
+        )
 
     def mask(place: int) -> npt.NDArray[np.bool_]:
         width, height = sizes[place]

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,15 +78,169 @@ def test_a_category_can_be_given_directly(mvtec: Path) -> None:
 
 
 def test_partial_masks_are_no_masks(mvtec: Path) -> None:
-    (mvtec / "nut/ground_truth/bent/001_mask.png").unlink()
+    for name in ("001", "777"):
+        (mvtec / f"nut/ground_truth/bent/{name}_mask.png").unlink()
     nut = only(mvtec / "nut")
     assert [image.mask is None for image in nut.test] == [False, True, True, False]
     assert not nut.has_masks
 
 
-def test_masks_named_like_their_image(tmp_path: Path) -> None:
-    touch(tmp_path, "a/train/good/0.jpg", "a/test/cut/7.jpg", "a/ground_truth/cut/7.png")
-    assert only(tmp_path).test[0].mask == tmp_path / "a/ground_truth/cut/7.png"
+LAYOUTS = {
+    "MVTec AD": ("train/good/0.png", "test/{good,cut}/7.png", "ground_truth/cut/7_mask.png"),
+    "MVTec AD 2": (
+        "train/good/0.png",
+        "test_public/{good,bad}/7_regular.png",
+        "test_public/ground_truth/bad/7_regular_mask.png",
+    ),
+    "LOCO": (
+        "train/good/0.png",
+        "test/{good,logical_anomalies}/7.png",
+        "ground_truth/logical_anomalies/7/{000,001}.png",
+    ),
+    "BTAD": ("train/ok/0.bmp", "test/{ok,ko}/7.bmp", "ground_truth/ko/7.png"),
+    "VisA": (
+        "Data/Images/Normal/7.JPG",
+        "Data/Images/Anomaly/7.JPG",
+        "Data/Masks/Anomaly/7.png",
+    ),
+    "plain": ("good/7.png", "cut/7.png", "ground_truth/cut/7.png"),
+    "in capitals": ("Train/OK/0.png", "Test/{Good,Cut}/7.png", "Ground_Truth/cut/7.png"),
+    "masks without kinds": ("train/good/0.png", "test/{good,cut}/7.png", "masks/7.png"),
+}
+
+
+@pytest.mark.parametrize("files", LAYOUTS.values(), ids=LAYOUTS)
+def test_each_layout_with_its_masks(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """What else is published with it, and what systems leave there, is passed over."""
+    touch(tmp_path, *(f"cup/{name}" for file in files for name in spread(file)))
+    touch(
+        tmp_path,
+        *("cup/defects_config.json", "cup/license.txt", "license.txt", "split_csv/readme.txt"),
+        *("@eaDir/cup/good/0.png", "__MACOSX/cup/good/0.png", "#recycle/good/0.png"),
+    )
+    if "train" in files[0]:
+        touch(tmp_path, "cup/validation/good/0.png", "cup/test_private/0.png")
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir() and list(path.iterdir())]
+    for folder in folders:
+        touch(folder, "@eaDir/7.png/SYNOPHOTO_THUMB_M.jpg", "._7.png", "Thumbs.db")
+    cup = only(tmp_path)
+    assert only(tmp_path / "cup") == cup
+    assert [path.relative_to(cup.root).as_posix() for path in cup.good] == [files[0]]
+    defective, good = sorted(cup.test, key=lambda image: not image.is_anomalous)
+    assert good.defect_type == "good"
+    assert good.mask is None
+    assert defective.path.stem == good.path.stem
+    assert defective.mask is not None
+    found = [*defective.mask.iterdir()] if defective.mask.is_dir() else [defective.mask]
+    masks = {path.relative_to(cup.root).as_posix() for path in found if path.name[0] not in ".@T"}
+    assert masks == {*spread(files[-1])}
+    assert cup.has_masks
+    kind = defective.defect_type
+    assert cup.contents == (
+        f"cup: 1 normal images to learn from; to test {', '.join(sorted((f'1 {kind}', '1 good')))};"
+        " a mask of each defective one"
+    )
+
+
+def spread(pattern: str) -> list[str]:
+    """What a shell makes of braces."""
+    head, brace, rest = pattern.partition("{")
+    options, _, tail = rest.partition("}")
+    return [f"{head}{option}{tail}" for option in options.split(",")] if brace else [pattern]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *("7.png", "7_mask.png", "7_gt.png", "7-mask.PNG", "7_Mask.bmp", "7.tif", "7_mask.tiff"),
+        *("7.jpg", "7_mask.JPG", "7.webp", "7.png.png", "7.jpg_mask.png", "7.mask.png"),
+        *("7_ground_truth.png", "7_groundtruth.png", "7_label.bmp", "7_masks.png"),
+    ],
+)
+def test_a_mask_bears_the_name_of_its_image(tmp_path: Path, mask: str) -> None:
+    touch(tmp_path, "a/train/good/0.jpg", "a/test/cut/7.jpg", f"a/ground_truth/cut/{mask}")
+    assert only(tmp_path).test[0].mask == tmp_path / "a/ground_truth/cut" / mask
+
+
+def test_images_may_be_named_like_masks(tmp_path: Path) -> None:
+    touch(tmp_path, "a/train/good/0_mask.jpg", "a/test/cut/blue_label.jpg", "a/test/cut/red.jpg")
+    touch(tmp_path, "a/ground_truth/cut/blue_label.png", "a/ground_truth/cut/red_label.png")
+    assert [str(image.mask)[-14:] for image in only(tmp_path).test] == [
+        *("blue_label.png", "/red_label.png"),
+    ]
+
+
+AMBIGUOUS = {
+    "two masks": (
+        ["test/cut/7.png", "ground_truth/cut/7_mask.png", "ground_truth/cut/7.bmp"],
+        r"test/cut/7\.png has two masks, .*7\.bmp and .*7_mask\.png: take one away",
+    ),
+    "two images": (
+        ["test/cut/7.png", "test/cut/7.jpg", "ground_truth/cut/7.png"],
+        r"mask .*cut/7\.png may be that of .*7\.jpg or of .*7\.png: .* name of its own",
+    ),
+    "two kinds": (
+        ["test/cut/7.png", "test/hole/7.png", "ground_truth/7.png"],
+        r"mask .*ground_truth/7\.png may be that of .*cut/7\.png or of .*hole/7\.png: put masks",
+    ),
+    "another name": (
+        ["test/cut/7.png", "test/good/8.png", "ground_truth/cut/8.png"],
+        r"cut/8\.png is the mask of no defective image, while .*cut/7\.png has none: name each",
+    ),
+    "another kind": (
+        ["test/cut/7.png", "ground_truth/hole/7.png"],
+        r"ground_truth/hole is the mask of no defective image, while .*cut/7\.png has none",
+    ),
+    "beside the image": (
+        ["test/cut/7.png", "test/cut/7_mask.png"],
+        r"7_mask\.png looks like the mask of the image beside it: move masks into",
+    ),
+    "beside the normal image": (
+        ["train/good/0_GT.png"],
+        r"0_GT\.png looks like the mask of the image beside it: move masks into",
+    ),
+    "two places": (
+        ["test/cut/7.png", "ground_truth/cut/7.png", "test/masks/cut/7.png"],
+        r"cup/ground_truth and .*cup/test/masks stand for the same",
+    ),
+    "two folders of normal images": (
+        ["train/ok/0.png"],
+        r"train/good and .*train/ok stand for the same: put what they hold into one",
+    ),
+    "two kinds of normal images": (
+        ["test/good/0.png", "test/ok/0.png"],
+        r"test/good and .*test/ok stand for the same",
+    ),
+    "two tests": (
+        ["test/cut/0.png", "test_public/cut/0.png"],
+        r"test and .*test_public stand for the same",
+    ),
+    "two layouts": (
+        ["good/0.png"],
+        r"cup is in two layouts, MVTec AD and plain folders: .*cup/train or .*cup/good",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "message"), AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_what_is_ambiguous_is_named(tmp_path: Path, files: list[str], message: str) -> None:
+    touch(tmp_path, "cup/train/good/0.png", *(f"cup/{file}" for file in files))
+    with pytest.raises(DataError, match=message):
+        find_categories(tmp_path)
+    with pytest.raises(DataError, match=message):
+        find_categories(tmp_path / "cup")
+
+
+def test_the_contents_say_what_lacks_a_mask(mvtec: Path) -> None:
+    bolt, _ = find_categories(mvtec)
+    assert bolt.contents == "bolt: 1 normal images to learn from"
+    shutil.rmtree(mvtec / "nut/ground_truth/bent")
+    assert only(mvtec / "nut").contents == (
+        "nut: 3 normal images to learn from; to test 2 bent, 1 good, 1 scratch; masks of 1 of 3"
+        " defective ones (no pixel metrics, test/bent/000.png has none)"
+    )
+    shutil.rmtree(mvtec / "nut/ground_truth")
+    assert only(mvtec / "nut").contents.endswith("1 scratch; no masks (no pixel metrics)")
 
 
 def test_plain_layout(tmp_path: Path) -> None:
@@ -251,8 +406,8 @@ def test_visa_layout(visa: Path) -> None:
     (candle,) = find_categories(visa)
     assert names(candle.good) == ["0000.JPG", "0001.JPG", "0003.JPG"]
     assert [(image.defect_type, image.path.name) for image in candle.test] == [
-        ("anomaly", "000.JPG"),
-        ("anomaly", "001.JPG"),
+        ("Anomaly", "000.JPG"),
+        ("Anomaly", "001.JPG"),
         ("good", "0002.JPG"),
         ("good", "0004.JPG"),
     ]
@@ -266,3 +421,50 @@ def test_visa_without_its_list_is_split_by_the_support_set(visa: Path) -> None:
     (candle,) = find_categories(visa)
     assert len(candle.good) == 5
     assert len(candle.held_out(candle.support_set(2, seed=0))) == 2 + 3
+
+
+def test_visa_lists_as_spreadsheets_save_them(visa: Path) -> None:
+    expected = find_categories(visa)
+    split_list = visa / "split_csv" / "1cls.csv"
+    lines = split_list.read_text().splitlines()
+    text = "\r\n".join(lines)
+    for data in (
+        text.replace(",", ";").encode(),
+        text.replace(",", "\t").encode("utf-8-sig"),
+        text.replace(",", "\t").encode("utf-16"),
+        text.replace("/", "\\").encode(),
+        text.replace("object,split,label,image", "Class, Set ,Label,Image_Path").encode(),
+        text.replace("object,split", '"Object","Split"').replace("train", " Train ").encode(),
+        text.replace("candle/Data", "./VisA/Candle/Data").encode(),
+        (text + "\r\nbougie,train,normal,bougie/Data/Images/Normal/é.JPG,").encode("latin-1"),
+        ("\r\n".join([lines[0], "", *lines[1:], ",,,,", ""])).encode(),
+    ):
+        split_list.write_bytes(data)
+        assert find_categories(visa) == expected, data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("object,", "thing,"), r"1cls\.csv has no column object but thing, split, .*: name its"),
+        (("object,split,label,image", "a,b,c,d"), "has no column object, split, image but a, b"),
+        (
+            ("candle,", "candles,"),
+            r"1cls\.csv sets no image of .*Normal aside for training",
+        ),
+        (
+            (",train,", ",learn,"),
+            "lines such as candle,train,candle/Data/Images/Normal/0000.JPG",
+        ),
+    ],
+)
+def test_a_visa_list_that_cannot_be_read_is_named(
+    visa: Path, change: tuple[str, str], message: str
+) -> None:
+    split_list = visa / "split_csv" / "1cls.csv"
+    split_list.write_text(split_list.read_text().replace(*change))
+    with pytest.raises(DataError, match=message):
+        find_categories(visa)
+    split_list.write_text("")
+    with pytest.raises(DataError, match="has no column object, split, image"):
+        find_categories(visa)

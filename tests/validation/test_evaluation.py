@@ -11,6 +11,7 @@ from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.calibration import calibrate
 from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
+from apt_ray.images import read_image
 from apt_ray.validation.evaluation import Result, TestSet, evaluate, format_table
 from apt_ray.validation.intervals import by_defect_type
 from tests.validation.test_intervals import scores
@@ -147,6 +148,38 @@ def test_a_mask_of_another_size_is_named(
     (with_masks,) = find_categories(tmp_path)
     with pytest.raises(DataError, match=r"_mask\.png is 7 x 5"):
         evaluate(with_masks, backbone=backbone, shots=2, seeds=(0,), settings=QUICK)
+
+
+def _with_masks(root: Path, category: Category, *masks: Image.Image) -> Category:
+    """Its two defective images have these masks, enlarged to their size."""
+    plain = _plain_category(root, category)
+    folder = root / category.name / "ground_truth" / "defective"
+    folder.mkdir(parents=True)
+    for image, mask in zip(plain.test, masks, strict=False):
+        mask.resize(read_image(image.path).size).save(folder / f"{image.path.stem}_mask.png")
+    (found,) = find_categories(root)
+    return found
+
+
+def test_masks_that_are_most_likely_inverted_are_refused(
+    category: Category, tmp_path: Path
+) -> None:
+    usual, inverted = Image.new("L", (10, 10)), Image.new("L", (10, 10), 255)
+    usual.putpixel((5, 5), 255)
+    inverted.putpixel((5, 5), 0)
+    message = rf"every mask of {category.name}, such as .*_mask\.png, marks more .*: invert them"
+    with pytest.raises(DataError, match=message):
+        TestSet.read(_with_masks(tmp_path / "all", category, inverted, inverted))
+    found = TestSet.read(_with_masks(tmp_path / "one", category, inverted, usual))
+    assert found.masks is not None
+    assert [mask.mean() > 0.5 for mask in (found.masks[0], found.masks[1])] == [True, False]
+
+
+def test_a_mask_without_paint_is_named(category: Category, tmp_path: Path) -> None:
+    white, black = Image.new("L", (10, 10), 255), Image.new("L", (10, 10))
+    found = _with_masks(tmp_path, category, white, black)
+    with pytest.raises(DataError, match=f"nothing is painted in the mask {found.test[1].mask},"):
+        TestSet.read(found)
 
 
 def test_a_category_without_test_images_is_refused(

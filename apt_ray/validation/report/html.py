@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from apt_ray import __version__
 from apt_ray.config import FitSettings
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.rule import resize_map
@@ -105,7 +105,7 @@ def _page(results: Sequence[Result], backbone: Backbone, settings: FitSettings) 
 </head>
 <body>
 <h1>Evaluation of {escape(names)}</h1>
-<p class="quiet">{now}, apt-ray {version("apt-ray")}; backbone {escape(model)},
+<p class="quiet">{now}, apt-ray {__version__}; backbone {escape(model)},
 {backbone.input_size} px, {backbone.spec.precision}, fingerprint {backbone.fingerprint};
 seeds {seeds}</p>
 <p class="quiet">{escape(chosen)}</p>
