@@ -117,6 +117,6 @@ def test_what_is_not_for_this_category_is_refused(registry: Registry, mlflow_ser
     registered = register(registry, make_prompt_set("theirs"))
     client = MlflowClient(mlflow_server)
     client.create_registered_model("apt-ours")
-    client.create_model_version("apt-ours", f"runs:/{registered.run_id}/version", registered.run_id)
+    client.copy_model_version(f"models:/apt-theirs/{registered.version}", "apt-ours")
     with pytest.raises(PromptSetError, match="holds a prompt set of theirs"):
         registry.load("ours", "1")

@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -16,7 +16,8 @@ from apt_ray.detection.calibration import calibrate
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import free_ports
 from apt_ray.errors import PromptSetError, RegistryError
-from apt_ray.registry import Registry, open_registry
+from apt_ray.registry import Registry, open_registry, promote, prune
+from apt_ray.registry.mlflow.names import MARK
 from tests.registry.registering import make_prompt_set
 
 TRIALS: list[Mapping[str, object]] = [
@@ -127,12 +128,119 @@ def test_damaged_artifact(registry: Registry, mlflow_server: str, tmp_path: Path
 
 
 def test_version_without_a_prompt_set(registry: Registry, mlflow_server: str) -> None:
-    register(registry, "foreign")
+    register(registry, "emptied")
     client = MlflowClient(mlflow_server)
-    run_id = client.create_run(client.create_experiment("somebody else's")).info.run_id
-    client.create_model_version("apt-foreign", source=f"runs:/{run_id}/model", run_id=run_id)
-    with pytest.raises(RegistryError, match="version 2 of foreign holds no prompt set"):
-        registry.load("foreign", "2")
+    run_id = client.create_run(client.create_experiment("emptied")).info.run_id
+    client.create_model_version(
+        "apt-emptied", source=f"runs:/{run_id}/model", run_id=run_id, tags={MARK: "version"}
+    )
+    with pytest.raises(RegistryError, match="version 2 of emptied holds no prompt set"):
+        registry.load("emptied", "2")
+
+
+def put_by_others(client: MlflowClient, model: str) -> str:
+    """A version without the mark, by another team's hand; its number."""
+    experiment = client.get_experiment_by_name("somebody else's")
+    experiment_id = experiment.experiment_id if experiment else None
+    run = client.create_run(experiment_id or client.create_experiment("somebody else's"))
+    source = f"runs:/{run.info.run_id}/model"
+    number: str = client.create_model_version(model, source, run_id=run.info.run_id).version
+    return number
+
+
+def test_a_model_of_others_is_left_alone_whatever_its_name(
+    registry: Registry, mlflow_server: str
+) -> None:
+    client = MlflowClient(mlflow_server)
+    client.create_registered_model("apt-portfolio", tags={"team": "finance"})
+    for _ in range(3):
+        put_by_others(client, "apt-portfolio")
+    client.set_registered_model_alias("apt-portfolio", "champion", "3")
+    assert "portfolio" not in registry.aliases()
+    assert registry.versions("portfolio") == []
+    assert not [one for one in prune(registry, keep=1, days=0) if one.category == "portfolio"]
+    asks: list[Callable[[], object]] = [
+        lambda: registry.resolve("portfolio"),
+        lambda: registry.load("portfolio", "2"),
+        lambda: registry.history("portfolio"),
+        lambda: registry.delete("portfolio", 1),
+        lambda: prune(registry, ["portfolio"], keep=1, days=0),
+        lambda: promote(registry, "portfolio", "1", force="mine"),
+        lambda: register(registry, "portfolio"),
+    ]
+    for ask in asks:
+        with pytest.raises(RegistryError, match=r"apt-ray \(it lacks the tag `apt-ray`\)"):
+            ask()
+    model = client.get_registered_model("apt-portfolio")
+    assert (model.tags, model.aliases) == ({"team": "finance"}, {"champion": "3"})
+    assert len(client.search_model_versions("name = 'apt-portfolio'")) == 3
+    # Its owner may hand it over.
+    client.set_registered_model_tag("apt-portfolio", MARK, "category")
+    register(registry, "portfolio")
+    assert registry.versions("portfolio") == [4]
+
+
+def test_a_version_of_others_among_ones_own_is_passed_over(
+    registry: Registry, mlflow_server: str
+) -> None:
+    client = MlflowClient(mlflow_server)
+    for seed in range(3):
+        register(registry, "visited", seed=seed)
+    number = put_by_others(client, "apt-visited")
+    assert number == "4"
+    assert registry.versions("visited") == [3, 2, 1]
+    assert [one.version for one in prune(registry, ["visited"], keep=1, days=0, dry_run=False)] == [
+        2
+    ]
+    register(registry, "visited", seed=3)
+    assert registry.aliases()["visited"] == {"champion": 1, "candidate": 5}
+    put_by_others(client, "apt-visited")
+    assert registry.resolve("visited", "candidate").version == 5
+    client.set_registered_model_alias("apt-visited", "champion", "4")
+    with pytest.raises(RegistryError, match=r"version 4 of .* was not registered by apt-ray"):
+        registry.load("visited")
+    assert len(client.search_model_versions("name = 'apt-visited'")) == 5
+
+
+def test_what_was_registered_before_there_was_a_mark_is_known_by_its_other_tags(
+    registry: Registry, mlflow_server: str
+) -> None:
+    client = MlflowClient(mlflow_server)
+    for name in ("served", "waiting"):
+        for seed in (0, 1):
+            registry.register(
+                make_prompt_set(name, seed=seed), pictures={}, trials=[], promote=name == "served"
+            )
+            client.delete_model_version_tag(f"apt-{name}", str(seed + 1), MARK)
+        client.delete_registered_model_tag(f"apt-{name}", MARK)
+        assert registry.versions(name) == [2, 1]
+        assert name in registry.aliases()
+    put_by_others(client, "apt-served")
+    assert registry.aliases()["served"] == {"champion": 1, "candidate": 2}
+    assert registry.history("served").champion == 1
+    registry.load("waiting", "1")
+    register(registry, "waiting", seed=2)
+    assert MARK in client.get_registered_model("apt-waiting").tags
+    registry.delete("waiting", 1)
+    assert registry.versions("waiting") == [3, 2]
+
+
+def test_deleting_a_copy_leaves_the_run_of_the_original(
+    registry: Registry, mlflow_server: str
+) -> None:
+    client = MlflowClient(mlflow_server)
+    register(registry, "original")
+    for _ in range(2):
+        client.copy_model_version("models:/apt-original/1", "apt-copy")
+    assert registry.versions("copy") == [2, 1]
+    assert "copy" in registry.aliases()
+    registry.delete("copy", 1)
+    run_id = registry.resolve("original").run_id
+    assert client.get_run(run_id).info.lifecycle_stage == "active"
+    registry.load("original")
+    client.delete_model_version("apt-copy", "2")
+    registry.delete("original", 1)
+    assert client.get_run(run_id).info.lifecycle_stage == "deleted"
 
 
 def test_address_is_required(monkeypatch: pytest.MonkeyPatch) -> None:

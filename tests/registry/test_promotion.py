@@ -12,6 +12,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryConflictError, RegistryError
 from apt_ray.registry import Registry, open_registry, promote, roll_back
 from apt_ray.registry.mlflow import moves
+from apt_ray.registry.mlflow.names import MARK
 from apt_ray.validation import versions
 from apt_ray.validation.versions import compare_prompt_sets
 from tests.registry.registering import make_prompt_set, register, spoilt
@@ -157,10 +158,11 @@ def test_a_move_that_died_halfway_holds_up_nobody_for_long(
 ) -> None:
     served("died", 2)
     client = MlflowClient(mlflow_server)
-    client.create_registered_model("moving-apt-died-3-0", description="ann@host is moving it")
+    client.create_registered_model("moving-apt-died-3-0", {MARK: "move"}, "ann@host is moving it")
+    client.create_registered_model("moving-apt-died-3-1", description="somebody else's")
     with pytest.raises(RegistryConflictError, match="ann@host"):
         roll_back(registry, "died")
     monkeypatch.setattr(moves, "_ABANDONED_S", 0.0)
     assert roll_back(registry, "died").target == 1
     left = client.search_registered_models("name LIKE 'moving-%'")
-    assert [model.name for model in left if "died" in model.name] == []
+    assert [model.name for model in left if "died" in model.name] == ["moving-apt-died-3-1"]

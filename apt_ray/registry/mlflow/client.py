@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import time
+from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
@@ -15,13 +16,21 @@ from apt_ray.registry.contents import DIRECTORY, PROMPT_SET, Record
 from apt_ray.registry.history import Action, History, Move
 from apt_ray.registry.mlflow.connection import Connection
 from apt_ray.registry.mlflow.moves import move_champion, read_history, set_alias
-from apt_ray.registry.mlflow.names import EXPERIMENT, MODEL_PREFIX, TRIALS_EXPERIMENT, model_name
+from apt_ray.registry.mlflow.names import (
+    EXPERIMENT,
+    MARK,
+    MODEL_PREFIX,
+    TRIALS_EXPERIMENT,
+    is_category,
+    is_ours,
+    model_name,
+)
 from apt_ray.registry.mlflow.page import describe_category, describe_version, with_report
 from apt_ray.registry.protocol import CANDIDATE, CHAMPION, LoggedTrial, RegisteredVersion, Registry
 
 _PAGE = 1000
 _SUBMISSION = "submission"
-_HIDDEN_TAGS = ("mlflow.", _SUBMISSION)
+_HIDDEN_TAGS = ("mlflow.", _SUBMISSION, MARK)
 
 
 class MlflowRegistry(Registry):
@@ -54,6 +63,9 @@ class MlflowRegistry(Registry):
                 },
             )
             for model in answer.get("registered_models", []):
+                newest = [_tags(version) for version in model.get("latest_versions", [])]
+                if not is_category(_tags(model), newest):
+                    continue
                 aliases[model["name"].removeprefix(MODEL_PREFIX)] = {
                     alias["alias"]: int(alias["version"]) for alias in model.get("aliases", [])
                 }
@@ -69,14 +81,13 @@ class MlflowRegistry(Registry):
             found = self._find(category, reference)
             # One that somebody else put there need not have a run.
             run = client.get_run(found.run_id).data if found.run_id else None
-        logged = {} if run is None else run.tags
-        shown = {key: tag for key, tag in logged.items() if not key.startswith(_HIDDEN_TAGS)}
+        tags = ({} if run is None else run.tags) | found.tags
         return RegisteredVersion(
             category=category,
             version=int(found.version),
             aliases=tuple(found.aliases),
             run_id=found.run_id or "",
-            tags=shown | dict(found.tags),
+            tags={key: tag for key, tag in tags.items() if not key.startswith(_HIDDEN_TAGS)},
             settings={} if run is None else dict(run.params),
             metrics={} if run is None else dict(run.metrics),
         )
@@ -152,17 +163,19 @@ class MlflowRegistry(Registry):
                 page = client.search_model_versions(
                     f"name = '{model_name(category)}'", max_results=_PAGE, page_token=token
                 )
-                found += [int(version.version) for version in page]
+                found += [int(version.version) for version in page if is_ours(version.tags)]
                 token = page.token or ""
             return sorted(found, reverse=True)
 
     def delete(self, category: str, version: int) -> None:
-        """Delete a version and mark its run as deleted; `mlflow gc` then frees the space."""
-        name = model_name(category)
+        """Delete a version and mark its run as deleted; `mlflow gc` then frees the space.
+
+        The run of a version that was copied is left alone: it is that of the original, too.
+        """
         with self._connection.requests() as client:
-            run_id = client.get_model_version(name, str(version)).run_id
-            client.delete_model_version(name, str(version))
-            if run_id:
+            run_id = self._find(category, str(version)).run_id
+            client.delete_model_version(model_name(category), str(version))
+            if run_id and not client.search_model_versions(f"run_id = '{run_id}'"):
                 client.delete_run(run_id)
 
     def log_trials(self, search: str, trials: Sequence[LoggedTrial]) -> None:
@@ -217,7 +230,7 @@ class MlflowRegistry(Registry):
                     name,
                     source=f"runs:/{run_id}/{DIRECTORY}",
                     run_id=run_id,
-                    tags=dict(record.version_tags),
+                    tags={**record.version_tags, MARK: "version"},
                     description=page,
                 )
             except BaseException:
@@ -239,12 +252,12 @@ class MlflowRegistry(Registry):
 
     def _settle(self, record: Record, version: int) -> RegisteredVersion:
         """Point the aliases where they belong, whatever else is being registered meanwhile."""
-        category, name = record.category, model_name(record.category)
+        category = record.category
         with self._connection.requests() as client:
-            newest = self._newest(name)
+            newest = max(self.versions(category))
             while True:
-                set_alias(client, category, CANDIDATE, int(newest))
-                set_to, newest = newest, self._newest(name)
+                set_alias(client, category, CANDIDATE, newest)
+                set_to, newest = newest, max(self.versions(category))
                 if newest == set_to:
                     break
         history = self.history(category)
@@ -253,20 +266,15 @@ class MlflowRegistry(Registry):
                 self.move(history, version, action="first", why="the first version")
         return self.resolve(category, str(version))
 
-    def _newest(self, name: str) -> str:
-        (newest,) = self._client.search_model_versions(
-            f"name = '{name}'", max_results=1, order_by=["version_number DESC"]
-        )
-        return str(newest.version)
-
     def _create_registered_model(self, category: str) -> None:
+        name, kind = model_name(category), "category"
         try:
-            self._client.create_registered_model(
-                model_name(category), description=describe_category(category)
-            )
+            self._client.create_registered_model(name, {MARK: kind}, describe_category(category))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+            read_history(self._client, category)  # or it is somebody else's
+            self._client.set_registered_model_tag(name, MARK, kind)
 
     def _log(self, run_id: str, record: Record, page: str) -> None:
         now = int(time() * 1000)
@@ -298,13 +306,20 @@ class MlflowRegistry(Registry):
         name = model_name(category)
         try:
             if reference.isdecimal():
-                return self._client.get_model_version(name, reference)
-            return self._client.get_model_version_by_alias(name, reference)
+                found = self._client.get_model_version(name, reference)
+            else:
+                found = self._client.get_model_version_by_alias(name, reference)
         except MlflowException as error:
             # MLflow reports a missing alias as an invalid parameter.
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise self._absent(category, reference) from None
             raise
+        if not is_ours(found.tags):
+            raise RegistryError(
+                f"version {found.version} of the registered model {name} was not registered by"
+                f" apt-ray (it lacks the tag `{MARK}`): name another version, or another category"
+            )
+        return found
 
     def _logged(self, experiment: str, search: str) -> set[str]:
         """The trials of a search that are written already."""
@@ -317,3 +332,8 @@ class MlflowRegistry(Registry):
             known |= {run.data.tags["trial"] for run in page if "trial" in run.data.tags}
             token = page.token or ""
         return known
+
+
+def _tags(described: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of a model or version in MLflow's JSON, which leaves out what is empty."""
+    return {tag["key"]: tag.get("value", "") for tag in described.get("tags", [])}

@@ -7,6 +7,7 @@ other is told. That model is deleted once the move is in the history.
 """
 
 import getpass
+import itertools
 import json
 import os
 import socket
@@ -17,9 +18,9 @@ from dataclasses import asdict
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from apt_ray.errors import RegistryConflictError
+from apt_ray.errors import RegistryConflictError, RegistryError
 from apt_ray.registry.history import Action, History, Move
-from apt_ray.registry.mlflow.names import model_name
+from apt_ray.registry.mlflow.names import MARK, is_category, is_ours, model_name
 from apt_ray.registry.protocol import CANDIDATE, CHAMPION
 
 _POINTER = "history_run"
@@ -30,13 +31,19 @@ _LONGEST_WHY = 2000
 
 
 def read_history(client: MlflowClient, category: str) -> History:
-    """The history of a category that exists."""
+    """The history of a category that exists; RegistryError if its model is somebody else's."""
     return _read(client, category)[0]
 
 
 def _read(client: MlflowClient, category: str) -> tuple[History, str | None]:
     """The history and the run that keeps it, if there is one already."""
     model = client.get_registered_model(model_name(category))
+    if not is_category(model.tags, [version.tags for version in model.latest_versions]):
+        raise RegistryError(
+            f"the registered model {model.name} was not made by apt-ray (it lacks the tag"
+            f" `{MARK}`): name the category otherwise, or hand the model over to apt-ray by setting"
+            " that tag on it"
+        )
     aliases = {alias: int(version) for alias, version in model.aliases.items()}
     run_id = model.tags.get(_POINTER)
     tags = client.get_run(run_id).data.tags if run_id else {}
@@ -99,15 +106,14 @@ def set_alias(client: MlflowClient, category: str, alias: str, version: int) -> 
 
 def _take_ticket(client: MlflowClient, category: str, number: int) -> list[str]:
     """The names to delete once the move is made; one whose maker died is passed over."""
-    tickets: list[str] = []
-    while True:
-        ticket = f"moving-{model_name(category)}-{number}-{len(tickets)}"
-        tickets.append(ticket)
+    abandoned: list[str] = []
+    for attempt in itertools.count():
+        ticket = f"moving-{model_name(category)}-{number}-{attempt}"
         try:
             client.create_registered_model(
-                ticket, description=f"{_who()} is moving the champion of {category}"
+                ticket, {MARK: "move"}, f"{_who()} is moving the champion of {category}"
             )
-            return tickets
+            return [*abandoned, ticket]
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -119,6 +125,9 @@ def _take_ticket(client: MlflowClient, category: str, number: int) -> list[str]:
             raise RegistryConflictError(
                 f"{taken.description} at this moment: look at the history, then decide again"
             )
+        if is_ours(taken.tags):
+            abandoned.append(ticket)
+    raise AssertionError("unreachable")
 
 
 def _create_history(client: MlflowClient, category: str, experiment_id: str) -> str:
