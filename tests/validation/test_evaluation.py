@@ -9,7 +9,7 @@ from PIL import Image
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.calibration import calibrate
-from apt_ray.errors import DataError
+from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.validation.evaluation import Result, TestSet, evaluate, format_table
 from apt_ray.validation.intervals import by_defect_type
@@ -147,6 +147,14 @@ def test_a_mask_of_another_size_is_named(
     (with_masks,) = find_categories(tmp_path)
     with pytest.raises(DataError, match=r"_mask\.png is 7 x 5"):
         evaluate(with_masks, backbone=backbone, shots=2, seeds=(0,), settings=QUICK)
+
+
+@pytest.mark.parametrize("seeds", [(), (0, 0), (-1,)])
+def test_odd_seeds_are_refused(
+    backbone: FrozenCLIP, category: Category, seeds: tuple[int, ...]
+) -> None:
+    with pytest.raises(SettingsError, match="seed"):
+        evaluate(category, backbone=backbone, shots=1, seeds=seeds, settings=QUICK)
 
 
 def test_a_category_without_test_images_is_refused(
