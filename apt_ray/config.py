@@ -20,6 +20,7 @@ BACKBONE, TRUNK, TIMM = "backbone", "trunk", "timm:"
 Precision = Literal["float32", "bfloat16"]
 
 NoiseRegion = Literal["random", "everywhere"]
+_OLDER_REGIONS = (("object", "everywhere"),)
 
 SomeSettings = TypeVar("SomeSettings", bound="Settings")
 
@@ -52,10 +53,12 @@ class Flag:
     Attributes:
         names: The flag and its synonyms; empty means `--` and the field's name.
         metavar: What stands for the value in the help; None is the last word of the flag.
+        older: Former values of a choice, each with what it is called now.
     """
 
     names: tuple[str, ...] = ()
     metavar: str | None = None
+    older: tuple[tuple[str, str], ...] = ()
 
 
 class BackboneSpec(Settings):
@@ -208,7 +211,7 @@ class FitSettings(Settings):
         description="What noise is added to: pixels, patch tokens (then relative to their"
         " length), or either in turn.",
     )
-    region: NoiseRegion = Field(
+    region: Annotated[NoiseRegion, Flag(older=_OLDER_REGIONS)] = Field(
         default="random", description="Where noise falls: in random regions, or everywhere."
     )
     object_mask: bool = Field(
@@ -216,7 +219,7 @@ class FitSettings(Settings):
         description="Keep noise on the part, where the backbone tells it from its ground.",
     )
     steps: int = Field(default=100, ge=1, le=100_000, description="Optimisation steps.")
-    seed: int = Field(default=0, ge=0, description="Seed of contexts, noise and batches.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of contexts, noise and batches.")
     reference_weight: float = Field(
         default=0.85, ge=0, le=1, description="0 uses the prompts only, 1 the reference only."
     )
@@ -248,7 +251,7 @@ class FitSettings(Settings):
     @classmethod
     def _older_name(cls, value: Any) -> Any:
         """Prompt sets written by version 0.1 say "object" for "everywhere"."""
-        return "everywhere" if value == "object" else value
+        return dict(_OLDER_REGIONS).get(value, value) if isinstance(value, str) else value
 
     @field_validator("noise_strength")
     @classmethod

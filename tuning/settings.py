@@ -22,7 +22,9 @@ class SearchSettings(Settings):
     shots: int = Field(
         default=4, ge=1, description="Normal images that each prompt set is fitted to."
     )
-    support_seeds: Annotated[tuple[int, ...], Flag(names=("--seeds",))] = Field(
+    support_seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Flag(names=("--seeds",))
+    ] = Field(
         default=(0, 1, 2),
         min_length=1,
         description="Each draws a support set: a trial is judged on all of them, the winner is"
@@ -60,7 +62,7 @@ class SearchSettings(Settings):
             " registered as candidate. No limit by default.",
         )
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the settings that are tried.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the settings that are tried.")
     promote: Literal["auto", "never"] = Field(
         default="auto",
         description="auto lets a winner become the champion by the registry's rules, never leaves"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,13 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def _run(options: argparse.Namespace) -> int:
     check_writable(options.json)
-    from apt_ray.validation.intervals import compare, format_differences, load_scores
+    from apt_ray.validation.intervals import compare, format_differences, in_one_only, load_scores
 
-    differences = compare(load_scores(options.before), load_scores(options.after))
+    before, after = load_scores(options.before), load_scores(options.after)
+    differences = compare(before, after)
     print(format_differences(differences))
+    for left_out in in_one_only(before, after):
+        print(f"not compared: {left_out}", file=sys.stderr)
     if options.json is not None:
         rows = [asdict(difference) for difference in differences]
         keep(options.json, partial(write_json, value=rows))

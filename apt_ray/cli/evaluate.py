@@ -19,7 +19,7 @@ from apt_ray.cli.common import (
     count,
     settings,
 )
-from apt_ray.cli.flags import integers
+from apt_ray.cli.flags import seeds
 from apt_ray.errors import AptError, WriteError
 from apt_ray.files import check_writable, keep, location, write_json
 
@@ -46,7 +46,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     evaluate.add_argument("--shots", type=count, default=4, help="support images a fit (4)")
     evaluate.add_argument(
-        "--seeds", type=integers, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
+        "--seeds", type=seeds, default=(0, 1, 2), help="comma-separated seeds (0,1,2)"
     )
     evaluate.add_argument(
         "--calibrate",

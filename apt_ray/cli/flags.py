@@ -1,12 +1,14 @@
 """Command-line flags made from settings, so that every command has all of them."""
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from apt_ray.config import BackboneSpec, Flag, Settings, SomeSettings
+from apt_ray.config import BackboneSpec, FitSettings, Flag, Settings, SomeSettings
+from apt_ray.errors import SettingsError
 
 
 def add_flags(
@@ -54,14 +56,19 @@ def add_flags(
             )
             continue
         number = next((part for part in (int, float) if part in kinds), str)
+        older = dict(spelling.older)
         parser.add_argument(
             *flags,
             dest=prefix + name,
-            type=type(choices[0]) if choices else number,
+            type=partial(_newer, older) if older else type(choices[0]) if choices else number,
             choices=choices,
             metavar=metavar,
             help=text,
         )
+
+
+def _newer(older: Mapping[str, str], text: str) -> str:
+    return older.get(text, text)
 
 
 def _help(field: FieldInfo) -> str:
@@ -86,6 +93,19 @@ def integers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0,1,2") from None
+
+
+def seeds(text: str) -> list[int]:
+    """Seeds between commas, as argparse reads them: each once."""
+    found = integers(text)
+    for seed in found:
+        try:
+            FitSettings.parse({"seed": seed})
+        except SettingsError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} holds a seed twice: each counts once")
+    return found
 
 
 class _Joined(argparse.Action):

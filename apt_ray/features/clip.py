@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -275,11 +276,11 @@ def load_backbone(spec: BackboneSpec | None = None, *, device: str = "cpu") -> F
 def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).add(1).item()
-    except Exception as error:  # torch raises nearly anything, and its lines are many
+    except Exception as error:  # torch raises nearly anything, at any length
         cuda = [f"cuda:{place}" for place in range(torch.cuda.device_count())]
         mps = ["mps"] if torch.backends.mps.is_available() else []
         raise BackboneError(
-            f"nothing can be computed on device {device!r} ({str(error).splitlines()[0]}): use one"
+            f"nothing can be computed on device {device!r} ({shorten(str(error), 120)}): use one"
             f" that is here, {', '.join(['cpu', *cuda, *mps])}"
         ) from error
 

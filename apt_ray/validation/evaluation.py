@@ -22,7 +22,7 @@ from apt_ray.data.folders import Category
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.rule import resize_map
-from apt_ray.errors import DataError
+from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.files import Location
 from apt_ray.images import read_image, read_mask
@@ -132,8 +132,12 @@ def evaluate(
     Raises:
         DataError: too few images, no test images of one kind, a broken file, a mask of another
             size.
+        SettingsError: no seeds, or one that is given twice or out of range.
     """
     settings = settings or FitSettings()
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise SettingsError(f"got the seeds {list(seeds)}: give at least one, and none twice")
+    fits = {seed: FitSettings.parse({**settings.model_dump(), "seed": seed}) for seed in seeds}
     report = progress or (lambda _what, _done, _total: None)
     test = TestSet.read(category)
     supports = {seed: category.support_set(shots, seed) for seed in seeds}
@@ -146,7 +150,7 @@ def evaluate(
         prompt_set = fit(
             category.name,
             support,
-            settings.model_copy(update={"seed": seed}),
+            fits[seed],
             backbone=backbone,
             calibration=further[seed],
             progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]

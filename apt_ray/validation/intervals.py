@@ -8,10 +8,12 @@ I test images, H histogram bins, R resamples.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from apt_ray.auroc import auroc_of_counts
 from apt_ray.errors import DataError
 from apt_ray.files import writing
 from apt_ray.tables import markdown
+from apt_ray.text import printable
 from apt_ray.validation.metrics import image_auroc
 
 METRICS = ("image_auroc", "pixel_auroc")
@@ -144,10 +147,13 @@ def compare(
     for (category, variant), pairs in groups.items():
         first = pairs[0][0]
         for scores in (scores for pair in pairs for scores in pair):
-            if scores.names != first.names:
+            if scores.names != first.names or scores.defect_types != first.defect_types:
+                odd = sorted(set(scores.names) ^ set(first.names))
+                example = f", such as {printable(odd[0])}" if odd else ""
                 raise DataError(
-                    f"{category}: the files were made from other test images: evaluate both on the"
-                    f" same folder, whose support images lie apart from its test images"
+                    f"{category}: the files were made from other test images, or other labels of"
+                    f" them ({len(odd)} are not in both{example}): evaluate both on one folder,"
+                    f" whose support images lie apart from its test images"
                 )
         value_SX = [
             [resample(scores, resamples=resamples, seed=seed) for scores in pair] for pair in pairs
@@ -174,6 +180,23 @@ def compare(
                 )
             )
     return differences
+
+
+def in_one_only(before: Sequence[ImageScores], after: Sequence[ImageScores]) -> list[str]:
+    """What `compare` passes over because one of the two lacks it, in words."""
+    earlier, later = (
+        {
+            f"{one.category}, {one.variant}, seed {one.seed}, {metric.replace('_auroc', ' AUROC')}"
+            for one in scores
+            for metric in METRICS
+            if metric == "image_auroc" or one.normal_IH is not None
+        }
+        for scores in (before, after)
+    )
+    return [
+        *(f"{lacking}: only before" for lacking in sorted(earlier - later)),
+        *(f"{lacking}: only after" for lacking in sorted(later - earlier)),
+    ]
 
 
 def resample(scores: ImageScores, *, resamples: int = 1000, seed: int = 0) -> dict[str, Floats]:
@@ -248,11 +271,12 @@ def save_scores(path: Path, scores: Sequence[ImageScores]) -> None:
 def load_scores(path: Path) -> list[ImageScores]:
     """Read what `save_scores` wrote; DataError if it is something else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged one open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = dict(file)
         count = len({name.split("/")[0] for name in arrays})
         return [_unpack(arrays, str(number)) for number in range(count)]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} holds no scores ({error}): write it with `apt-ray evaluate --scores {path}`"
         ) from error

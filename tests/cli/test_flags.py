@@ -17,6 +17,9 @@ class Sorting(Settings):
     speed: int = Field(default=3, ge=1, description="Parts a second.")
     arm: Literal["left", "right"] = Field(default="left", description="The arm that sorts.")
     is_gentle: bool = Field(default=True, description="Whether parts are laid down.")
+    side: Annotated[Literal["up", "down"], Flag(older=(("top", "up"),))] = Field(
+        default="down", description="Which side lies up."
+    )
     bins: Annotated[tuple[int, ...], Flag(names=("--boxes", "--bins"), metavar="N")] = Field(
         default=(1, 2), description="Where 100% of the parts go."
     )
@@ -38,6 +41,7 @@ def read(*arguments: str, **others: object) -> Sorting:
     [
         ("", Sorting()),
         ("--speed 2 --arm right --no-is-gentle", Sorting(speed=2, arm="right", is_gentle=False)),
+        ("--side top", Sorting(side="up")),
         ("--boxes 3,4", Sorting(bins=(3, 4))),
         ("--bins 3 4", Sorting(bins=(3, 4))),
     ],

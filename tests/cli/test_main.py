@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from apt_ray.cli.main import main
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.images import read_image
+from apt_ray.validation.intervals import load_scores, save_scores
 
 
 def test_fit_then_inspect_writes_overlays_and_results(
@@ -48,7 +50,7 @@ def test_every_switch_of_the_method_is_a_flag(
         " --no-self-optimising --reference-rotations 4 --reference-size 50"
     )
     arguments = ["fit", "--data", str(category), "--out", str(file), "--shots", "2", "--steps", "2"]
-    assert main([*arguments, *switches.split()]) == 0
+    assert main([*arguments, *switches.replace("everywhere", "object").split()]) == 0
     assert "4 passes of the vision tower" in capsys.readouterr().out
     prompt_set = PromptSet.load(file)
     assert prompt_set.backbone.tiles == 2
@@ -89,6 +91,10 @@ def test_compare_reads_what_evaluate_kept(
     assert f"| {name} | prompts | image AUROC |" in capsys.readouterr().out
     differences = json.loads((tmp_path / "differences.json").read_text())
     assert {d["metric"] for d in differences} == {"image_auroc", "pixel_auroc"}
+    after = load_scores(Path(files[1]))
+    save_scores(Path(files[1]), [*after, replace(after[0], category="nut")])
+    assert main(["compare", *files]) == 0
+    assert "not compared: nut, prompts, seed 0, image AUROC: only after" in capsys.readouterr().err
     reference = [d for d in differences if d["variant"] == "reference"]
     assert all(d["low"] == d["high"] == 0 for d in reference), "steps do not change the memory"
 
@@ -138,6 +144,21 @@ def test_a_mistake_gives_one_clear_line_and_status_one(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("seeds", ["", "0,0", "one", "0,,1", "-1", "1e3", "9" * 30])
+def test_odd_seeds_are_wrong_usage(seeds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--data", "/absent", f"--seeds={seeds}"])
+    assert "argument --seeds" in capsys.readouterr().err
+
+
+def test_a_seed_that_is_too_large_is_a_setting_out_of_range(
+    category: Category, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fit", "--data", str(category.root), "--out", str(tmp_path / "x")]
+    assert main([*arguments, "--seed", "9" * 30]) == 1
+    assert "seed: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--json", "--out"])
@@ -240,12 +261,13 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(
 
 
 def test_a_screen_that_takes_nothing_is_one_line(set_file: str, category: Category) -> None:
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
             [sys.executable, "-m", "apt_ray", "inspect", set_file, str(category.good[0])],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
+            check=False,
         )
     assert ended.returncode == 1
     assert ended.stderr == "error: [Errno 28] No space left on device\n"
@@ -330,10 +352,9 @@ def test_names_that_are_not_utf_8_are_shown_as_escapes(
     for kind in ("train/good", "test/good", "test/kratzer"):
         (root / kind).mkdir(parents=True)
         for i in range(3):
-            name = os.fsencode(root / kind) + b"/St\xfcck %d.png" % i
-            with open(name, "wb") as file:
-                file.write(category.good[i].read_bytes())
-    os.rename(root / "test/kratzer", os.fsencode(root / "test") + b"/kr\xe4tzer")
+            name = os.fsdecode(b"St\xfcck %d.png" % i)
+            (root / kind / name).write_bytes(category.good[i].read_bytes())
+    (root / "test/kratzer").rename(root / "test" / os.fsdecode(b"kr\xe4tzer"))
     one, results = str(tmp_path / "set.safetensors"), tmp_path / "results.json"
     data = ["--data", str(root), "--shots", "2", "--steps", "1"]
     assert main(["fit", *data, "--out", one]) == 0

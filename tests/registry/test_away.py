@@ -1,7 +1,9 @@
 """The registry away, its artifacts tampered with, and what waits or is cached on disk."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,36 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Switch]:
     switch = Switch(tmp_path_factory.mktemp("away") / "mlflow", free_ports(1)[0])
     yield switch
     switch.off()
+
+
+class _Page(BaseHTTPRequestHandler):
+    """A web site."""
+
+    def do_GET(self) -> None:
+        body = b"<!doctype html><title>Something else</title>" * 50
+        self.send_response(200 if self.path == "/health" or self.server.found else 404)  # type: ignore[attr-defined]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_another_server_is_told_from_mlflow(found: bool) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server:
+        server.found = found  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        registry = open_registry(f"http://127.0.0.1:{server.server_port}")
+        for ask in (registry.check, registry.aliases, lambda: registry.versions("nut")):
+            with pytest.raises(RegistryError, match="does not speak as an MLflow server") as caught:
+                ask()
+            assert "correct the address" in str(caught.value)
+            assert "doctype" not in str(caught.value)
+        server.shutdown()
 
 
 def test_what_could_not_be_registered_waits_and_is_registered_once(

@@ -9,7 +9,7 @@ from PIL import Image
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.calibration import calibrate
-from apt_ray.errors import DataError
+from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import Result, TestSet, evaluate, format_table
@@ -180,6 +180,12 @@ def test_a_mask_without_paint_is_named(category: Category, tmp_path: Path) -> No
     found = _with_masks(tmp_path, category, white, black)
     with pytest.raises(DataError, match=f"nothing is painted in the mask {found.test[1].mask},"):
         TestSet.read(found)
+@pytest.mark.parametrize("seeds", [(), (0, 0), (-1,)])
+def test_odd_seeds_are_refused(
+    backbone: FrozenCLIP, category: Category, seeds: tuple[int, ...]
+) -> None:
+    with pytest.raises(SettingsError, match="seed"):
+        evaluate(category, backbone=backbone, shots=1, seeds=seeds, settings=QUICK)
 
 
 def test_a_category_without_test_images_is_refused(

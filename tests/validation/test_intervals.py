@@ -14,6 +14,7 @@ from apt_ray.validation.intervals import (
     format_differences,
     format_types,
     histogram,
+    in_one_only,
     load_scores,
     save_scores,
 )
@@ -101,8 +102,22 @@ def test_runs_that_cannot_be_paired_are_refused() -> None:
     one = scores(0, 1.0)
     with pytest.raises(DataError, match="no category, variant and seed in common"):
         compare([one], [replace(one, seed=1)])
-    with pytest.raises(DataError, match="other test images"):
+    with pytest.raises(DataError, match=r"other test images.*\(2 are not in both, such as .*\.png"):
         compare([one], [replace(one, names=(*one.names[1:], "new.png"))])
+    with pytest.raises(DataError, match="other labels"):
+        compare([one], [replace(one, defect_types=("good", *one.defect_types[1:-1], "good"))])
+
+
+def test_what_is_in_one_run_only_is_said() -> None:
+    one, blind = scores(0, 1.0), scores(1, 1.0, pixels=False)
+    assert in_one_only([one], [one]) == []
+    before = [one, replace(one, seed=1), replace(one, category="nut")]
+    assert in_one_only(before, [one, blind]) == [
+        "nut, both, seed 0, image AUROC: only before",
+        "nut, both, seed 0, pixel AUROC: only before",
+        "tile, both, seed 1, pixel AUROC: only before",
+    ]
+    assert in_one_only([one], [one, blind]) == ["tile, both, seed 1, image AUROC: only after"]
 
 
 def test_scores_survive_the_file_and_other_files_are_refused(tmp_path: Path) -> None:
@@ -122,3 +137,9 @@ def test_scores_survive_the_file_and_other_files_are_refused(tmp_path: Path) -> 
         load_scores(tmp_path / "other.npz")
     with pytest.raises(DataError, match="holds no scores"):
         load_scores(tmp_path / "missing.npz")
+    whole = (tmp_path / "scores.npz").read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], whole[:middle] + bytes(64) + whole[middle + 64 :]):
+        (tmp_path / "other.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match="holds no scores"):
+            load_scores(tmp_path / "other.npz")

@@ -64,11 +64,8 @@ def draw_sheet(
     ):
         left = place % _COLUMNS * (_SIDE + _GAP)
         top = place // _COLUMNS * row_height
-        draw.text(
-            (left, top + 2),
-            f"{printable(name)}, score {inspection.anomaly_score:.3f}",
-            fill="black",
-        )
+        caption = f"{printable(name)}, score {inspection.anomaly_score:.3f}"
+        draw.text((left, top + 2), caption, fill="black")
         overlay = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)
         for line, picture in enumerate((image, overlay)):
             small = ImageOps.contain(picture, (_SIDE, _SIDE))

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 from urllib.request import urlopen
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 from requests.exceptions import RequestException
@@ -56,9 +56,7 @@ class Connection:
         try:
             yield self.client
         except MlflowException as error:
-            raise RegistryError(
-                f"the registry at {self.address} refused: {self.redacted(error)}"
-            ) from error
+            raise self._refusal(error) from error
 
     def get(self, endpoint: str, parameters: dict[str, str]) -> Any:
         """The JSON of one GET request, without retries.
@@ -83,13 +81,22 @@ class Connection:
                 if isinstance(cause, RequestException):
                     raise self._unavailable(type(cause).__name__) from None
                 cause = cause.__cause__ or cause.__context__
-            raise RegistryError(
-                f"the registry at {self.address} refused: {self.redacted(error)}"
-            ) from error
+            raise self._refusal(error) from error
 
     def redacted(self, error: Exception) -> str:
         """The error's message without the credentials that the address may hold."""
         return str(error).replace(self.uri, self.address)
+
+    def _refusal(self, error: MlflowException) -> RegistryError:
+        # MLflow refuses in JSON; whatever else a server says, its client quotes as a body.
+        said = self.redacted(error)
+        reason, _, foreign = said.partition(". Response body: ")
+        if foreign and not isinstance(error, RestException):
+            return RegistryError(
+                f"what answers at {self.address} does not speak as an MLflow server ({reason}):"
+                " correct the address (MLFLOW_TRACKING_URI), or what stands before the server"
+            )
+        return RegistryError(f"the registry at {self.address} refused: {said}")
 
     def _probe(self) -> None:
         try:
