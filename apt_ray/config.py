@@ -14,6 +14,10 @@ NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 BUILTIN = "builtin"
 
+TRUNK_STAGES, TRUNK_INPUT_SIZE, TRUNK_POOL = (2, 4), 320, 1
+"""What the trunk is read at by default: 40 channels at an eighth of the size and 112 at a
+sixteenth, of an image of so many pixels a side, averaged over so many places."""
+
 BACKBONE, TRUNK, TIMM = "backbone", "trunk", "timm:"
 """What the name of a model of timm follows, where it is the reference encoder."""
 
@@ -118,6 +122,11 @@ class BackboneSpec(Settings):
         description="Blocks of a ViT, or stages of a CNN (from 0), whose features the reference"
         " memory holds; None is the encoder's default.",
     )
+    reference_lengths: bool = Field(
+        default=True,
+        description="Whether the memory of a CNN also compares how strongly places answer in its"
+        " last stage, beside directions.",
+    )
     reference_input_size: int | None = Field(
         default=None,
         gt=0,
@@ -135,6 +144,12 @@ class BackboneSpec(Settings):
     @classmethod
     def _file_name(cls, value: object) -> object:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("reference_layers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """A search space and a trial's record say "2,4"."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _of_another_encoder(self) -> "BackboneSpec":

@@ -1,9 +1,10 @@
-"""What a search found: which trial of a category won, and what mattered."""
+"""What a search found: which trial of a category won, by how much, and what mattered."""
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import AptError, DataError
@@ -11,10 +12,25 @@ from apt_ray.registry import RegisteredVersion
 from tuning.records import TrialRecord
 from tuning.space import Space, distributions
 
+MIN_STANDARD_ERRORS = 2.0
+"""By so many a winner must be better than the settings that hold without a search."""
+
 _FEWEST_FOR_IMPORTANCE = 4
+
+_FEWEST_IMAGES = 3  # fewer differences tell nothing of their error
 
 
 def choose_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
+    """The trial whose settings are to be fitted: the best one, if it is better than the first by
+    more than chance, and else the first."""
+    best = best_trial(trials)
+    gain = gain_over_first(trials, best)
+    if gain is None or gain.is_seen:
+        return best
+    return next(trial for trial in trials if trial.number == 0)
+
+
+def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord:
     """The best validation value among the trials that went furthest; of equals, the least spread.
 
     A trial that was stopped early has a value of fewer steps, which compares with none of a later
@@ -27,6 +43,38 @@ def choose_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
     return max(
         contenders, key=lambda trial: (_or_worst(trial.validation[-1]), -trial.validation_sd[-1])
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gain:
+    """How much better than the first trial, whose settings hold without a search, another is.
+
+    Attributes:
+        mean: Of the validation value, over the judged images.
+        error: Standard error of that mean, of paired differences.
+    """
+
+    mean: float
+    error: float
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether it is more than chance: above `MIN_STANDARD_ERRORS` of its errors."""
+        return self.mean > MIN_STANDARD_ERRORS * self.error
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} ± {100 * self.error:.1f} points"
+
+
+def gain_over_first(trials: Sequence[TrialRecord], trial: TrialRecord) -> Gain | None:
+    """The gain of a trial; None where the first has not come as far, or cannot be compared."""
+    first = next((one for one in trials if one.number == 0), None)
+    if first is None or len(first.steps) != len(trial.steps) or len(first.images) < _FEWEST_IMAGES:
+        return None
+    pairs = zip(trial.images, first.images, strict=True)
+    differences = [after - before for after, before in pairs]
+    error = stdev(differences) / math.sqrt(len(differences))
+    return Gain(mean=fmean(differences), error=error)
 
 
 def importances(trials: Sequence[TrialRecord], space: Space) -> dict[str, float]:
@@ -65,6 +113,7 @@ class TunedCategory:
     Attributes:
         trials: All of its trials, in the order of drawing.
         winner: The trial whose settings the prompt set was fitted with.
+        verdict: What the search found, in a sentence.
         importances: Searched setting -> share in the variance of the value; may be empty.
         prompt_set: The fit on all shots.
         version: What the registry made of it.
@@ -73,6 +122,7 @@ class TunedCategory:
 
     trials: Sequence[TrialRecord]
     winner: TrialRecord
+    verdict: str
     importances: Mapping[str, float]
     prompt_set: PromptSet
     version: RegisteredVersion
@@ -86,7 +136,9 @@ class TunedCategory:
             "status": "registered",
             "version": self.version.version,
             "aliases": list(self.version.aliases),
+            "verdict": self.verdict,
             "settings": settings.model_dump(),
+            "backbone": self.prompt_set.backbone.model_dump(mode="json"),
             "metrics": self.prompt_set.metrics,
             "importances": dict(self.importances),
             "threshold": threshold.value,
@@ -95,6 +147,19 @@ class TunedCategory:
             "trials": [trial.row() for trial in self.trials],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
         }
+
+
+def say_what_was_found(trials: Sequence[TrialRecord]) -> str:
+    """Whether the search found anything better than the settings that hold without one."""
+    best = best_trial(trials)
+    gain = gain_over_first(trials, best)
+    if best.number == 0:
+        return "the search found nothing better than the defaults"
+    if gain is None:
+        return "the defaults have not come as far as the winner, or too few images judge them"
+    if gain.is_seen:
+        return f"the winner is better than the defaults by {gain} of validation value"
+    return f"the search found nothing better than the defaults: the best trial is {gain} ahead"
 
 
 def _no_result(trials: Sequence[TrialRecord]) -> AptError:
