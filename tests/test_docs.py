@@ -169,6 +169,7 @@ def read_and_do(
     return printed
 
 
+@pytest.mark.timeout(900)
 def test_the_blocks_without_servers_run_from_an_empty_folder(tmp_path: Path) -> None:
     """With few steps and little data; `make docs` runs them as they are written."""
     folder = tmp_path / "empty"
