@@ -5,7 +5,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from apt_ray.anomalies.spec import BankSpec, file_digests
 from apt_ray.config import BackboneSpec, FitSettings, Flag, Settings
@@ -22,7 +22,7 @@ class SearchSettings(Settings):
     shots: int = Field(
         default=4, ge=1, description="Normal images that each prompt set is fitted to."
     )
-    support_seeds: Annotated[tuple[int, ...], Flag(names=("--seeds",))] = Field(
+    support_seeds: Annotated[tuple[NonNegativeInt, ...], Flag(names=("--seeds",))] = Field(
         default=(0, 1, 2),
         min_length=1,
         description="Each draws a support set: a trial is judged on all of them, the winner is"

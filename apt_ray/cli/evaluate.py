@@ -14,10 +14,9 @@ from apt_ray.cli.common import (
     add_command,
     add_settings,
     backbone,
-    count,
     settings,
 )
-from apt_ray.cli.flags import integers
+from apt_ray.cli.flags import count, integers
 from apt_ray.errors import AptError
 from apt_ray.files import location, write_json
 

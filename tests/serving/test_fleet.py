@@ -109,7 +109,22 @@ def test_the_examples_in_the_shipped_file_are_accepted(tmp_path: Path) -> None:
         ("categories: {nut: {threshold: 2}}", "less than or equal to 1"),
         ("categories: {'a/b': {}}", "a/b"),
         ("categories: {}", "names none"),
-        ("categories: everything", "'all'"),
+        ("categories: everything", "categories: Input should be 'all'"),
+        ("categories: [nut, bolt]", "categories: Input should be a valid dictionary"),
+        ("categories: {nut: {threshold: 0.9}, bolt: {}, nut: {}}", "nut stands there twice"),
+        ("pools: {a: {threads: 1, threads: 2}}", "threads stands there twice"),
+        ("categories: {4711: {}}", "4711 is no text to YAML: quote it, '4711'"),
+        ("categories: {0123: {}}", "quote it, '0123'"),
+        ("categories: {no: {}}", "quote it, 'no'"),
+        ("categories: {2024-05-01: {}}", "quote it, '2024-05-01'"),
+        ("categories: {nut: {alias: 7}}", "categories.nut.alias: .* string: quote it .got 7"),
+        ("categories: {nut: {alias: 2024-13-45}}", "cannot read the fleet file"),
+        ("pool: 1", "pool: .*quote it"),
+        ("auth: {tokens: [{name: 3, sha256: '" + 64 * "0" + "'}]}", "name: .*quote it"),
+        ("auth: {tokens: [{name: me, sha256: " + 64 * "1" + "}]}", "sha256: .*quote it"),
+        ("http: {timeout_s: .inf}", "http.timeout_s: Input should be a finite number"),
+        ("registry: {poll_s: .nan}", "registry.poll_s: Input should be a finite number"),
+        ("defaults: {num_cpus: .inf}", "defaults.num_cpus: Input should be a finite number"),
         ("defaults: {num_gpus: 1.5}", "whole number"),
         ("categories: {nut: {pool: tial}}", "no pool 'tial'"),
         ("pool: tial", "no pool 'tial'"),
@@ -136,6 +151,26 @@ def test_a_bad_file_is_refused_by_what_is_wrong(tmp_path: Path, text: str, says:
     with pytest.raises(FleetError, match=says) as caught:
         Fleet.read(path)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_wrong_is_told_in_the_files_own_words(tmp_path: Path) -> None:
+    text = "categories: {'a/b': {}, nut: {threshold: 2, pool: ''}}"
+    with pytest.raises(FleetError) as caught:
+        Fleet.read(write(tmp_path, text))
+    said = str(caught.value)
+    assert "categories.a/b: String should match" in said
+    assert "categories.nut.threshold: " in said
+    for inner in ("literal", "dict[", "function", "[key]"):
+        assert inner not in said
+
+
+def test_a_file_of_another_encoding_is_read_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_bytes("pool: null\n".encode("utf-8-sig"))
+    assert Fleet.read(path) == Fleet()
+    path.write_bytes("pool: null\n".encode("utf-16"))
+    with pytest.raises(FleetError, match="save it as UTF-8"):
+        Fleet.read(path)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -256,6 +291,28 @@ def test_a_token_is_shown_once_and_its_entry_is_accepted(
     assert out.strip() not in err
 
 
+@pytest.mark.parametrize("name", ["3", "no", "a, b: #c", "- x", "Zoë 🏭", 'it\'s "me"', "x" * 99])
+def test_the_entry_of_any_name_is_accepted(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command.main(["token", name]) == 0
+    entry = capsys.readouterr().err.splitlines()[-1]
+    (token,) = Fleet.read(write(tmp_path, f"auth:\n  tokens:\n{entry}")).auth.tokens
+    assert token.name == name
+
+
+@pytest.mark.parametrize(
+    "arguments", [[""], ["two\nlines"], ["me", "--scope", "rule"], ["me", "--scope", "inspect:a/b"]]
+)
+def test_no_token_is_made_that_the_fleet_file_would_refuse(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["token", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("error: ")
+
+
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port that is taken but does not listen."""
@@ -272,6 +329,17 @@ def test_deploy_says_what_it_cannot_do_without_touching_a_cluster(
     assert command.main(["deploy", str(SHIPPED), option, value]) == 1
     expected = {"--mlflow": "start one with `mlflow server`", "--host": "serving.fleet token"}
     assert expected[option] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--timeout=nan", "--timeout=inf", "--timeout=-1", "--http-port=0", "--http-port=65536"]
+)
+def test_deploy_takes_no_numbers_that_mean_nothing(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["deploy", str(SHIPPED), flag])
+    assert "must be " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["down"]])
