@@ -27,6 +27,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from apt_ray.config import CATEGORY_NAME
 from apt_ray.errors import DataError
 from apt_ray.files import Location, S3Path, absolute, file_sha256, read_file
 from apt_ray.images import IMAGE_SUFFIXES
@@ -36,7 +37,7 @@ _GROUND_TRUTH = "ground_truth"
 _VISA_NORMAL, _VISA_ANOMALY = "Data/Images/Normal", "Data/Images/Anomaly"
 _VISA_MASKS = "Data/Masks/Anomaly"
 _VISA_SPLITS = "split_csv"
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(CATEGORY_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from ray.serve.schema import ServeDeploySchema
 
-from apt_ray.errors import FleetError
+from apt_ray.errors import FleetError, RegistryError
 from serving import fleet as command
 from serving.app import PoolArgs
 from serving.controller.orders import Plan
 from serving.deploy.cluster import Capacity, Cluster
+from serving.deploy.deployment import resolve
 from serving.deploy.plan import (
     HttpAddress,
     Pool,
@@ -24,6 +25,8 @@ from serving.deploy.plan import (
 )
 from serving.regions import mask_of_png
 from serving.settings import CategoryEntry, Fleet
+from tests.registry.fake import FakeRegistry
+from tests.registry.registering import make_prompt_set
 
 SHIPPED = Path(__file__).resolve().parents[2] / "serving" / "fleet.yaml"
 TWO_CPUS = Capacity(cpus=2, gpus=0, node_cpus=2, node_gpus=0, grows=False)
@@ -349,6 +352,27 @@ def test_an_absent_cluster_is_reported_at_once(
     address = f"127.0.0.1:{closed_port}"
     assert command.main([*arguments, "--ray-address", address]) == 1
     assert "ray start --head" in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_told_beside_what_can() -> None:
+    class Registry(FakeRegistry):
+        def aliases(self) -> dict[str, dict[str, int]]:
+            return super().aliases() | {"two words": {"champion": 1}}
+
+    registry = Registry()
+    for name in ("nut", "bolt"):
+        registry.register(make_prompt_set(name), pictures={}, trials=[])
+    entries, absent = resolve(Fleet(), registry)
+    assert list(entries) == ["bolt", "nut"]
+    assert list(absent) == ["two words"]
+    named = {"nut": {}, "bolt": {"version": 9}, "washer": {}, "two": {"alias": "spare"}}
+    entries, absent = resolve(Fleet.parse({"categories": named}), registry)
+    assert set(entries) == set(named)
+    assert set(absent) == {"bolt", "washer", "two"}
+    assert "no category 'washer'; it has bolt" in absent["washer"]
+    registry.is_away = True
+    with pytest.raises(RegistryError):
+        resolve(Fleet(), registry)
 
 
 def test_of_two_deploys_at_once_one_is_told(ray_local: None) -> None:
