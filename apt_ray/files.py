@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from apt_ray.errors import DataError, WriteError
+from apt_ray.machine import expanded
 from apt_ray.optional import require
 
 _SCHEME = "s3://"
@@ -45,7 +46,7 @@ def location(text: str) -> Location:
 
 def absolute(path: Location) -> Location:
     """The path in a form that means the same in other processes."""
-    return path if isinstance(path, S3Path) else Path(os.path.abspath(path.expanduser()))
+    return path if isinstance(path, S3Path) else Path(os.path.abspath(expanded(path)))
 
 
 def read_file(path: Location) -> bytes:

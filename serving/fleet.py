@@ -13,6 +13,7 @@ import yaml
 from apt_ray.cli.flags import number
 from apt_ray.cli.registry import add_verbs
 from apt_ray.errors import AptError
+from apt_ray.machine import settle
 from apt_ray.optional import require
 from serving.settings import ApiToken, Fleet
 
@@ -20,6 +21,7 @@ from serving.settings import ApiToken, Fleet
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    settle()
     try:
         if "ray_address" in arguments:
             require("ray", "fastapi", "python_multipart", "mlflow", extra="serve")

@@ -1,9 +1,7 @@
 """Deploying a fleet: one at a time, growing before shrinking, waiting until it serves."""
 
 import copy
-import getpass
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +10,7 @@ from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
 
 from apt_ray.config import CATEGORY_NAME
 from apt_ray.errors import FleetError, RegistryError, RegistryUnavailableError, SettingsError
+from apt_ray.machine import who
 from apt_ray.registry import CHAMPION, Registry
 from serving.app import CONTROLLER, ROOT, pool_application
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan
@@ -68,7 +67,7 @@ def deploy(
         fleet,
         pools,
         revision=revision,
-        deployed_by=f"{getpass.getuser()}@{socket.gethostname()}",
+        deployed_by=who(),
         tracking_uri=tracking_uri,
         address=address,
         gpus=capacity.gpus > 0,
