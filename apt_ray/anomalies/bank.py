@@ -31,6 +31,7 @@ from apt_ray.errors import SettingsError, WriteError
 from apt_ray.features.pixels import resize_pixels
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 from apt_ray.files import writing
+from apt_ray.machine import expanded
 from apt_ray.tensors import seal, unseal
 
 VIEWS = 4
@@ -281,8 +282,8 @@ class BankCache:
 
 def default_cache_folder() -> Path:
     """Where banks are cached unless told otherwise: $XDG_CACHE_HOME/apt-ray, or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "apt-ray" / "banks"
+    cache = os.environ.get("XDG_CACHE_HOME") or expanded(Path("~/.cache"))
+    return Path(cache) / "apt-ray" / "banks"
 
 
 def _flatten(bank: SupportBank) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from apt_ray.errors import AptError
 from apt_ray.files import write_json, write_whole
+from apt_ray.machine import settle
 
 HOST = "127.0.0.1"
 _READY_TIMEOUT_S = 120
@@ -52,14 +53,22 @@ class Server:
 
     @classmethod
     def launch(
-        cls, name: str, command: Sequence[str], *, url: str, log: Path, env: Mapping[str, str]
+        cls,
+        name: str,
+        command: Sequence[str],
+        *,
+        url: str,
+        log: Path,
+        env: Mapping[str, str],
+        folder: Path | None = None,
     ) -> "Server":
-        """Start `command` in a session of its own: Ctrl-C reaches its parent alone."""
+        """Start `command`, in `folder`, in its own session: Ctrl-C reaches its parent alone."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command,
                 env=env,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -168,6 +177,7 @@ class LocalStack:
             "RAY_ADDRESS": f"{HOST}:{gcs_port}",
             "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard_port}",
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
+            **_direct(),
         }
         exports = [f"export {name}={shlex.quote(v)}\n" for name, v in self.environment.items()]
         write_whole(self.folder / "env", "".join(exports))
@@ -297,8 +307,9 @@ def launch_mlflow(
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         *("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", database or f"sqlite:///{folder}/mlflow.db"),
-        *("--artifacts-destination", artifacts or str(folder / "artifacts")),
+        # As seen from the folder, whose own name may mean something else in an address (%, ?, #).
+        *("--backend-store-uri", database or "sqlite:///mlflow.db"),
+        *("--artifacts-destination", artifacts or "artifacts"),
     ]
     # The runner of MLflow's jobs serves its language-model features alone.
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
@@ -308,6 +319,7 @@ def launch_mlflow(
         url=f"http://{HOST}:{port}",
         log=folder.parent / "logs" / "mlflow.log",
         env=_server_environment() | env,
+        folder=folder,
     )
 
 
@@ -325,8 +337,17 @@ def free_ports(count: int) -> list[int]:
 
 def command_environment() -> dict[str, str]:
     """This process's environment, with the commands of its Python environment found first."""
+    settle()
     commands = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": os.pathsep.join([commands, os.environ.get("PATH", "")])}
+    path = os.pathsep.join([commands, os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, **_direct()}
+
+
+def _direct() -> dict[str, str]:
+    """What keeps requests to this machine away from the proxy that others may need."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = given if given == "*" else ",".join(filter(None, [given, HOST, "localhost"]))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def _server_environment() -> dict[str, str]:
