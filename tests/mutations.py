@@ -12,6 +12,15 @@ from functools import lru_cache
 
 from PIL import Image, ImageCms
 
+# Chunks of a PNG that are a few numbers, as they should be.
+_NUMBERS = {
+    b"pHYs": struct.pack(">IIB", 2835, 2835, 1),
+    b"gAMA": struct.pack(">I", 45455),
+    b"cHRM": struct.pack(">8I", *range(31270, 31278)),
+    b"tIME": struct.pack(">H5B", 2026, 1, 2, 3, 4, 5),
+    b"sRGB": b"\0",
+}
+
 
 @lru_cache(maxsize=1)
 def originals() -> tuple[bytes, ...]:
@@ -210,21 +219,30 @@ def _payload(g: random.Random, sound: bytes) -> bytes:
 
 def _ancillary_chunk(g: random.Random, exif: bytes, profile: bytes) -> bytes:
     """A chunk that says nothing of the pixels: damaged within, or of a kind that nobody knows."""
+    kind = g.choice((b"eXIf", b"iCCP", b"tEXt", b"zTXt", b"iTXt", *_NUMBERS, b"ruSt"))
     text = _payload(g, b"a part, photographed on Friday")
-    packed = g.choice((zlib.compress(text), zlib.compress(bytes(4_000_000)), text))
-    contents = {
-        b"eXIf": exif.removeprefix(b"Exif\0\0"),
-        b"iCCP": b"profile\0\0" + g.choice((zlib.compress(profile), profile, packed)),
-        b"tEXt": g.choice((b"Comment\0", b"", b"\0", b"k" * 200)) + text,
-        b"zTXt": g.choice((b"Comment\0\0", b"Comment\0\x07", b"Comment")) + packed,
-        b"iTXt": g.choice((b"Title\0\1\0de\0T\xc3\0", b"Title\0\0\0\0\0", b"Title\0\1", b""))
-        + packed,
-        b"pHYs": _payload(g, struct.pack(">IIB", 2835, 2835, 1)),
-        b"gAMA": _payload(g, struct.pack(">I", 45455)),
-        b"cHRM": _payload(g, struct.pack(">8I", *range(31270, 31278))),
-        b"tIME": _payload(g, struct.pack(">H5B", 2026, 1, 2, 3, 4, 5)),
-        b"sRGB": _payload(g, b"\0"),
-        b"ruSt": g.randbytes(20),
-    }
-    kind = g.choice(sorted(contents))
-    return _chunk(kind, contents[kind][: g.choice((3_000_000, 3_000_000, g.randrange(50)))])
+    if kind == b"eXIf":
+        content = exif.removeprefix(b"Exif\0\0")
+    elif kind == b"iCCP":
+        content = b"profile\0\0" + _packed(g, profile)
+    elif kind == b"tEXt":
+        content = g.choice((b"Comment\0", b"", b"\0", b"k" * 200)) + text
+    elif kind == b"zTXt":
+        content = g.choice((b"Comment\0\0", b"Comment\0\x07", b"Comment")) + _packed(g, text)
+    elif kind == b"iTXt":
+        starts = (b"Title\0\1\0de\0T\xc3\0", b"Title\0\0\0\0\0", b"Title\0\1", b"")
+        content = g.choice(starts) + _packed(g, text)
+    else:
+        content = _payload(g, _NUMBERS.get(kind, b"?"))
+    return _chunk(kind, content[: g.choice((len(content), len(content), g.randrange(50)))])
+
+
+def _packed(g: random.Random, content: bytes) -> bytes:
+    """Compressed, or in its place a few bytes that become megabytes, or what was never packed."""
+    kind = g.randrange(3)
+    return content if kind == 0 else _bomb() if kind == 1 else zlib.compress(content, level=1)
+
+
+@lru_cache(maxsize=1)
+def _bomb() -> bytes:
+    return zlib.compress(bytes(4_000_000))
