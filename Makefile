@@ -36,7 +36,7 @@ test-core: $(READY) ## Install the wheel alone in an environment of its own, and
 docs: $(READY) ## Run every code block of the documents, servers included, as a reader would
 	$(BIN)/python -m pytest -m slow -s tests/test_docs.py $(PYTEST_ARGS)
 
-fuzz: $(READY) ## Decode 100,000 damaged image files (FUZZ_ARGS="--images 1000")
+fuzz: $(READY) ## Read 120,000 damaged images, masks and forms (FUZZ_ARGS="--inputs 1000")
 	$(BIN)/python -m benchmarks.fuzz $(FUZZ_ARGS)
 
 # The tool stands apart, in .mutants; what it mutates and what it found, in mutants.

@@ -21,6 +21,8 @@ from serving.regions import mask_png
 
 CategoryName = Annotated[str, StringConstraints(pattern=f"^{CATEGORY_NAME}$")]
 PoolName = CategoryName
+PathPrefix = Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)*$")]
+Origin = Annotated[str, StringConstraints(to_lower=True, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")]
 
 QUEUES_OF_SHARED_POOL = 4
 """A shared pool queues so many times what one category may: several busy ones, not all at once."""
@@ -72,12 +74,18 @@ class PoolSettings(Batching):
 
 
 class HttpLimits(Settings):
-    """What a request may be, before anything of it is decoded."""
+    """What a request may be, before anything of it is decoded, and where it comes from."""
 
     max_bytes: int = Field(default=20 * 2**20, gt=0)
     max_pixels: int = Field(default=40_000_000, gt=0)
     max_images: int = Field(default=16, ge=1)
     timeout_s: float = Field(default=30, gt=0)
+    root_path: PathPrefix = Field(
+        default="", description="What a web server before the fleet takes off the path."
+    )
+    allow_origins: tuple[Origin, ...] = Field(
+        default=(), description="Whose web pages may ask: scheme and host, as browsers send them."
+    )
 
     @property
     def image(self) -> ImageLimits:

@@ -241,6 +241,8 @@ class LocalStack:
         # Nor another proxy to ask while Serve does not notice that this one has ended: that takes
         # three checks in a row, every ten seconds by default.
         env["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
+        # A caller's header that is not UTF-8 would be answered with a bare 500.
+        env["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serving.api.headers.middlewares"
         return Server.launch(
             "Ray",
             command,

@@ -133,6 +133,29 @@ def too_large(detail: str) -> ProblemError:
     )
 
 
+def too_many_images(limit: int) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        "Too many images",
+        f"the form has more than the {limit} images accepted",
+        "Send them in several requests, or raise max_images in the fleet file.",
+    )
+
+
+def not_acceptable(detail: str, remedy: str) -> ProblemError:
+    return ProblemError(HTTPStatus.NOT_ACCEPTABLE, "Not acceptable", detail, remedy)
+
+
+def bad_form(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.BAD_REQUEST,
+        "Bad form",
+        detail,
+        "Send a whole multipart/form-data body, each image a part of it with a file name, as"
+        " `curl -F image=@part.png` does.",
+    )
+
+
 def not_an_image(detail: str) -> ProblemError:
     return ProblemError(
         HTTPStatus.BAD_REQUEST,

@@ -70,6 +70,22 @@ def test_a_fleet_on_a_real_cluster(
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["remedy"]
 
+    # Headers that Serve's own servers cannot read, and orders that are no caller's to give.
+    for name in (b"X-Request-ID", b"X-Session-Id", b"X-Request-Timeout-Seconds"):
+        for value in (b"Stra\xdfe", b"0.001", b"7" * 7000):
+            answer = httpx.post(
+                f"{deployed.url}/v1/blister/inspect",
+                content=picture,
+                headers=[(name, value)],
+                trust_env=False,
+            )
+            assert answer.status_code == 200, (name, value)
+            if name == b"X-Request-ID":
+                assert answer.headers["x-request-id"] == answer.json()["request_id"]
+                assert (answer.json()["request_id"] == "0.001") is (value == b"0.001")
+    head = httpx.head(f"{deployed.url}/healthz", trust_env=False)
+    assert (head.status_code, head.content) == (200, b"")
+
     # The registry decides on versions: a moved alias is followed and taken back under requests.
     before = deployed.replicas()
     with Load(deployed.url, ("blister", "washer"), picture, per_second=4) as load:

@@ -197,9 +197,10 @@ def test_too_many_bytes_are_refused_before_they_are_read(api: FastAPI) -> None:
             yield bytes(50_000)
 
     # Refused for what is announced, without reading; or as soon as the limit is passed.
-    announced = {"Content-Length": "200001"}
-    assert_problem(inspect(api, endless(), headers=announced), 413, "200,000 bytes")
-    assert read <= 50_000
+    for bytes_announced in ("200001", "9" * 5000):
+        announced = {"Content-Length": bytes_announced}
+        assert_problem(inspect(api, endless(), headers=announced), 413, "200,000 bytes")
+    assert read <= 100_000
     assert_problem(inspect(api, endless()), 413, "200,000 bytes")
     assert read <= 400_000
 
@@ -298,11 +299,66 @@ def test_several_images_of_one_form_are_answered_one_by_one(
         assert answer["anomaly_score"] == pytest.approx(alone["anomaly_score"], abs=1e-5)
         assert answer["version"] == 7
     assert (junk["status"], junk["title"]) == (400, "Not an image")
-    many = [("image", ("x", png(), "image/png"))] * 17
-    assert_problem(ask(api, "POST", "/v1/blister/inspect", files=many), 413, "16 images")
     headers = {"Accept": "image/png"}
     overlay = ask(api, "POST", "/v1/blister/inspect", files=files, headers=headers)
-    assert_problem(overlay, 413, "one image")
+    assert "application/json" in assert_problem(overlay, 406, "one image")["remedy"]
+    # A browser takes an image first, but anything.
+    headers = {"Accept": "text/html,image/avif,image/webp,image/png,*/*;q=0.8"}
+    anything = ask(api, "POST", "/v1/blister/inspect", files=files, headers=headers)
+    assert len(anything.json()["inspections"]) == 3
+
+
+@pytest.mark.parametrize("count", [17, 18, 19, 40])
+def test_a_form_of_too_many_images_is_told_so(api: FastAPI, count: int) -> None:
+    many = [("image", ("x", png(), "image/png"))] * count
+    problem = assert_problem(ask(api, "POST", "/v1/blister/inspect", files=many), 413, "16 images")
+    assert "max_images" in problem["remedy"]
+
+
+def form(*files: bytes, end: bytes = b"--x--\r\n") -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="part.png"\r\n\r\n'
+    return b"".join(head + file + b"\r\n" for file in files) + end
+
+
+def inspect_form(api: FastAPI, body: bytes, content_type: str = "") -> httpx.Response:
+    headers = {"Content-Type": content_type or "multipart/form-data; boundary=x"}
+    return inspect(api, body, headers=headers)
+
+
+def test_a_form_that_lost_its_end_is_refused_wherever_it_was_cut(api: FastAPI) -> None:
+    whole = form(png(), png())
+    assert len(inspect_form(api, whole).json()["inspections"]) == 2
+    assert inspect_form(api, whole.removesuffix(b"\r\n")).status_code == 200
+    second = whole.rindex(b"--x\r\n")
+    ends = (*range(second - 4, second + 70), *range(len(whole) - 40, len(whole) - 2))
+    for end in ends:
+        problem = assert_problem(inspect_form(api, whole[:end]), 400, "form")
+        assert problem["title"] == "Bad form"
+    assert_problem(inspect_form(api, form(png(), png(), end=b"")), 400, "closing boundary")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "says"),
+    [
+        ("multipart/form-data", "boundary"),
+        ("multipart/form-data; boundary=", "form"),
+        ("multipart/form-data; boundary=other", "form"),
+        (f"multipart/form-data; boundary={'x' * 5000}", "form"),
+        ("multipart/form-data; boundary=x; charset=undefined", "character set"),
+    ],
+)
+def test_a_form_that_cannot_be_read_is_the_callers_problem(
+    api: FastAPI, content_type: str, says: str
+) -> None:
+    problem = assert_problem(inspect_form(api, form(png()), content_type), 400, says)
+    assert "curl -F" in problem["remedy"]
+
+
+def test_an_image_without_a_file_name_is_told_what_it_lacks(api: FastAPI) -> None:
+    nameless = form(png()).replace(b'; filename="part.png"', b"")
+    assert "file name" in assert_problem(inspect_form(api, nameless), 400, "no file")["remedy"]
+    large = form(bytes(150_000)).replace(b'; filename="part.png"', b"")
+    assert "file name" in assert_problem(inspect_form(api, large), 400, "")["remedy"]
 
 
 def test_what_cannot_be_in_time_is_refused_at_once(
@@ -313,7 +369,17 @@ def test_what_cannot_be_in_time_is_refused_at_once(
     assert_problem(late, 503, "")
     assert int(late.headers["retry-after"]) >= 1
     assert_problem(inspect(api, png(), headers={"X-Timeout-Ms": "0"}), 422, "X-Timeout-Ms")
-    assert inspect(api, png(), headers={"X-Timeout-Ms": "20000"}).status_code == 200
+    for patient in ("20000", "9" * 400):
+        assert inspect(api, png(), headers={"X-Timeout-Ms": patient}).status_code == 200
+    endless = inspect(api, png(), headers={"X-Timeout-Ms": "9" * 5000})
+    assert_problem(endless, 422, "X-Timeout-Ms")
+
+
+def test_a_request_has_one_name_whatever_its_caller_calls_it(api: FastAPI) -> None:
+    for name in (b"Stra\xdfe 7", b"", b"7" * 7000):
+        answer = inspect(api, png(), headers=[(b"X-Request-ID", name)]).json()
+        assert len(answer["request_id"]) == 32  # one of the fleet's own
+    assert inspect(api, png(), headers={"X-Request-ID": "part-7"}).json()["request_id"] == "part-7"
 
 
 def test_a_caller_that_went_away_costs_no_forward_pass(

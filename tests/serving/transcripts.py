@@ -23,9 +23,13 @@ from tests.mutations import png_that_claims
 URL = "http://127.0.0.1:8000"
 
 _TOKEN = "the-token-of-line-3"
-_LIMITS = HttpLimits(max_bytes=1000, max_pixels=1000, timeout_s=0.2)
+_LIMITS = HttpLimits(max_bytes=1000, max_pixels=1000, max_images=2, timeout_s=0.2)
 _GIF = b"GIF89a"
 _LARGE = png_that_claims(20_000, 20_000)
+_FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+_FORM_PART = (
+    b'--x\r\nContent-Disposition: form-data; name="image"; filename="part.png"\r\n\r\nBM\r\n'
+)
 
 
 class _Scene:
@@ -65,6 +69,30 @@ def _api(*, tokens: bool) -> FastAPI:
 _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
     ("not an image", "--data-binary @notes.txt", "bottle", b"hello", {}, False),
     ("a damaged image", "--data-binary @half.png", "bottle", b"\x89PNG\r\n\x1a\n", {}, False),
+    (
+        "a form that lost its end",
+        "-H 'Content-Type: multipart/form-data; boundary=x' --data-binary @half.form",
+        "bottle",
+        _FORM_PART,
+        _FORM,
+        False,
+    ),
+    (
+        "an overlay of several images",
+        "-H 'Accept: image/png' -F image=@part.png -F image=@other.png",
+        "bottle",
+        2 * _FORM_PART + b"--x--",
+        _FORM | {"Accept": "image/png"},
+        False,
+    ),
+    (
+        "too many images",
+        "-F image=@1.png -F image=@2.png -F image=@3.png",
+        "bottle",
+        3 * _FORM_PART + b"--x--",
+        _FORM,
+        False,
+    ),
     ("no token", "--data-binary @part.png", "bottle", b"", {}, True),
     (
         "an unknown token",
