@@ -89,7 +89,7 @@ def fleet(
     *,
     haproxy: bool,
     threads: int,
-    max_queue: int = 64,
+    max_wait_s: float = 60,
     categories: Sequence[str] = (CATEGORY,),
     autoscaling: Mapping[str, object] = MappingProxyType({"max_replicas": 1}),
 ) -> Iterator[RunningFleet]:
@@ -112,7 +112,7 @@ def fleet(
                 "categories": {name: {"threshold": 1.0} for name in categories},
                 "defaults": {
                     "threads": threads,
-                    "max_queue": max_queue,
+                    "max_wait_s": max_wait_s,
                     "autoscaling": dict(autoscaling),
                 },
                 "registry": {"cache": str(folder / "cache")},

@@ -136,7 +136,7 @@ def main() -> None:
             prompt_set,
             haproxy=options.proxy == "haproxy",
             threads=1,
-            max_queue=16,
+            max_wait_s=2,
             categories=(CATEGORY, _QUIET),
         ) as running:
             alone, beside = (Steady(running.url, _QUIET, data) for _ in range(2))
