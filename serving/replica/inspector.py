@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -99,6 +98,7 @@ class Inspector:
         self._meter = meter
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
+        self._costs_s: dict[str, float] = {}
         self._loading = threading.Lock()
         self._admission = Admission(
             max_wait_s=batching.max_wait_s, shared=shared, decoders=_DECODERS, meter=meter
@@ -110,8 +110,12 @@ class Inspector:
         self._model = ThreadPoolExecutor(
             1, "model", initializer=torch.set_num_threads, initargs=(batching.threads,)
         )
+        # A CPU's thread is filled by one image, and more of them no longer fit its cache.
+        largest = batching.max_batch_size if device == "cuda" else batching.threads
         self._batcher: Batcher[_Job, _Result] = Batcher(
-            self._run, executor=self._model, max_batch_size=batching.max_batch_size
+            self._run,
+            executor=self._model,
+            max_batch_size=min(batching.max_batch_size, largest),
         )
 
     def load(self, category: str, order: Order, stored: StoredVersion) -> None:
@@ -127,12 +131,10 @@ class Inspector:
             served = build(
                 prompt_set, order, backbone, version=stored.version, run_id=stored.run_id
             )
-            loaded = self._served.copy().values()
-            if all(other.detector.backbone is not backbone for other in loaded):
-                # The first pass of a backbone also prepares for all later ones: it tells no cost.
-                self._model.submit(self_test, served, prompt_set).result()
-            seconds = self._model.submit(_seconds, partial(self_test, served, prompt_set)).result()
-            self._admission.expect(category, seconds)
+            self._model.submit(self_test, served, prompt_set).result()
+            before = self._served.get(category)
+            if before is None or before.detector.backbone is not backbone:
+                self._admission.expect(category, self._cost_s(backbone))
         except Exception:
             if self._meter:
                 self._meter.loaded(category, stored.version, succeeded=False)
@@ -289,6 +291,16 @@ class Inspector:
         self._admission.took(about.category, "conclude", time.monotonic() - started_at)
         return Inspected(report=report, picture_png=drawn)
 
+    def _cost_s(self, backbone: Backbone) -> float:
+        """Seconds of a backbone's pass over one image, measured once.
+
+        It has been used before, by a self-test: the first pass also prepares for all later ones.
+        """
+        with self._loading:
+            if backbone.fingerprint not in self._costs_s:
+                self._costs_s[backbone.fingerprint] = self._model.submit(_pass_s, backbone).result()
+            return self._costs_s[backbone.fingerprint]
+
     def _backbone(self, prompt_set: PromptSet) -> Backbone:
         """The backbone of a prompt set, which all categories that were fitted to it share."""
         with self._loading:
@@ -299,10 +311,12 @@ class Inspector:
             return backbone
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
+@torch.inference_mode()
+def _pass_s(backbone: Backbone) -> float:
+    pixels_1CHW = backbone.preprocess([Image.new("RGB", (1, 1))])
+    started_at = time.monotonic()
+    _ = backbone.encode_images(pixels_1CHW).cls_BE.cpu()  # a GPU has done its work by then
+    return time.monotonic() - started_at
 
 
 def _draw(inspection: Inspection, image: Image.Image | None, picture: Picture) -> bytes:

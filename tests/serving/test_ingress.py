@@ -260,7 +260,7 @@ def test_images_that_wait_together_are_inspected_together(
         return [(each.report.anomaly_score, each.report.timings_ms.inspect) for each in found]
 
     alone = inspector(backbone, prompt_set, Batching(max_batch_size=1))
-    batched = inspector(backbone, prompt_set, Batching(max_batch_size=4))
+    batched = inspector(backbone, prompt_set, Batching(max_batch_size=4, threads=4))
     scores, durations = zip(*asyncio.run(together(batched)), strict=True)
     expected, _ = zip(*asyncio.run(together(alone)), strict=True)
     assert scores == pytest.approx(expected, abs=1e-5)
@@ -393,7 +393,7 @@ async def _post_and_leave(api: FastAPI, data: bytes, *, after_s: float) -> None:
 def test_one_flooded_category_leaves_the_others_their_turn(
     backbone: FrozenCLIP, prompt_set: PromptSet
 ) -> None:
-    batching = Batching(max_batch_size=2, max_wait_s=1)
+    batching = Batching(max_batch_size=2, threads=2, max_wait_s=1)
     shared = Inspector(limits=LIMITS.image, batching=batching, shared=True)
     for name in ("blister", "nut"):
         stored = StoredVersion(
