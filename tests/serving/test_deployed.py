@@ -6,6 +6,7 @@ from contextlib import suppress
 from urllib.request import Request
 
 import httpx
+import psutil
 import pytest
 
 from apt_ray.data.folders import Category
@@ -15,9 +16,12 @@ from apt_ray.devtools.local_stack import LocalStack, fetch, free_ports
 from apt_ray.errors import AptError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
-from tests.serving.fleets import Deployed, Load
+from tests.serving.fleets import Deployed, Load, ray_workers
 
-TAIL = {"pools": {"tail": {}}, "defaults": {"autoscaling": {"max_replicas": 1}}}
+TAIL = {
+    "pools": {"tail": {}},
+    "defaults": {"max_wait_s": 20, "autoscaling": {"max_replicas": 1}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,8 @@ def test_a_fleet_on_a_real_cluster(
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["remedy"]
 
+    _check_proxy(deployed)
+
     # The registry decides on versions: a moved alias is followed and taken back under requests.
     before = deployed.replicas()
     with Load(deployed.url, ("blister", "washer"), picture, per_second=4) as load:
@@ -117,6 +123,17 @@ def test_a_fleet_on_a_real_cluster(
     assert "stopped 4 applications" in done.stdout
     with pytest.raises(httpx.ConnectError):
         httpx.get(deployed.url, trust_env=False)
+
+
+def _check_proxy(deployed: Deployed) -> None:
+    """HAProxy takes the requests in, and opens no port beside the fleet's."""
+    listening = {
+        connection.laddr
+        for process in ray_workers(deployed.stack, "bin/haproxy")
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", deployed.port)}
 
 
 def _check_metrics(deployed: Deployed) -> None:
