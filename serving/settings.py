@@ -24,9 +24,6 @@ PoolName = CategoryName
 PathPrefix = Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)*$")]
 Origin = Annotated[str, StringConstraints(to_lower=True, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")]
 
-QUEUES_OF_SHARED_POOL = 4
-"""A shared pool queues so many times what one category may: several busy ones, not all at once."""
-
 
 class Autoscaling(Settings):
     """Bounds and pace of one pool's replicas; the names are those of Ray Serve."""
@@ -50,8 +47,8 @@ class Batching(Settings):
 
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=8, ge=1)
-    max_queue: int = Field(
-        default=16, ge=1, description="Images of one category that may wait in a replica."
+    max_wait_s: float = Field(
+        default=2, gt=0, description="How long an image may have to wait for its turn."
     )
 
 

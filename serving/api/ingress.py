@@ -138,7 +138,8 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 alias="X-Timeout-Ms",
                 ge=1,
                 description="Milliseconds for which the answer is of use; after them, or when it is"
-                " plain that they will not do, the answer is 503. The fleet has its own limit.",
+                " plain that they will not do, the answer is 503. Without it an image is not let"
+                " wait for longer than the fleet file says (max_wait_s).",
             ),
         ] = None,
         request_id: Annotated[
@@ -170,7 +171,13 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
 
         async def answer(data: bytes) -> Inspected:
             return await _in_time(
-                service, category, data, "overlay" if wants_overlay else picture, seconds, started
+                service,
+                category,
+                data,
+                "overlay" if wants_overlay else picture,
+                seconds,
+                started,
+                is_asked_for=timeout_ms is not None,
             )
 
         try:
@@ -241,11 +248,14 @@ async def _in_time(
     picture: Picture | None,
     timeout_s: float,
     since: float,
+    *,
+    is_asked_for: bool,
 ) -> Inspected:
     left = max(timeout_s - (time.monotonic() - since), 0.001)
+    asked_for = left if is_asked_for else None
     try:
         return await asyncio.wait_for(
-            service.inspect(category, data, picture=picture, timeout_s=left), left
+            service.inspect(category, data, picture=picture, timeout_s=asked_for), left
         )
     except asyncio.TimeoutError:
         raise problems.overloaded(

@@ -80,7 +80,9 @@ def busy(detail: str, *, if_it_lasts: str, retry_after_s: int = 1) -> ProblemErr
 def overloaded(detail: str, *, retry_after_s: int = 1) -> ProblemError:
     """More is asked than the replicas can inspect."""
     return busy(
-        detail, if_it_lasts="raise max_replicas in the fleet file", retry_after_s=retry_after_s
+        detail,
+        if_it_lasts="raise max_replicas or max_wait_s in the fleet file",
+        retry_after_s=retry_after_s,
     )
 
 
@@ -90,7 +92,7 @@ def too_many(detail: str, *, retry_after_s: int = 1) -> ProblemError:
         HTTPStatus.TOO_MANY_REQUESTS,
         "Too many requests",
         detail,
-        f"Ask again in {retry_after_s} s; if it lasts, raise max_queue in the fleet file, or give"
+        f"Ask again in {retry_after_s} s; if it lasts, raise max_wait_s in the fleet file, or give"
         " the category a pool of its own.",
         headers={"Retry-After": str(retry_after_s)},
     )

@@ -6,6 +6,7 @@ from contextlib import suppress
 from urllib.request import Request
 
 import httpx
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -17,9 +18,12 @@ from apt_ray.errors import AptError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
 from tests.registry.registering import make_prompt_set
-from tests.serving.fleets import Deployed, Load
+from tests.serving.fleets import Deployed, Load, ray_workers
 
-TAIL = {"pools": {"tail": {}}, "defaults": {"autoscaling": {"max_replicas": 1}}}
+TAIL = {
+    "pools": {"tail": {}},
+    "defaults": {"max_wait_s": 20, "autoscaling": {"max_replicas": 1}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,7 @@ def test_a_fleet_on_a_real_cluster(
                 assert (answer.json()["request_id"] == "0.001") is (value == b"0.001")
     head = httpx.head(f"{deployed.url}/healthz", trust_env=False)
     assert (head.status_code, head.content) == (200, b"")
+    _check_proxy(deployed)
 
     # The registry decides on versions: a moved alias is followed and taken back under requests.
     before = deployed.replicas()
@@ -166,6 +171,17 @@ def test_a_fleet_on_a_real_cluster(
     assert "stopped 3 applications" in done.stdout
     with pytest.raises(httpx.ConnectError):
         httpx.get(deployed.url, trust_env=False)
+
+
+def _check_proxy(deployed: Deployed) -> None:
+    """HAProxy takes the requests in, and opens no port beside the fleet's."""
+    listening = {
+        connection.laddr
+        for process in ray_workers(deployed.stack, "bin/haproxy")
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", deployed.port)}
 
 
 def _check_metrics(deployed: Deployed) -> None:

@@ -157,7 +157,7 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
             self.errors = list(errors)
 
         async def inspect(
-            self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+            self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
         ) -> Inspected | Refusal:
             if self.errors:
                 raise self.errors.pop(0)

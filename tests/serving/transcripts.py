@@ -39,15 +39,19 @@ class _Scene:
         raise problems.unknown_category(category, ["bottle", "screw"])
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
     ) -> Inspected:
         if category == "flooded":
             raise problems.too_many(
-                "16 images of flooded are waiting for this replica already", retry_after_s=2
+                "64 images are waiting for this replica already, 64 of them of flooded: this"
+                " one's turn would come in about 2.1 s, later than the 2 s accepted",
+                retry_after_s=3,
             )
         if category == "busy":
             raise problems.overloaded(
-                "64 images are waiting for this replica already", retry_after_s=3
+                "64 images are waiting for this replica already: this one's turn would come in"
+                " about 2.1 s, later than the 2 s accepted",
+                retry_after_s=3,
             )
         if category == "new":
             raise problems.not_ready("new")
