@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-slow test-core fuzz mutants peers lint format clean
+.PHONY: help demo up down test test-slow test-core docs fuzz mutants peers lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,7 +33,10 @@ test-slow: $(READY) ## Run the slow tests
 test-core: $(READY) ## Install the wheel alone in an environment of its own, and use it
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py $(PYTEST_ARGS)
 
-fuzz: $(READY) ## Decode 100,000 damaged image files (FUZZ_ARGS="--images 1000")
+docs: $(READY) ## Run every code block of the documents, servers included, as a reader would
+	$(BIN)/python -m pytest -m slow -s tests/test_docs.py $(PYTEST_ARGS)
+
+fuzz: $(READY) ## Read 120,000 damaged images, masks and forms (FUZZ_ARGS="--inputs 1000")
 	$(BIN)/python -m benchmarks.fuzz $(FUZZ_ARGS)
 
 # The tool stands apart, in .mutants; what it mutates and what it found, in mutants.

@@ -7,6 +7,8 @@ used, so that `import apt_ray` costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from apt_ray.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from apt_ray.config import BackboneSpec as BackboneSpec
     from apt_ray.config import FitSettings as FitSettings
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
     from apt_ray.prompts.fit import fit as fit
     from apt_ray.validation.evaluation import Result as Result
     from apt_ray.validation.evaluation import evaluate as evaluate
-
-__version__ = "0.1.0"
 
 _HOME = {
     # Learn and inspect, in the order in which they are used.

@@ -3,14 +3,20 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from apt_ray.errors import SettingsError
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 """The noise strengths that an anomaly bank can hold: standard deviations of pixels in 0..1."""
+
+CATEGORY_NAME = "[A-Za-z0-9_-]+"
+"""What may name a category: folders, registered models and addresses carry its name as it is."""
 
 BUILTIN = "builtin"
 
@@ -32,7 +38,7 @@ SomeSettings = TypeVar("SomeSettings", bound="Settings")
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys refused, errors that name the valid range."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls: type[SomeSettings], values: Mapping[str, Any]) -> SomeSettings:
@@ -40,12 +46,17 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc'])) or cls.__name__}: {problem['msg']}"
-                f" (got {problem['input']!r})"
-                for problem in error.errors()
-            )
+            problems = "; ".join(map(_described, error.errors()))
             raise SettingsError(f"invalid settings: {problems}") from None
+
+
+def _described(problem: "ErrorDetails") -> str:
+    # Pydantic's own names, of a member of a union or of a key as such, are in brackets.
+    place = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
+    given, remedy = problem["input"], ""
+    if problem["type"] == "string_type" and not isinstance(given, dict | list | tuple | None):
+        remedy = ": quote it"
+    return f"{place or 'it'}: {problem['msg']}{remedy} (got {given!r})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

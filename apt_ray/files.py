@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from apt_ray.errors import DataError, WriteError
+from apt_ray.machine import expanded
 from apt_ray.optional import require
 
 _SCHEME = "s3://"
@@ -59,7 +60,7 @@ def location(path: AnyPath) -> Location:
 def absolute(path: AnyPath) -> Location:
     """The path in a form that means the same in other processes."""
     path = location(path)
-    return path if isinstance(path, S3Path) else Path(os.path.abspath(path.expanduser()))
+    return path if isinstance(path, S3Path) else Path(os.path.abspath(expanded(path)))
 
 
 def visible(folder: AnyPath) -> list[Location]:

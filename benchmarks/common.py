@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypedDict
 
 import optuna
 import psutil
@@ -22,23 +21,12 @@ from apt_ray.data.samples.factory import write_samples
 from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.features.torchvision_guard import import_open_clip
-from apt_ray.files import write_json
 from apt_ray.images import read_image
 from tuning.space import DEFAULT_SPACE, distributions
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 _CATEGORY = "washer"
-
-
-class Row(TypedDict):
-    """One comparison; `ratio` is baseline / ours, how many times better ours is."""
-
-    name: str
-    ours: float
-    baseline: float
-    ratio: float
-    unit: str
 
 
 class CpuMeter:
@@ -94,18 +82,6 @@ def median_seconds(
     for _ in range(warm_ups):
         timed(part, device)
     return statistics.median(timed(part, device) for _ in range(repeats))
-
-
-def write_rows(rows: Sequence[Row], file: Path | None) -> None:
-    """Print rows as a Markdown table and, if asked, write them as JSON."""
-    print("| what | ours | baseline | ratio | unit |\n|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['name']} | {row['ours']:.4g} | {row['baseline']:.4g} | {row['ratio']:.2f}"
-            f" | {row['unit']} |"
-        )
-    if file:
-        write_json(file, rows)
 
 
 def random_weights(name: str, folder: Path) -> BackboneSpec:

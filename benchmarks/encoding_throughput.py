@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from apt_ray.config import Precision
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
-from benchmarks.common import Row, median_seconds, random_weights, write_rows
+from benchmarks.common import median_seconds, random_weights
+from benchmarks.rows import Row, compared, write_rows
 
 _SIDES = {"cpu": 2048, "cuda": 8192}
 
@@ -63,13 +64,13 @@ def _row(backbone: Backbone, batch: int, ceiling: float, repeats: int) -> Row:
         lambda: backbone.encode_images(pixels_B3HW), backbone.device, repeats, warm_ups=2
     )
     speed = counter.get_total_flops() / seconds
-    return Row(
-        name=f"{backbone.spec.name}, {backbone.spec.precision}, batch {batch}:"
+    return compared(
+        f"{backbone.spec.name}, {backbone.spec.precision}, batch {batch}:"
         f" {batch / seconds:.0f} images/s",
-        ours=speed / 1e12,
-        baseline=ceiling / 1e12,
-        ratio=speed / ceiling,
-        unit="TFLOP/s",
+        speed / 1e12,
+        ceiling / 1e12,
+        "TFLOP/s",
+        more_is_better=True,
     )
 
 

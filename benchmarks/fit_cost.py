@@ -25,14 +25,13 @@ from apt_ray.prompts.losses import gradients_at_text
 from apt_ray.prompts.remember import remember
 from apt_ray.prompts.trainer import PromptTrainer
 from benchmarks.common import (
-    Row,
     load,
     median_seconds,
     sample_bank,
     sample_images,
     timed,
-    write_rows,
 )
+from benchmarks.rows import Row, compared, write_rows
 
 _SIDE = 1024
 
@@ -144,9 +143,7 @@ def _operations(part: Callable[[], object]) -> int:
 
 
 def _row(name: str, seconds: float, floor: float) -> Row:
-    return Row(
-        name=name, ours=1000 * seconds, baseline=1000 * floor, ratio=floor / seconds, unit="ms"
-    )
+    return compared(name, 1000 * seconds, 1000 * floor, "ms")
 
 
 if __name__ == "__main__":

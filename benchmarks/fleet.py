@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,11 @@ from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import HOST, LocalStack, Server, command_environment, free_ports
 from apt_ray.features.clip import load_backbone
-from apt_ray.files import write_json
 from apt_ray.images import decode_image
 from apt_ray.prompts.fit import fit
 
 CATEGORY = "washer"
+_SERVES_OWN_PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
 
 
 def prepare(folder: Path, backbone: str) -> tuple[PromptSet, bytes]:
@@ -87,9 +86,9 @@ def fleet(
     folder: Path,
     prompt_set: PromptSet,
     *,
-    haproxy: bool,
+    haproxy: bool = True,
     threads: int,
-    max_queue: int = 64,
+    max_wait_s: float = 60,
     categories: Sequence[str] = (CATEGORY,),
     autoscaling: Mapping[str, object] = MappingProxyType({"max_replicas": 1}),
 ) -> Iterator[RunningFleet]:
@@ -97,35 +96,34 @@ def fleet(
     from apt_ray.registry import open_registry
 
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="apt-bench-") as private:
-        # Ray makes its workers nice by default; the bare side is not, and both share the machine.
-        ray_env = {"RAY_worker_niceness": "0"} | (_haproxy(Path(private)) if haproxy else {})
-        stack = LocalStack(folder / "stack", ray_env=ray_env)
-        stack.start()
-        try:
-            registry = open_registry(stack.environment["MLFLOW_TRACKING_URI"])
-            for name in categories:
-                registry.register(prompt_set.with_category(name), pictures={}, trials=[])
-            (port,) = free_ports(1)
-            file = folder / "fleet.yaml"
-            settings = {
-                "categories": {name: {"threshold": 1.0} for name in categories},
-                "defaults": {
-                    "threads": threads,
-                    "max_queue": max_queue,
-                    "autoscaling": dict(autoscaling),
-                },
-                "registry": {"cache": str(folder / "cache")},
-            }
-            file.write_text(json.dumps(settings))
-            deploy(stack, file, port)
-            yield RunningFleet(
-                url=f"http://{HOST}:{port}",
-                tracking_uri=stack.environment["MLFLOW_TRACKING_URI"],
-                ray_pid=next(server.pid for server in stack.servers if server.name == "Ray"),
-            )
-        finally:
-            stack.stop()
+    # Ray makes its workers nice by default; the bare side is not, and both share the machine.
+    ray_env = {"RAY_worker_niceness": "0"} | ({} if haproxy else _SERVES_OWN_PROXY)
+    stack = LocalStack(folder / "stack", ray_env=ray_env)
+    stack.start()
+    try:
+        registry = open_registry(stack.environment["MLFLOW_TRACKING_URI"])
+        for name in categories:
+            registry.register(prompt_set.with_category(name), pictures={}, trials=[])
+        (port,) = free_ports(1)
+        file = folder / "fleet.yaml"
+        settings = {
+            "categories": {name: {"threshold": 1.0} for name in categories},
+            "defaults": {
+                "threads": threads,
+                "max_wait_s": max_wait_s,
+                "autoscaling": dict(autoscaling),
+            },
+            "registry": {"cache": str(folder / "cache")},
+        }
+        file.write_text(json.dumps(settings))
+        deploy(stack, file, port)
+        yield RunningFleet(
+            url=f"http://{HOST}:{port}",
+            tracking_uri=stack.environment["MLFLOW_TRACKING_URI"],
+            ray_pid=next(server.pid for server in stack.servers if server.name == "Ray"),
+        )
+    finally:
+        stack.stop()
 
 
 def deploy(stack: LocalStack, file: Path, port: int) -> None:
@@ -241,28 +239,6 @@ def echo() -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-
-
-def write(path: Path | None, result: object) -> None:
-    """Print a result, and write it if a path is given."""
-    print(json.dumps(result, indent=2))
-    if path:
-        write_json(path, result)
-
-
-def _haproxy(private: Path) -> dict[str, str]:
-    """Ray's HAProxy mode, with files and ports of its own."""
-    metrics, stats = free_ports(2)
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(private / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(private / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(private),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(private / "server-state"),
-    }
 
 
 def _random_weights(folder: Path, name: str) -> BackboneSpec:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from apt_ray import Detector, PromptSet, load_backbone, read_image
-from apt_ray.files import write_json
 from apt_ray.images import IMAGE_SUFFIXES
+from benchmarks.rows import Row, compared, write_rows
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     detector = Detector(load_backbone(prompt_set.backbone), prompt_set)
     paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     pictures = [read_image(path) for path in paths[: max(options.batch)]]
-    rows = []
+    rows: list[Row] = []
     for batch in options.batch:
         images = pictures[:batch]
         detector.inspect(images)
@@ -42,21 +42,13 @@ def main() -> None:
             detector.inspect(images)
             seconds.append(time.perf_counter() - started)
         milliseconds = 1000 * statistics.median(seconds) / len(images)
-        rows.append(
-            {
-                "backbone": prompt_set.backbone.name,
-                "input_size": detector.backbone.input_size,
-                "threads": options.threads,
-                "batch": len(images),
-                "ms_per_image": round(milliseconds, 1),
-            }
-        )
-        print(
-            f"{prompt_set.backbone.name}, {detector.backbone.input_size} px,"
-            f" {options.threads} threads, batch {len(images)}: {milliseconds:.1f} ms an image"
-        )
-    if options.json:
-        write_json(options.json, rows)
+        alone = rows[0]["baseline"] if rows else milliseconds
+        rows.append(compared(f"batch {len(images)}", milliseconds, alone, "ms an image"))
+    print(
+        f"{prompt_set.backbone.name}, {detector.backbone.input_size} px, {options.threads} threads;"
+        f" baseline: batch {options.batch[0]}\n"
+    )
+    write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

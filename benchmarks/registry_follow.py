@@ -18,7 +18,9 @@ from mlflow import MlflowClient
 
 from apt_ray.devtools.local_stack import fetch
 from apt_ray.registry import open_registry
-from benchmarks.fleet import CATEGORY, fleet, prepare, write
+from benchmarks.fleet import CATEGORY, fleet, prepare
+from benchmarks.rows import compared, write_rows
+from serving.settings import RegistrySettings
 
 _PAUSE_S = 0.1
 
@@ -32,7 +34,7 @@ def main() -> None:
     g = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="apt-bench-") as name:
         prompt_set, data = prepare(Path(name), "builtin")
-        with fleet(Path(name) / "fleet", prompt_set, haproxy=False, threads=1) as running:
+        with fleet(Path(name) / "fleet", prompt_set, threads=1) as running:
             open_registry(running.tracking_uri).register(prompt_set, pictures={}, trials=[])
             client = MlflowClient(running.tracking_uri, registry_uri=running.tracking_uri)
             request = Request(f"{running.url}/v1/{CATEGORY}/inspect", data=data)
@@ -45,14 +47,13 @@ def main() -> None:
                 while json.loads(fetch(request))["version"] != version:
                     time.sleep(_PAUSE_S)
                 seconds.append(time.perf_counter() - moved)
-    write(
-        options.json,
-        {
-            "moves": options.moves,
-            "followed_p50_s": round(statistics.median(seconds), 2),
-            "followed_max_s": round(max(seconds), 2),
-        },
-    )
+    poll_s = RegistrySettings().poll_s
+    print(f"{options.moves} moves; baseline: the interval of polling\n")
+    rows = [
+        compared("followed, median", statistics.median(seconds), poll_s, "s"),
+        compared("followed, slowest", max(seconds), poll_s, "s"),
+    ]
+    write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import Scale, Scales
 from apt_ray.devtools.local_stack import Server, free_ports, launch_mlflow
-from apt_ray.files import write_json
 from apt_ray.registry import open_registry, promote
+from benchmarks.rows import compared, write_rows
 
 _TABLES = (
     "registered_models",
@@ -60,24 +60,8 @@ def main() -> None:
                 server,
                 lambda: client.search_registered_models("name LIKE 'apt-%'", max_results=1000),
             )
-    rows = []
-    print(f"{options.categories} categories, median of {_REPEATS}")
-    for what in ours:
-        ratio = ours[what] / theirs[what]
-        print(
-            f"{what:20} {ours[what]:6.2f} s   MLflow's client {theirs[what]:6.2f} s   {ratio:.2f}"
-        )
-        rows.append(
-            {
-                "name": f"registry_poll.{what.replace(' ', '_')}",
-                "ours": ours[what],
-                "baseline": theirs[what],
-                "ratio": ratio,
-                "unit": "s",
-            }
-        )
-    if options.json:
-        write_json(options.json, rows)
+    print(f"{options.categories} categories, median of {_REPEATS}; baseline: MLflow's client\n")
+    write_rows([compared(what, ours[what], theirs[what], "s") for what in ours], options.json)
 
 
 def _measure(server: Server, ask: Callable[[], object]) -> dict[str, float]:

@@ -18,7 +18,8 @@ import psutil
 
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.devtools.local_stack import LocalStack
-from benchmarks.common import Row, random_weights, write_rows
+from benchmarks.common import random_weights
+from benchmarks.rows import compared, write_rows
 
 _LIMIT_GB = 6.0
 
@@ -36,14 +37,8 @@ def main() -> None:
         peak, parts = _peak(options, Path(name))
     for title, gigabytes in sorted(parts.items(), key=lambda part: -part[1]):
         print(f"{gigabytes:6.2f} GB  {title}")
-    row = Row(
-        name=f"peak memory, {options.trials} trials, {options.backbone}",
-        ours=peak,
-        baseline=_LIMIT_GB,
-        ratio=_LIMIT_GB / peak,
-        unit="GB",
-    )
-    write_rows([row], options.json)
+    name = f"peak memory, {options.trials} trials, {options.backbone}"
+    write_rows([compared(name, peak, _LIMIT_GB, "GB")], options.json)
 
 
 def _peak(options: argparse.Namespace, folder: Path) -> tuple[float, dict[str, float]]:

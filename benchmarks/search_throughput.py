@@ -39,7 +39,8 @@ from apt_ray.images import read_image
 from apt_ray.prompts.lanes import fold
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.synthetic import judge_folds
-from benchmarks.common import CpuMeter, Row, random_weights, searched_settings, write_rows
+from benchmarks.common import CpuMeter, random_weights, searched_settings
+from benchmarks.rows import Row, compared, write_rows
 from tuning.actors import start_encoding, start_engines
 from tuning.progress import say
 from tuning.records import SearchPlan, SearchStore
@@ -77,7 +78,14 @@ def main() -> None:
         for suffix, unit in (("", "s"), (" CPU", "CPU s"))
         for row in _rows({name: seconds[name + suffix] for name in _WAYS}, unit)
     ]
-    rows.append(_row("best validation value, engine against lanes alone", *values, "AUROC"))
+    rows.append(
+        compared(
+            "best validation value, engine against lanes alone",
+            *values,
+            "AUROC",
+            more_is_better=True,
+        )
+    )
     write_rows(rows, options.json)
 
 
@@ -268,20 +276,18 @@ def _rows(seconds: Mapping[str, float], unit: str) -> list[Row]:
     engine, lanes, ordinary = seconds["engine"], seconds["lanes"], seconds["ordinary"]
     floors = ("Tune", "trainer", "encoding")
     return [
-        _row("lanes alone against the ordinary way", lanes, ordinary, unit),
-        _row("lanes and engine against the ordinary way", engine, ordinary, unit),
-        _row("lanes and engine against lanes alone", engine, lanes, unit),
+        compared("lanes alone against the ordinary way", lanes, ordinary, unit),
+        compared("lanes and engine against the ordinary way", engine, ordinary, unit),
+        compared("lanes and engine against lanes alone", engine, lanes, unit),
         *(
-            _row(f"{name} against the floors", ours, sum(seconds[floor] for floor in floors), unit)
+            compared(
+                f"{name} against the floors", ours, sum(seconds[floor] for floor in floors), unit
+            )
             for name, ours in (("lanes alone", lanes), ("lanes and engine", engine))
         ),
-        *(_row(f"floor: {name}", seconds[name], lanes, unit) for name in floors),
-        _row("lanes alone with ASHA against without", seconds["asha"], lanes, unit),
+        *(compared(f"floor: {name}", seconds[name], lanes, unit) for name in floors),
+        compared("lanes alone with ASHA against without", seconds["asha"], lanes, unit),
     ]
-
-
-def _row(name: str, ours: float, baseline: float, unit: str = "s") -> Row:
-    return Row(name=name, ours=ours, baseline=baseline, ratio=baseline / ours, unit=unit)
 
 
 def _parser() -> argparse.ArgumentParser:

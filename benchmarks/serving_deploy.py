@@ -14,7 +14,8 @@ from pathlib import Path
 
 from apt_ray.devtools.local_stack import LocalStack, free_ports
 from apt_ray.registry import open_registry
-from benchmarks.fleet import deploy, prepare, write
+from benchmarks.fleet import deploy, prepare
+from benchmarks.rows import compared, write_rows
 
 
 def main() -> None:
@@ -39,14 +40,15 @@ def main() -> None:
             started = time.perf_counter()
             with ThreadPoolExecutor(8) as threads:
                 list(threads.map(register, names))
-            seconds = {"register_all": time.perf_counter() - started}
+            registering = (time.perf_counter() - started) / len(names)
+            seconds = {}
             (port,) = free_ports(1)
             file = folder / "fleet.yaml"
             for what, served in (
-                ("deploy_one", names[:1]),
-                ("deploy_all", names),
-                ("deploy_the_same", names),
-                ("deploy_one_less", names[1:]),
+                ("one", names[:1]),
+                (f"all {len(names)}", names),
+                ("the same again", names),
+                ("one less", names[1:]),
             ):
                 fleet = {
                     "pools": {"tail": {"threads": options.threads}},
@@ -59,8 +61,9 @@ def main() -> None:
                 seconds[what] = time.perf_counter() - started
         finally:
             stack.stop()
-    rounded = {f"{what}_s": round(value, 2) for what, value in seconds.items()}
-    write(options.json, {"categories": options.categories, **rounded})
+    print(f"registering: {registering:.2f} s a category; baseline: deploying one\n")
+    rows = [compared(f"deploy {what}", took, seconds["one"], "s") for what, took in seconds.items()]
+    write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from urllib.request import Request
 from matplotlib.figure import Figure
 
 from apt_ray.devtools.local_stack import fetch
-from benchmarks.fleet import CATEGORY, Client, fleet, prepare, write
+from benchmarks.fleet import CATEGORY, Client, fleet, prepare
+from benchmarks.rows import Row, compared, write_rows
 
 _QUIET = "quiet"
 _SENDERS = 64
@@ -136,7 +137,7 @@ def main() -> None:
             prompt_set,
             haproxy=options.proxy == "haproxy",
             threads=1,
-            max_queue=16,
+            max_wait_s=2,
             categories=(CATEGORY, _QUIET),
         ) as running:
             alone, beside = (Steady(running.url, _QUIET, data) for _ in range(2))
@@ -144,23 +145,26 @@ def main() -> None:
             flood = _flood(running.url, data, beside, options.seconds)
     if options.plot:
         _draw(options.rates, options.seconds, watch.counts, ramp.answers, options.plot)
-    write(
-        options.json,
-        {
-            "ramp": {
-                "rates": options.rates,
-                "seconds_each": options.seconds,
-                "replicas": [min(n for _, n in watch.counts), max(n for _, n in watch.counts)],
-                "answers": _statuses(ramp.answers),
-            },
-            "flood": {
-                "statuses_of_the_flooded": dict(flood),
-                "quiet_alone_p50_p95_ms": _latencies(alone.answers),
-                "quiet_beside_flood_p50_p95_ms": _latencies(beside.answers),
-                "quiet_statuses": _statuses(beside.answers),
-            },
-        },
+    counts = [count for _, count in watch.counts]
+    print(f"ramp: {min(counts)} to {max(counts)} replicas, statuses {_statuses(ramp.answers)}")
+    print(f"flooded: statuses {dict(flood)}; quiet: statuses {_statuses(beside.answers)}\n")
+    quiet = zip(
+        ("median", "p95"), _latencies(beside.answers), _latencies(alone.answers), strict=True
     )
+    rows = [
+        _answered("ramp: answered of all sent", ramp.answers),
+        _answered("quiet category beside a flood: answered of all sent", beside.answers),
+        *(
+            compared(f"quiet category beside a flood against alone, {what}", ours, before, "ms")
+            for what, ours, before in quiet
+        ),
+    ]
+    write_rows(rows, options.json)
+
+
+def _answered(name: str, answers: Sequence[Answer]) -> Row:
+    good = _statuses(answers).get(200, 0)
+    return compared(name, good, len(answers), "requests", more_is_better=True)
 
 
 def _flood(url: str, data: bytes, beside: Steady, seconds: float) -> Counter[int]:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.fleet import Client, bare, echo, fleet, prepare, write
+from benchmarks.fleet import Client, bare, echo, fleet, prepare
+from benchmarks.rows import compared, write_rows
 
 
 def main() -> None:
@@ -46,19 +47,12 @@ def main() -> None:
                     for _ in range(options.requests)
                 ]
             bare_ms, served_ms = (statistics.median(side) for side in zip(*pairs, strict=True))
-            rows.append(
-                {
-                    "backbone": options.backbone,
-                    "proxy": proxy,
-                    "threads": options.threads,
-                    "requests": options.requests,
-                    "bare_p50_ms": round(bare_ms, 1),
-                    "served_p50_ms": round(served_ms, 1),
-                    "added_p50_ms": round(served_ms - bare_ms, 1),
-                    "client_p50_ms": round(statistics.median(own), 1),
-                }
-            )
-    write(options.json, rows)
+            rows.append(compared(f"{options.backbone}, {proxy}", served_ms, bare_ms, "ms"))
+    print(
+        f"median of {options.requests}, {options.threads} threads; baseline: the bare detector; the"
+        f" client itself takes {statistics.median(own):.1f} ms\n"
+    )
+    write_rows(rows, options.json)
 
 
 def _ms(work: Callable[[], object]) -> float:

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.fleet import Client, RunningFleet, fleet, prepare, write
+from benchmarks.fleet import Client, RunningFleet, fleet, prepare
+from benchmarks.rows import compared, write_rows
 
 _BARE = """
 import sys
@@ -42,7 +43,7 @@ def main() -> None:
         (folder / "set").write_bytes(prompt_set.to_bytes())
         (folder / "image").write_bytes(data)
         bare, killed, started_as_replica = [], [], []
-        with fleet(folder, prompt_set, haproxy=False, threads=1) as running:
+        with fleet(folder, prompt_set, threads=1) as running:
             for _ in range(options.times):
                 started = time.perf_counter()
                 subprocess.run(
@@ -61,15 +62,16 @@ def main() -> None:
                 answered = time.perf_counter()
                 killed.append(answered - started)
                 started_as_replica.append(answered - seen.result())
-    write(
-        options.json,
-        {
-            "bare_process_p50_s": round(statistics.median(bare), 2),
-            "killed_to_first_answer_p50_s": round(statistics.median(killed), 2),
-            "replica_start_to_first_answer_p50_s": round(statistics.median(started_as_replica), 2),
-            "killed_to_first_answer_s": [round(seconds, 2) for seconds in killed],
-        },
-    )
+    alone = statistics.median(bare)
+    print(f"{options.times} times, median; baseline: a bare process that loads the same\n")
+    rows = [
+        compared(
+            "replica's start to first answer", statistics.median(started_as_replica), alone, "s"
+        ),
+        compared("kill to first answer", statistics.median(killed), alone, "s"),
+        compared("kill to first answer, slowest", max(killed), alone, "s"),
+    ]
+    write_rows(rows, options.json)
 
 
 def _next_replica(running: RunningFleet, before: int) -> float:

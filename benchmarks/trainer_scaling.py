@@ -15,7 +15,8 @@ import torch
 
 from apt_ray.prompts.lanes import Lane, fold
 from apt_ray.prompts.trainer import PromptTrainer
-from benchmarks.common import Row, load, sample_bank, sample_images, searched_settings, write_rows
+from benchmarks.common import load, sample_bank, sample_images, searched_settings
+from benchmarks.rows import Row, compared, write_rows
 
 
 def main() -> None:
@@ -51,13 +52,7 @@ def main() -> None:
         ours = 1000 * statistics.median(seconds) / count
         alone = rows[0]["baseline"] if rows else ours
         rows.append(
-            Row(
-                name=f"{options.backbone}, {count} lanes",
-                ours=ours,
-                baseline=alone,
-                ratio=alone / ours,
-                unit="ms a lane and step",
-            )
+            compared(f"{options.backbone}, {count} lanes", ours, alone, "ms a lane and step")
         )
     write_rows(rows, options.json)
 

@@ -138,7 +138,7 @@ class PoolReplica:
         return create_api(self._inspector, http=self._args.http, access=self._access)
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
     ) -> Inspected | Refusal:
         return await self._answering.inspect(category, data, picture, timeout_s)
 
@@ -262,7 +262,7 @@ class _RemotePool:
         self._handle = serve.get_deployment_handle(POOL_DEPLOYMENT, pool_application(pool))
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
     ) -> Inspected | Refusal:
         response = self._handle.inspect.remote(category, data, picture, timeout_s)
         try:

@@ -2,20 +2,26 @@
 
 import argparse
 import hashlib
+import math
 import os
 import secrets
 import sys
 from pathlib import Path
 
+import yaml
+
 from apt_ray.cli.common import run
+from apt_ray.cli.flags import number
 from apt_ray.cli.registry import add_verbs
+from apt_ray.machine import settle
 from apt_ray.optional import require
-from serving.settings import Fleet
+from serving.settings import ApiToken, Fleet
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    settle()
 
     def command() -> int | None:
         if "ray_address" in arguments:
@@ -74,12 +80,17 @@ def _down_command(arguments: argparse.Namespace) -> None:
 
 def _token_command(arguments: argparse.Namespace) -> None:
     token = secrets.token_urlsafe(32)
-    digest = hashlib.sha256(token.encode()).hexdigest()
+    entry = {
+        "name": arguments.name,
+        "sha256": hashlib.sha256(token.encode()).hexdigest(),
+        "scopes": arguments.scope or ["inspect"],
+    }
+    ApiToken.parse(entry)  # or the fleet file would refuse it
+    line = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=math.inf)
     _say("give this token to the caller; it is not stored anywhere:")
     print(token)
     _say("add this to the list `tokens` under `auth` in the fleet file, then deploy:")
-    scopes = ", ".join(arguments.scope or ["inspect"])
-    _say(f"    - {{name: {arguments.name}, sha256: {digest}, scopes: [{scopes}]}}")
+    _say(f"    - {line.strip()}")
 
 
 def _say(line: str) -> None:
@@ -102,7 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     deploy_parser.add_argument("file", type=Path, help="the fleet file, e.g. serving/fleet.yaml")
     deploy_parser.add_argument(
-        "--http-port", type=int, default=8000, help="port to listen on (default %(default)s)"
+        "--http-port",
+        type=number(int, least=1, most=65_535),
+        default=8000,
+        metavar="PORT",
+        help="port to listen on (default %(default)s)",
     )
     deploy_parser.add_argument(
         "--host",
@@ -118,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     deploy_parser.add_argument(
         "--timeout",
-        type=float,
+        type=number(float),
         default=300,
         metavar="SECONDS",
         help="how long to wait until all is ready (default %(default)s)",

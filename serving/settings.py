@@ -4,19 +4,25 @@ import base64
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from apt_ray.config import Settings
+from apt_ray.config import CATEGORY_NAME, Settings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
+from apt_ray.settings_file import read_settings
 from serving.regions import mask_png
 
-CategoryName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+CategoryName = Annotated[str, StringConstraints(pattern=f"^{CATEGORY_NAME}$")]
 PoolName = CategoryName
-
-QUEUES_OF_SHARED_POOL = 4
-"""A shared pool queues so many times what one category may: several busy ones, not all at once."""
+PathPrefix = Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)*$")]
+Origin = Annotated[str, StringConstraints(to_lower=True, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")]
 
 
 class Autoscaling(Settings):
@@ -41,8 +47,8 @@ class Batching(Settings):
 
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=8, ge=1)
-    max_queue: int = Field(
-        default=16, ge=1, description="Images of one category that may wait in a replica."
+    max_wait_s: float = Field(
+        default=2, gt=0, description="How long an image may have to wait for its turn."
     )
 
 
@@ -65,19 +71,25 @@ class PoolSettings(Batching):
 
 
 class HttpLimits(Settings):
-    """What a request may be, before anything of it is decoded."""
+    """What a request may be, before anything of it is decoded, and where it comes from."""
 
     max_bytes: int = Field(default=20 * 2**20, gt=0)
     max_pixels: int = Field(default=40_000_000, gt=0)
     max_images: int = Field(default=16, ge=1)
     timeout_s: float = Field(default=30, gt=0)
+    root_path: PathPrefix = Field(
+        default="", description="What a web server before the fleet takes off the path."
+    )
+    allow_origins: tuple[Origin, ...] = Field(
+        default=(), description="Whose web pages may ask: scheme and host, as browsers send them."
+    )
 
     @property
     def image(self) -> ImageLimits:
         return ImageLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels)
 
 
-Scope = Annotated[str, StringConstraints(pattern=r"^(operate|inspect(:[A-Za-z0-9_-]+)?)$")]
+Scope = Annotated[str, StringConstraints(pattern=f"^(operate|inspect(:{CATEGORY_NAME})?)$")]
 
 
 class ApiToken(Settings):
@@ -87,7 +99,7 @@ class ApiToken(Settings):
     `operate` for the state of the fleet and for what changes it.
     """
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^\P{Cc}+$", description="One line.")
     sha256: Annotated[str, StringConstraints(to_lower=True, pattern=r"^[0-9A-Fa-f]{64}$")]
     scopes: tuple[Scope, ...] = Field(default=("inspect",), min_length=1)
 
@@ -181,10 +193,18 @@ class CategoryEntry(Decision):
         return Decision(threshold=self.threshold, false_alarm_rate=self.false_alarm_rate)
 
 
+Categories = Annotated[
+    Annotated[Literal["all"], Tag("[all]")]
+    | Annotated[dict[CategoryName, CategoryEntry], Tag("[named]")],
+    # So that what is wrong with one is not told as what is wrong with the other.
+    Discriminator(lambda value: "[all]" if isinstance(value, str) else "[named]"),
+]
+
+
 class Fleet(Settings):
     """A whole fleet file."""
 
-    categories: Literal["all"] | dict[CategoryName, CategoryEntry] = "all"
+    categories: Categories = "all"
     defaults: PoolSettings = PoolSettings()
     pools: dict[PoolName, PoolSettings] = Field(default_factory=dict)
     pool: PoolName | None = None
@@ -246,9 +266,9 @@ class Fleet(Settings):
         Raises FleetError, which names everything in it that is not accepted.
         """
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise FleetError(f"cannot read the fleet file {path}: {error}") from error
+            values = read_settings(path, "fleet file")
+        except SettingsError as error:
+            raise FleetError(str(error)) from None
         try:
             return cls.parse({} if values is None else values)._with_masks_read(path.parent)
         except (SettingsError, DataError) as error:

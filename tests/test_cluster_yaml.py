@@ -1,6 +1,7 @@
 """cluster.yaml, checked offline against the schema of Ray's cluster launcher."""
 
 import copy
+import os
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -79,6 +80,16 @@ def test_every_node_asks_for_the_token_that_it_is_given(config: dict[str, Any]) 
     assert "--env RAY_AUTH_MODE=token" in options
     (path,) = (option.partition("=")[2] for option in options if "RAY_AUTH_TOKEN_PATH" in option)
     assert path in config["file_mounts"]
+
+
+def test_haproxy_is_started_by_the_script_that_keeps_its_ports_closed(
+    config: dict[str, Any],
+) -> None:
+    options = config["docker"]["run_options"]
+    assert "--env RAY_SERVE_ENABLE_HA_PROXY=1" in options
+    (path,) = (option.partition("=")[2] for option in options if "HAPROXY_BINARY_PATH" in option)
+    (inside,) = (place for place, here in config["file_mounts"].items() if here == ".")
+    assert os.access(ROOT / Path(path).relative_to(inside), os.X_OK)
 
 
 def test_image_has_the_tested_ray(config: dict[str, Any]) -> None:

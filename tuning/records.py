@@ -22,6 +22,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from apt_ray.config import Settings
 from apt_ray.errors import SettingsError, WriteError
 from apt_ray.files import write_whole
+from apt_ray.machine import expanded
 from tuning.calls import RungResult
 from tuning.settings import SearchSettings
 
@@ -138,7 +139,7 @@ class SearchStore:
 
     def __init__(self, storage: str, name: str) -> None:
         if "://" not in storage:
-            storage = str(Path(storage).expanduser().absolute())
+            storage = str(expanded(Path(storage)).absolute())
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
             raise SettingsError(
                 f"{name!r} cannot name a search: use letters, digits, '.', '-', '_'"
@@ -148,6 +149,8 @@ class SearchStore:
     @property
     def uri(self) -> str:
         """The address of the search's folder."""
+        if "://" not in self.storage:
+            return f"{self.storage.rstrip('/')}/{self.name}"  # where any character is just one
         base, separator, query = self.storage.partition("?")
         return f"{base.rstrip('/')}/{self.name}{separator}{query}"
 

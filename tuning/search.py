@@ -28,6 +28,7 @@ from apt_ray.cli.registry import register_pending
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.errors import SettingsError, WriteError
 from apt_ray.files import check_writable, keep, location, write_json
+from apt_ray.machine import settle
 from apt_ray.optional import require
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.space import read_space
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the search from the command line; returns the exit code."""
     command = read_command(arguments)
+    settle()
     if command.options.register_pending:
         return run(lambda: register_pending(command.options.mlflow))
     return run(lambda: _search(command))

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import model_validator
 
 from apt_ray.config import (
@@ -27,6 +26,7 @@ from apt_ray.config import (
     Settings,
 )
 from apt_ray.errors import SettingsError
+from apt_ray.settings_file import read_settings
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -117,15 +117,12 @@ def default_space(backbone: BackboneSpec) -> Space:
 
 def read_space(path: Path) -> Space:
     """The space in a file; SettingsError says what is wrong with it."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read the search space {path}: {error}") from error
+    content = read_settings(path, "search space")
     if not isinstance(content, dict) or not content:
         raise SettingsError(
             f"{path} names no setting, write for example `smgs_weight: {{low: 0, high: 1}}`"
         )
-    space = {str(name): Axis.parse(values or {}) for name, values in content.items()}
+    space = {name: Axis.parse(values or {}) for name, values in content.items()}
     check_space(space)
     return space
 

@@ -116,14 +116,6 @@ def _print_cost_of_tiles(backbone: Backbone) -> None:
     )
 
 
-def count(text: str) -> int:
-    """A number of at least 1, as argparse reads it."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 @contextmanager
 def bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on the terminal, as a callback that takes (done, total)."""

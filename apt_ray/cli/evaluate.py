@@ -16,10 +16,9 @@ from apt_ray.cli.common import (
     add_command,
     add_settings,
     backbone,
-    count,
     settings,
 )
-from apt_ray.cli.flags import seeds
+from apt_ray.cli.flags import count, seeds
 from apt_ray.errors import AptError, WriteError
 from apt_ray.files import check_writable, keep, location, write_json
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apt_ray.cli.common import add_backbone, add_command, add_settings, backbone, bar, count
+from apt_ray.cli.common import add_backbone, add_command, add_settings, backbone, bar
 from apt_ray.cli.common import settings as given_settings
+from apt_ray.cli.flags import count
 from apt_ray.files import check_writable, keep, location
 
 

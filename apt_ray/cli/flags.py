@@ -1,14 +1,17 @@
 """Command-line flags made from settings, so that every command has all of them."""
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from apt_ray.config import BackboneSpec, FitSettings, Flag, Settings, SomeSettings
 from apt_ray.errors import SettingsError
+
+Number = TypeVar("Number", int, float)
 
 
 def add_flags(
@@ -55,12 +58,12 @@ def add_flags(
                 help=text,
             )
             continue
-        number = next((part for part in (int, float) if part in kinds), str)
+        plain = next((part for part in (int, float) if part in kinds), str)
         older = dict(spelling.older)
         parser.add_argument(
             *flags,
             dest=prefix + name,
-            type=partial(_newer, older) if older else type(choices[0]) if choices else number,
+            type=partial(_newer, older) if older else type(choices[0]) if choices else plain,
             choices=choices,
             metavar=metavar,
             help=text,
@@ -87,10 +90,30 @@ def _choices(field: FieldInfo) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
+def number(
+    kind: type[Number], *, least: float = 0, most: float | None = None
+) -> Callable[[str], Number]:
+    """How argparse reads a number: finite, within its bounds, both of which are included."""
+
+    def read(text: str) -> Number:
+        value = kind(text)
+        if not (least <= value < math.inf and (most is None or value <= most)):
+            bounds = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it for what is no number at all
+    return read
+
+
+count = number(int, least=1)
+
+
 def integers(text: str) -> list[int]:
-    """Numbers between commas, as argparse reads them."""
+    """Numbers of at least 0 between commas, as argparse reads them."""
+    read = number(int)
     try:
-        return [int(number) for number in text.split(",")]
+        return [read(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0,1,2") from None
 
@@ -118,7 +141,7 @@ class _Joined(argparse.Action):
         values: str | Sequence[Any] | None,
         flag: str | None = None,
     ) -> None:
-        setattr(options, self.dest, tuple(number for part in values or () for number in part))
+        setattr(options, self.dest, tuple(one for part in values or () for one in part))
 
 
 def add_backbone_flags(parser: argparse.ArgumentParser) -> None:

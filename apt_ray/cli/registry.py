@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from apt_ray.cli.common import add_command, bar
+from apt_ray.cli.flags import count, number
 from apt_ray.files import Location, location
 from apt_ray.tables import align
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from apt_ray.registry import Registry
 
+_MAX_DAYS = 36_500
 _KEPT = 3  # the exit status of a promotion that the champion survived
 
 
@@ -175,11 +177,11 @@ def _add_prune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     prune.add_argument("categories", nargs="*", metavar="CATEGORY", help="whose (default: all)")
     prune.add_argument(
-        "--keep", type=int, default=5, metavar="N", help="newest to keep (default %(default)s)"
+        "--keep", type=count, default=5, metavar="N", help="newest to keep (default %(default)s)"
     )
     prune.add_argument(
         "--days",
-        type=float,
+        type=number(float, most=_MAX_DAYS),
         default=90,
         metavar="D",
         help="keep what served in the last D days (default %(default)s)",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from apt_ray.cli.common import add_command, bar
+from apt_ray.cli.flags import number
 from apt_ray.files import check_writable
 
 
@@ -14,7 +15,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         commands, "sample", _run, "draw three product categories with defects to try things on"
     )
     sample.add_argument("--out", type=Path, required=True, help="folder to create")
-    sample.add_argument("--seed", type=int, default=0, help="other seeds draw other images")
+    sample.add_argument("--seed", type=number(int), default=0, help="other seeds draw other images")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
+from apt_ray.config import CATEGORY_NAME
 from apt_ray.errors import DataError
 from apt_ray.files import (
     AnyPath,
@@ -27,7 +28,7 @@ GOOD = "good"
 _NORMAL = frozenset({GOOD, "ok", "normal"})
 _MASKS = frozenset({"ground_truth", "groundtruth", "masks", "mask", "gt"})
 _MARK = re.compile(r"[ ._-]+(masks?|gt|ground[ _-]?truth|label)$", re.IGNORECASE)
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(CATEGORY_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

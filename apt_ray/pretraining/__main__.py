@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from apt_ray.cli.flags import count, number
 from apt_ray.features.builtin.apt_mini import save_builtin
 from apt_ray.files import write_json
 from apt_ray.pretraining.measuring import encode_held_out, fit_constants, measure, state_features
@@ -24,11 +25,11 @@ _FIT_SEED, _MEASURE_SEED = 2**40, 2**41
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m apt_ray.pretraining", description=__doc__)
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="length of the training in minutes")
-    length.add_argument("--steps", type=int, help="length of the training in steps (repeatable)")
+    length.add_argument("--minutes", type=number(float), help="length of the training in minutes")
+    length.add_argument("--steps", type=count, help="length of the training in steps (repeatable)")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and weights")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-pairs", type=int, default=16, help="pairs of pictures a step")
+    parser.add_argument("--seed", type=number(int), default=0)
+    parser.add_argument("--batch-pairs", type=count, default=16, help="pairs of pictures a step")
     parser.add_argument(
         "--from",
         dest="start",
@@ -50,7 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="NAME=VALUE",
         help="any other setting, such as pooled_weight=0",
     )
-    parser.add_argument("--held-out-pairs", type=int, default=512, help="pairs to fit and measure")
+    parser.add_argument(
+        "--held-out-pairs", type=count, default=512, help="pairs to fit and measure"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
     settings = TrainSettings(

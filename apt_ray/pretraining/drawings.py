@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from apt_ray.cli import flags
 from apt_ray.pretraining.defects import DEFECTS, HELD_OUT_DEFECTS
 from apt_ray.pretraining.generator import Pairs, generate
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES, SURFACES
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     sheet = commands.add_parser("sheet", help="draw every kind of surface and defect")
-    sheet.add_argument("--seed", type=int, default=0)
+    sheet.add_argument("--seed", type=flags.number(int), default=0)
     curve = commands.add_parser("curve", help="draw the loss of a run")
     curve.add_argument("curve", type=Path, help="the run's curve.jsonl")
     for command in (sheet, curve):

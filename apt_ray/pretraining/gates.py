@@ -26,6 +26,7 @@ from torch import Tensor
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.spec import BankSpec
+from apt_ray.cli.flags import count
 from apt_ray.config import BACKBONE, BackboneSpec, FitSettings
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
@@ -303,9 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of the weights")
-    parser.add_argument("--pairs", type=int, default=256, help="pairs of every group of kinds")
-    parser.add_argument("--products", type=int, default=3, help="products a kind of surface")
-    parser.add_argument("--test-pairs", type=int, default=48, help="test pictures a product")
+    parser.add_argument("--pairs", type=count, default=256, help="pairs of every group of kinds")
+    parser.add_argument("--products", type=count, default=3, help="products a kind of surface")
+    parser.add_argument("--test-pairs", type=count, default=48, help="test pictures a product")
     parser.add_argument(
         "--surfaces",
         nargs="+",

@@ -6,7 +6,6 @@ from datetime import datetime, timezone
 
 import torch
 
-from apt_ray import __version__
 from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.spec import BankSpec
 from apt_ray.config import FitSettings
@@ -23,6 +22,7 @@ from apt_ray.prompts.lanes import Lane
 from apt_ray.prompts.remember import remember
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.text import printable
+from apt_ray.version import __version__
 
 Progress = Callable[[int, int], None]
 

@@ -6,6 +6,7 @@ champion changes. `mlflow` is the registry that there is; importing MLflow takes
 `open_registry` spends.
 """
 
+from apt_ray.machine import settle
 from apt_ray.registry.history import History, Move
 from apt_ray.registry.pending import default_pending
 from apt_ray.registry.promotion import Promotion, promote, roll_back
@@ -41,6 +42,7 @@ def open_registry(address: str | None = None) -> Registry:
 
     Nothing is asked of the server yet. RegistryError if no address is given.
     """
+    settle()
     from apt_ray.registry.mlflow.client import MlflowRegistry
 
     return MlflowRegistry(address)

@@ -15,6 +15,7 @@ again, without the process that made it:
 import csv
 import hashlib
 import json
+import re
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,9 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from apt_ray.config import CATEGORY_NAME
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import RegistryError
+from apt_ray.errors import RegistryError, SettingsError
 from apt_ray.files import Location, file_sha256
 from apt_ray.images import encode_png, read_image
 from apt_ray.text import printable
@@ -103,7 +105,16 @@ def write_version(
     submission: str | None = None,
     may_serve: bool = True,
 ) -> Record:
-    """Write all of a version to an empty folder; DataError if an image cannot be read."""
+    """Write all of a version to an empty folder.
+
+    Raises:
+        SettingsError: The category's name cannot name a registered model and an address.
+        DataError: An image cannot be read.
+    """
+    if not re.fullmatch(CATEGORY_NAME, prompt_set.category):
+        raise SettingsError(
+            f"{prompt_set.category!r} cannot name a category: use letters, digits, '-' and '_'"
+        )
     home = folder / DIRECTORY
     (home / PICTURES).mkdir(parents=True)
     data = prompt_set.to_bytes()

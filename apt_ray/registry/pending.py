@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apt_ray.files import writing
+from apt_ray.machine import expanded
 
 
 def default_pending() -> Path:
     """Where a machine keeps what could not be registered: APT_RAY_PENDING, or the user's state."""
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(os.environ.get("APT_RAY_PENDING") or Path(home) / "apt-ray" / "pending")
+    state = os.environ.get("XDG_STATE_HOME") or expanded(Path("~/.local/state"))
+    return Path(os.environ.get("APT_RAY_PENDING") or Path(state) / "apt-ray" / "pending")
 
 
 def keep(version_folder: Path, name: str, pending: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -66,6 +66,7 @@ class Promotion:
                 f"{self.comparison.candidate_SF.mean():.4f} against"
                 f" {self.comparison.champion_SF.mean():.4f} of version {self.champion}"
             )
+            tags["judged_on"] = f"{self.comparison.images} images against version {self.champion}"
         if self.forced is not None:
             tags["forced"] = self.forced
         return tags
@@ -102,6 +103,8 @@ def promote(
     Both are judged on the same perturbed images, made from the normal ones that were kept with
     either version, and from `normal`, as far as neither was fitted to them. Without a champion,
     the version becomes the first.
+
+    A version that was kept on more images, against the same champion, stays kept on fewer.
 
     Args:
         normal: Files of further normal images.
@@ -190,13 +193,26 @@ def _judge(
             )
     if reason is not None:
         return replace(promotion, verdict="uncomparable", why=reason)
-    comparison = compare(sides[0].prompt_set, sides[1].prompt_set, images[:_MOST_IMAGES])
+    images = images[:_MOST_IMAGES]
+    if (kept_on := _kept_on(candidate.tags, champion.version)) > len(images):
+        why = (
+            f"it was kept before, on {kept_on} normal images that neither was fitted to, and fewer,"
+            f" {len(images)}, do not overrule that: name a folder with more (--data)"
+        )
+        return replace(promotion, verdict="kept", why=why)
+    comparison = compare(sides[0].prompt_set, sides[1].prompt_set, images)
     return replace(
         promotion,
         verdict=comparison.verdict,
         why=explain(comparison),
         comparison=comparison,
     )
+
+
+def _kept_on(tags: Mapping[str, str], champion: int) -> int:
+    """How many images the last verdict was given on, if it was to keep this champion; else 0."""
+    images, _, opponent = tags.get("judged_on", "").partition(" images against version ")
+    return int(images) if tags.get("verdict") == "kept" and opponent == str(champion) else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

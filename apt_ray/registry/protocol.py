@@ -10,7 +10,7 @@ from typing import Protocol
 from PIL import Image
 
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import PromptSetError, RegistryError
+from apt_ray.errors import PromptSetError, RegistryError, WriteError
 from apt_ray.files import AnyPath, StrPath, location
 from apt_ray.registry import pending as waiting_room
 from apt_ray.registry.contents import Record, sha256, write_version
@@ -134,7 +134,13 @@ class Registry(Protocol):
                 if pending is None:
                     raise
                 place = f"{record.category}-{sha256(record.submission.encode())[:16]}"
-                kept = waiting_room.keep(folder, place, Path(pending))
+                try:
+                    kept = waiting_room.keep(folder, place, Path(pending))
+                except WriteError as full:
+                    raise type(error)(
+                        f"{error}. Nor can the version be kept ({full}): name a folder for it in"
+                        " APT_RAY_PENDING, and register again"
+                    ) from error
                 raise type(error)(
                     f"{error}. The version is kept in {kept}: once the registry is back, run"
                     " `apt-ray registry pending`"

@@ -8,6 +8,9 @@ from apt_ray.errors import SettingsError
 from apt_ray.registry.history import History
 from apt_ray.registry.protocol import Registry
 
+MAX_DAYS = 36_500
+"""The longest time that `prune` reckons with."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pruned:
@@ -33,8 +36,10 @@ def prune(
     Args:
         categories: Whose versions; none means all.
     """
-    if keep < 1 or days < 0:
-        raise SettingsError(f"keep at least 1 version and 0 days, got {keep} and {days:g}")
+    if not (keep >= 1 and 0 <= days <= MAX_DAYS):
+        raise SettingsError(
+            f"keep at least 1 version, and 0 to {MAX_DAYS} days, got {keep} and {days:g}"
+        )
     now = datetime.now(timezone.utc)
     aliases = registry.aliases()
     pruned = []

@@ -1,12 +1,13 @@
 """Reading requests: image files from raw bodies and forms, and callers that go away."""
 
 import asyncio
-from collections.abc import Awaitable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from serving.api import problems
@@ -19,6 +20,8 @@ MULTIPART = "multipart/form-data"
 _UNNAMED_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 # Room for the boundaries and headers of a form around each of its files.
 _FORM_OVERHEAD = 16 * 2**10
+# No limit has more digits, and int() refuses thousands of them.
+_DIGITS = 18
 
 T = TypeVar("T")
 
@@ -31,7 +34,8 @@ async def read_image_files(request: Request, limits: HttpLimits) -> list[bytes]:
     """The image files in the request's body: one if it is raw, one or more if it is a form.
 
     Raises ProblemError for another content type, a body that is too large (as soon as that is
-    known), one without a file or with too many, and one that does not arrive in time.
+    known), one that does not arrive in time, and a form that is damaged, has lost its end, or has
+    no file or too many.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_form = media_type == MULTIPART
@@ -48,7 +52,7 @@ async def read_image_files(request: Request, limits: HttpLimits) -> list[bytes]:
             "Send a smaller image, or use a faster connection.",
             headers={"Connection": "close"},
         ) from None
-    return await _files_of_form(request, body, limits.max_images) if is_form else [body]
+    return await _files_of_form(request.headers, body, limits.max_images) if is_form else [body]
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -73,7 +77,7 @@ async def _disconnect(request: Request) -> None:
 async def _read_body(request: Request, limit: int) -> bytes:
     too_large = problems.too_large(f"the body has more than the {limit:,} bytes accepted")
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
+    if announced.isdecimal() and int(announced[:_DIGITS]) > limit:
         raise too_large
     body = bytearray()
     try:
@@ -86,14 +90,39 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _files_of_form(request: Request, body: bytes, max_images: int) -> list[bytes]:
-    async def replay() -> MutableMapping[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+class _Form(MultiPartParser):
+    """A form that knows whether its closing boundary came."""
 
-    async with Request(request.scope, replay).form(max_files=max_images + 1) as form:
-        files = [value for value in form.multi_items() if isinstance(value[1], UploadFile)]
-        if not files:
-            raise problems.not_an_image("the form has no file")
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
+
+
+async def _files_of_form(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield body
+        if not form.has_ended:
+            raise MultiPartException("Its closing boundary is missing: it has lost its end.")
+
+    form = _Form(headers, whole(), max_files=max_images + 1)
+    damage = ""
+    try:
+        await form.parse()
+    except MultiPartException as error:
+        damage = error.message
+    except UnicodeError:  # names in a character set that the header claims, of no interest here
+        damage = "Its names are not in the character set that its Content-Type claims."
+    # What was read before the damage counts: a form with too many files is given up early.
+    files = [value for _, value in form.items if isinstance(value, UploadFile)]
+    try:
         if len(files) > max_images:
-            raise problems.too_large(f"the form has more than the {max_images} images accepted")
-        return [await file.read() for _, file in files if isinstance(file, UploadFile)]
+            raise problems.too_many_images(max_images)
+        if damage:
+            raise problems.bad_form(f"the form cannot be read: {damage}")
+        if not files:
+            raise problems.bad_form("the form has no file")
+        return [await file.read() for file in files]
+    finally:
+        for file in files:
+            await file.close()

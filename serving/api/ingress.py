@@ -15,12 +15,14 @@ from typing import Annotated, Any, get_args
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from pydantic import WithJsonSchema
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apt_ray.errors import ImageError
 from serving.api import problems
 from serving.api.access import INSPECT, Access, require
 from serving.api.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_files, unless_gone
+from serving.api.headers import PassedHeaders, quality
 from serving.api.messages import (
     CategoryReport,
     Inspected,
@@ -80,7 +82,16 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
         docs_url=None,  # FastAPI's pages load scripts from the internet; the console has its own
         redoc_url=None,
     )
-    api.add_middleware(_FullPaths)
+    api.add_middleware(_Routing, root_path=http.root_path)
+    api.add_middleware(PassedHeaders)
+    if http.allow_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=http.allow_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers="*",
+            expose_headers="*",
+        )
     problems.install(api)
     authorized = [Depends(require(access, INSPECT))]
 
@@ -100,6 +111,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
             **COMMON_PROBLEMS,
             **problem_responses(
                 HTTPStatus.BAD_REQUEST,
+                HTTPStatus.NOT_ACCEPTABLE,
                 HTTPStatus.REQUEST_TIMEOUT,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -126,22 +138,46 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 alias="X-Timeout-Ms",
                 ge=1,
                 description="Milliseconds for which the answer is of use; after them, or when it is"
-                " plain that they will not do, the answer is 503. The fleet has its own limit.",
+                " plain that they will not do, the answer is 503. Without it an image is not let"
+                " wait for longer than the fleet file says (max_wait_s).",
             ),
         ] = None,
+        request_id: Annotated[
+            str,
+            Header(
+                alias="X-Request-ID",
+                description="The name of this request in the answer and in the logs: 1 to 128"
+                " visible ASCII characters. For anything else the fleet makes one of its own.",
+            ),
+        ] = "",
     ) -> Response:
-        request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+        request_id = request_id or uuid.uuid4().hex
         started = time.monotonic()
-        seconds = min(http.timeout_s, (timeout_ms or 1000 * http.timeout_s) / 1000)
+        # Compared before it is divided: no float is as large as an integer may be.
+        limit_ms = 1000 * http.timeout_s
+        seconds = min(timeout_ms or limit_ms, limit_ms) / 1000
         files = await read_image_files(request, http)
         received = time.monotonic()
-        wants_overlay = _prefers_png(request.headers.get("accept", ""))
+        accept = request.headers.get("accept", "")
+        json_quality = quality(accept, "application/json")
+        wants_overlay = quality(accept, "image/png") > json_quality
         if wants_overlay and len(files) > 1:
-            raise problems.too_large("an overlay is of one image, and the form has several")
+            if not json_quality[0]:
+                raise problems.not_acceptable(
+                    "an overlay is of one image, and the form has several",
+                    "Accept application/json, or send one image.",
+                )
+            wants_overlay = False
 
         async def answer(data: bytes) -> Inspected:
             return await _in_time(
-                service, category, data, "overlay" if wants_overlay else picture, seconds, started
+                service,
+                category,
+                data,
+                "overlay" if wants_overlay else picture,
+                seconds,
+                started,
+                is_asked_for=timeout_ms is not None,
             )
 
         try:
@@ -181,14 +217,27 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
     return api
 
 
-class _FullPaths:
-    """Undoes the route prefix that Serve mounts an application at; the routes contain it."""
+class _Routing:
+    """Shows the routes a request as they are written: with the whole path, and GET for HEAD.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Serve mounts an application at its route prefix, which the routes contain. The fleet's prefix
+    was taken off on the way here, and ASGI wants it in the path. Servers leave out the body of
+    what answers HEAD.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["root_path"] = ""
+        if scope["type"] == "http":
+            path, method = self._root_path + scope["path"], scope["method"]
+            scope = {  # a copy: the server's own still tells it that this is a HEAD
+                **scope,
+                "root_path": self._root_path,
+                "path": path,
+                "method": "GET" if method == "HEAD" else method,
+            }
         await self._app(scope, receive, send)
 
 
@@ -199,11 +248,14 @@ async def _in_time(
     picture: Picture | None,
     timeout_s: float,
     since: float,
+    *,
+    is_asked_for: bool,
 ) -> Inspected:
     left = max(timeout_s - (time.monotonic() - since), 0.001)
+    asked_for = left if is_asked_for else None
     try:
         return await asyncio.wait_for(
-            service.inspect(category, data, picture=picture, timeout_s=left), left
+            service.inspect(category, data, picture=picture, timeout_s=asked_for), left
         )
     except asyncio.TimeoutError:
         raise problems.overloaded(
@@ -228,11 +280,6 @@ async def _each(
             return problems.of_image(error).problem
 
     return await asyncio.gather(*(one(data) for data in files))
-
-
-def _prefers_png(accept: str) -> bool:
-    media_types = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
-    return "image/png" in media_types and "application/json" not in media_types
 
 
 def _completed(inspected: Inspected, *, request_id: str, receive_ms: float) -> Inspected:

@@ -96,11 +96,12 @@ class Service(Protocol):
     async def describe(self, category: str) -> CategoryReport: ...
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
     ) -> Inspected:
         """Inspect an image file; whoever cancels this costs no forward pass.
 
-        Raises ImageError for bytes that are no acceptable image, ProblemError if it is not known or
-        cannot be inspected within `timeout_s`.
+        Raises ImageError for bytes that are no acceptable image, ProblemError if the category is
+        not known or the image cannot be inspected within `timeout_s`; None leaves it to the
+        service how long an image may wait.
         """
         ...

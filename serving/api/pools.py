@@ -41,7 +41,7 @@ class PoolHandle(Protocol):
     """A pool as the root reaches it."""
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
     ) -> Inspected | Refusal: ...
 
     async def describe(self, category: str) -> CategoryReport | Refusal: ...
@@ -117,7 +117,7 @@ class Pools:
         return await self._ask(category, lambda pool: pool.describe(category))
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
     ) -> Inspected:
         return await self._ask(
             category, lambda pool: pool.inspect(category, data, picture, timeout_s)
@@ -153,7 +153,7 @@ class Answering:
         self._service = service
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
     ) -> Inspected | Refusal:
         try:
             return await self._service.inspect(category, data, picture=picture, timeout_s=timeout_s)

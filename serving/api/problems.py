@@ -80,7 +80,9 @@ def busy(detail: str, *, if_it_lasts: str, retry_after_s: int = 1) -> ProblemErr
 def overloaded(detail: str, *, retry_after_s: int = 1) -> ProblemError:
     """More is asked than the replicas can inspect."""
     return busy(
-        detail, if_it_lasts="raise max_replicas in the fleet file", retry_after_s=retry_after_s
+        detail,
+        if_it_lasts="raise max_replicas or max_wait_s in the fleet file",
+        retry_after_s=retry_after_s,
     )
 
 
@@ -90,7 +92,7 @@ def too_many(detail: str, *, retry_after_s: int = 1) -> ProblemError:
         HTTPStatus.TOO_MANY_REQUESTS,
         "Too many requests",
         detail,
-        f"Ask again in {retry_after_s} s; if it lasts, raise max_queue in the fleet file, or give"
+        f"Ask again in {retry_after_s} s; if it lasts, raise max_wait_s in the fleet file, or give"
         " the category a pool of its own.",
         headers={"Retry-After": str(retry_after_s)},
     )
@@ -130,6 +132,29 @@ def too_large(detail: str) -> ProblemError:
         detail,
         "Send a smaller or more compressed image, or raise max_bytes or max_pixels in the fleet"
         " file.",
+    )
+
+
+def too_many_images(limit: int) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        "Too many images",
+        f"the form has more than the {limit} images accepted",
+        "Send them in several requests, or raise max_images in the fleet file.",
+    )
+
+
+def not_acceptable(detail: str, remedy: str) -> ProblemError:
+    return ProblemError(HTTPStatus.NOT_ACCEPTABLE, "Not acceptable", detail, remedy)
+
+
+def bad_form(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.BAD_REQUEST,
+        "Bad form",
+        detail,
+        "Send a whole multipart/form-data body, each image a part of it with a file name, as"
+        " `curl -F image=@part.png` does.",
     )
 
 

@@ -93,11 +93,16 @@ def create_root_api(
         dependencies=anyone,
         responses={**problem_responses(HTTPStatus.UNAUTHORIZED), **unavailable},
     )
-    async def list_categories() -> CategoryList:
+    async def list_categories(request: Request) -> CategoryList:
         found = (await status()).categories
+        prefix = request.scope["root_path"]
         return CategoryList(
             categories=[
-                CategoryLink(category=name, inspect=f"/v1/{name}/inspect", status=category.state)
+                CategoryLink(
+                    category=name,
+                    inspect=f"{prefix}/v1/{name}/inspect",
+                    status=category.state,
+                )
                 for name, category in found.items()
             ]
         )

@@ -7,6 +7,7 @@ webhooks has it (Standard Webhooks).
 import base64
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -40,6 +41,8 @@ def verify(
         raise _refused(
             "the signature is wrong", f"Create the webhook with the secret in {SECRET_VARIABLE}."
         )
+    if not re.fullmatch(r"[0-9]{1,15}", timestamp):
+        raise _refused("its timestamp is no number of seconds", "Send Unix time, as MLflow does.")
     age_s = (time.time() if now is None else now) - int(timestamp)
     if abs(age_s) > _MAX_AGE_S:
         raise _refused(

@@ -29,7 +29,7 @@ async function ask(path, options = {}) {
 async function loadCategories() {
   const select = element("category");
   try {
-    const { categories } = await ask("/v1");
+    const { categories } = await ask("v1");
     select.replaceChildren(...categories.map(({ category }) => new Option(category)));
     const wanted = new URLSearchParams(location.search).get("category");
     if (categories.some(({ category }) => category === wanted)) select.value = wanted;
@@ -48,7 +48,7 @@ async function inspect() {
   const turn = ++latest;
   element("result").setAttribute("aria-busy", "true");
   try {
-    const answer = await ask(`/v1/${encodeURIComponent(category)}/inspect?map=overlay`, {
+    const answer = await ask(`v1/${encodeURIComponent(category)}/inspect?map=overlay`, {
       method: "POST",
       headers: { "Content-Type": file.type || "application/octet-stream" },
       body: file,

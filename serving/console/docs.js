@@ -6,7 +6,7 @@ const make = (tag, content = [], attributes = {}) => {
   return made;
 };
 
-const description = await (await fetch("/openapi.json")).json();
+const description = await (await fetch("openapi.json")).json();
 
 const resolve = (schema) =>
   schema?.$ref
@@ -57,12 +57,12 @@ function describe(method, path, operation) {
   return make("section", parts, { className: "panel" });
 }
 
-const example = `${location.origin}/v1/CATEGORY/inspect`;
+const example = new URL("v1/CATEGORY/inspect", document.baseURI);
 document.getElementById("example").textContent =
   `curl --data-binary @part.png ${example}\n` +
   `curl --data-binary @part.png -H 'Accept: image/png' -o overlay.png ${example}`;
 document.getElementById("token-note").textContent =
-  (await fetch("/v1")).status === 401
+  (await fetch("v1")).status === 401
     ? "This fleet asks for a token: add -H 'Authorization: Bearer TOKEN'."
     : "";
 document.getElementById("operations").replaceChildren(

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from apt_ray.config import Settings
 from apt_ray.errors import WriteError
 from apt_ray.files import write_whole
+from apt_ray.machine import expanded
 from serving.controller.orders import StoredVersion
 
 _KEPT = 3
@@ -35,7 +36,7 @@ class Cache:
 
     def __init__(self, folder: str, registry: str) -> None:
         key = hashlib.sha256(registry.encode()).hexdigest()[:16]
-        self._folder = Path(folder).expanduser() / key
+        self._folder = expanded(Path(folder)) / key
 
     def put(self, stored: StoredVersion) -> None:
         """Keep a version, and the last few of its category besides; once is enough."""

@@ -163,6 +163,7 @@ class Controller:
     async def status(self) -> FleetStatus:
         """Everything at a glance."""
         reports = self._live_reports()
+        etags = {pool: self._orders(pool).etag for pool in self._plan.pools}
         pools: dict[str, tuple[str, ...]] = {}
         for category, pool, _ in self._plan.places():
             pools[category] = (*pools.get(category, ()), pool)
@@ -172,7 +173,7 @@ class Controller:
             registry=self._registry,
             polled_s_ago=None if self._polled_at is None else self._clock() - self._polled_at,
             categories={
-                category: self._status_of(category, pools[category], reports)
+                category: self._status_of(category, pools[category], reports, etags)
                 for category in sorted(pools)
             },
         )
@@ -195,35 +196,43 @@ class Controller:
         category: str,
         pools: tuple[str, ...],
         reports: dict[tuple[str, str], ReplicaReport],
+        etags: dict[str, str],
     ) -> CategoryStatus:
         # Every replica of every pool that shall serve it counts: only then may one pool go.
-        expected = [report for (pool, _), report in reports.items() if pool in pools]
-        serving = [
-            report.categories[category] for report in expected if category in report.categories
-        ]
-        versions = {served.version for served in serving if served.version is not None}
+        expected = {key: report for key, report in reports.items() if key[0] in pools}
+        serving = {
+            key: report.categories[category]
+            for key, report in expected.items()
+            if category in report.categories
+        }
+        versions = {served.version for served in serving.values() if served.version is not None}
         entry = self._plan.pools[pools[0]][category]
         wanted = self._version(category, entry)
-        problems = [served.problem for served in serving if served.problem]
-        missing = len(expected) - sum(served.version is not None for served in serving)
-        problem = problems[0] if problems else None
+        # A problem with earlier orders may be none with these.
+        problems = {
+            key[0]: served.problem
+            for key, served in serving.items()
+            if served.problem and reports[key].orders == etags[key[0]]
+        }
         if wanted is None:
-            problem = self._why_no_version(category, entry)
-        state: State
-        if problem:
+            problems = dict.fromkeys(pools, self._why_no_version(category, entry))
+        is_late = any(
+            key not in serving or serving[key].problem or serving[key].version != wanted
+            for key in expected
+            if key[0] not in problems
+        )
+        state: State = "LOADING" if is_late else "READY" if expected else "IDLE"
+        if problems and not is_late:
             state = "FAILED"
-        elif not expected:
-            state = "IDLE"
-        else:
-            state = "LOADING" if missing or versions != {wanted} else "READY"
         return CategoryStatus(
             state=state,
             pools=pools,
             wanted=wanted,
             serving=tuple(sorted(versions)),
-            replicas=sum(served.version is not None for served in serving),
-            from_cache=any(served.source == "cache" for served in serving),
-            problem=problem,
+            replicas=sum(served.version is not None for served in serving.values()),
+            from_cache=any(served.source == "cache" for served in serving.values()),
+            problem=next(iter(problems.values()), None),
+            failing=tuple(sorted(problems)),
         )
 
     def _version(self, category: str, entry: CategoryEntry) -> int | None:

@@ -98,6 +98,9 @@ class CategoryStatus(Settings):
     replicas: int = Field(description="How many replicas serve it.")
     from_cache: bool = Field(description="Whether a replica serves it without the registry.")
     problem: str | None = None
+    failing: tuple[PoolName, ...] = Field(
+        default=(), description="Those of its pools that cannot serve it as they are told."
+    )
 
 
 class FleetStatus(Settings):

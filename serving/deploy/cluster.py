@@ -71,7 +71,8 @@ class Cluster:
         except (ConnectionError, RuntimeError) as error:
             raise FleetError(
                 f"Ray's dashboard at {context.dashboard_url} does not take this request ({error}):"
-                " deploy from a machine that reaches it, for example the head node"
+                " deploy from one that reaches it, such as the head node, and name its host in"
+                " no_proxy where http_proxy is set"
             ) from error
 
     def capacity(self) -> Capacity:

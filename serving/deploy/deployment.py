@@ -1,18 +1,18 @@
 """Deploying a fleet: one at a time, growing before shrinking, waiting until it serves."""
 
 import copy
-import getpass
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
 
-from apt_ray.errors import FleetError, SettingsError
+from apt_ray.config import CATEGORY_NAME
+from apt_ray.errors import FleetError, RegistryError, RegistryUnavailableError, SettingsError
+from apt_ray.machine import who
 from apt_ray.registry import CHAMPION, Registry
-from serving.app import CONTROLLER, pool_application
+from serving.app import CONTROLLER, ROOT, pool_application
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan
 from serving.deploy.cluster import Cluster
 from serving.deploy.plan import (
@@ -44,16 +44,16 @@ def deploy(
     """Make the cluster serve exactly this fleet and wait until it does; its categories.
 
     Applications that do not change are left alone, those that the fleet no longer has are removed.
-    A category that moves to another pool is served by both until the new one is ready.
+    A category that moves to another pool is served by both until the new one is ready. One that
+    cannot be served holds up no other.
 
     Raises:
-        FleetError: The fleet must not or cannot be deployed so, a category cannot be served, or
-            another deploy came first; what was deployed is left in place, so that it can be looked
-            at.
+        FleetError: The fleet must not or cannot be deployed so, or another deploy came first; or
+            all is deployed and some category cannot be served, for the reason that is named.
         RegistryError: The registry does not answer.
     """
     check_exposure(fleet, address)
-    entries = resolve(fleet, registry)
+    entries, absent = resolve(fleet, registry)
     pools = pools_of(fleet, entries)
     capacity = cluster.capacity()
     check_capacity(pools, capacity)
@@ -67,7 +67,7 @@ def deploy(
         fleet,
         pools,
         revision=revision,
-        deployed_by=f"{getpass.getuser()}@{socket.gethostname()}",
+        deployed_by=who(),
         tracking_uri=tracking_uri,
         address=address,
         gpus=capacity.gpus > 0,
@@ -76,15 +76,23 @@ def deploy(
     for line in _changes(details, config):
         progress(line)
     waiting = _Waiting(cluster, revision, timeout_s=timeout_s, progress=progress)
-    moved = _moved(before, _plan(config))
-    first = _grown(details, before, config, moved) if moved else config
+    new = _plan(config)
+    moved = _moved(before, new)
+    first = _grown(details, before, config, moved)
     with cluster.claimed(revision):
         cluster.deploy(first)
     if moved:
         progress(f"moving to other pools: {', '.join(moved)}")
-        waiting.until_serving(first)
+        failed = waiting.until_serving(first, new=new)
+        # What its new pool cannot serve stays in the old one.
+        config = _grown(details, before, config, [name for name in moved if name in failed])
         cluster.deploy(config)
-    waiting.until_serving(config)
+    failed = absent | waiting.until_serving(config, new=new)
+    if failed:
+        raise FleetError(
+            "; ".join(f"{name} cannot be served: {failed[name]}" for name in sorted(failed))
+            + " (all else is deployed)"
+        )
     return sorted(entries)
 
 
@@ -96,25 +104,41 @@ def take_down(cluster: Cluster) -> int:
     return len(details.applications)
 
 
-def resolve(fleet: Fleet, registry: Registry) -> dict[str, CategoryEntry]:
-    """The categories of the fleet file; for `all` those that have a champion now.
+def resolve(fleet: Fleet, registry: Registry) -> tuple[dict[str, CategoryEntry], dict[str, str]]:
+    """The categories of the fleet file, for `all` those that have a champion now; and why some of
+    them cannot be served.
 
-    Raises FleetError, before anything is deployed, if the registry does not have one of them.
+    What the registry does not have yet is served as soon as it has it. Raises FleetError if the
+    registry has nothing at all.
     """
     aliases = registry.aliases()
+    absent: dict[str, str] = {}
     if isinstance(fleet.categories, dict):
         for name, entry in fleet.categories.items():
             if entry.version is not None or entry.alias not in aliases.get(name, {}):
-                registry.resolve(name, entry.reference)  # it exists, or the error says what does
-        return fleet.categories
-    champions = sorted(name for name, known in aliases.items() if CHAMPION in known)
-    if not champions:
+                try:
+                    registry.resolve(name, entry.reference)
+                except RegistryUnavailableError:
+                    raise
+                except RegistryError as error:
+                    absent[name] = str(error)
+        return fleet.categories, absent
+    entries = {}
+    for name in sorted(name for name, known in aliases.items() if CHAMPION in known):
+        if re.fullmatch(CATEGORY_NAME, name):
+            entries[name] = CategoryEntry()
+        else:
+            absent[name] = (
+                "its name cannot stand in an address: register it again under one of letters,"
+                " digits, '-' and '_'"
+            )
+    if not entries:
         raise FleetError(
             f"the registry at {registry.address} has no category with a champion: tune one first,"
             " for example with `ray job submit --working-dir . -- python tuning/search.py --data"
             " DIR`"
         )
-    return {name: CategoryEntry() for name in champions}
+    return entries, absent
 
 
 def describe_status(details: ServeInstanceDetails, status: FleetStatus | None) -> list[str]:
@@ -193,18 +217,23 @@ def _moved(before: Plan, after: Plan) -> list[str]:
 
 
 def _grown(details: ServeInstanceDetails, before: Plan, config: Config, moved: list[str]) -> Config:
-    """The new configuration with the old one's pools still there, and no new way in yet."""
+    """The new configuration with moved categories in their old pools, too: no new way in yet."""
     grown = copy.deepcopy(config)
     after = _plan(config)
+    old = {
+        pool: {name: entry for name, entry in entries.items() if name in moved}
+        for pool, entries in before.pools.items()
+    }
     pools = {
-        name: {**before.pools.get(name, {}), **after.pools.get(name, {})}
-        for name in sorted(set(before.pools) | set(after.pools))
+        name: {**old.get(name, {}), **after.pools.get(name, {})}
+        for name in sorted({*after.pools, *(name for name, entries in old.items() if entries)})
     }
     union = after.model_copy(update={"pools": pools})
     _controller(grown)["user_config"] = union.to_config()
     new = {application["name"]: application for application in grown["applications"]}
+    needed = {pool_application(pool) for pool in pools} - set(new)
     for name, application in _deployed(details).items():
-        if name not in new:
+        if name in needed:
             grown["applications"].append(application)
     for category in moved:
         # Its own application gets its address when it is ready; until then the root hands on.
@@ -279,27 +308,34 @@ class _Waiting:
         self._started = time.monotonic()
         self._ready: set[str] = set()
 
-    def until_serving(self, config: Config) -> None:
-        """Return once all applications run, HTTP is served and every category is as planned.
+    def until_serving(self, config: Config, *, new: Plan) -> dict[str, str]:
+        """Return once HTTP is served and every category is as planned, or cannot be: those that
+        their pools in `new` cannot serve so, and why.
 
-        FleetError if one fails, if none ends in time, or if another deploy took over.
+        FleetError if the fleet itself fails or is not ready in time, or if another deploy took
+        over.
         """
         names = {application["name"] for application in config["applications"]}
-        categories = {category for category, _, _ in _plan(config).places()}
+        places = list(new.places())
         while True:
             details = self._cluster.serve_details()
             self._check_revision(details)
-            for name in sorted(names):
-                self._look_at(name, details)
+            broken = {name: why for name in sorted(names) if (why := self._look_at(name, details))}
             removed = set(details.applications) <= names
             served = details.proxies and all(
                 proxy.status.value == "HEALTHY" for proxy in details.proxies.values()
             )
-            status = self._cluster.fleet_status() if names <= self._ready else None
+            is_settled = names <= self._ready | set(broken)
+            status = self._cluster.fleet_status() if is_settled else None
             if status and status.revision == self._revision:
-                late = self._look_at_categories(status, categories)
-                if not late and removed and served:
-                    return
+                failed = {
+                    category: broken[name]
+                    for category, pool, _ in places
+                    if (name := pool_application(pool)) in broken
+                }
+                others = {category for category, _, _ in places} - set(failed)
+                if removed and served and not _late(status, others):
+                    return failed | _failed(status, new, others)
             if time.monotonic() - self._started > self._timeout_s:
                 raise FleetError(_overdue(details, names - self._ready, self._timeout_s))
             time.sleep(_POLL_S)
@@ -313,32 +349,38 @@ class _Waiting:
                 " status`, then deploy again"
             )
 
-    def _look_at(self, name: str, details: ServeInstanceDetails) -> None:
+    def _look_at(self, name: str, details: ServeInstanceDetails) -> str | None:
+        """Why an application fails, if it does; FleetError if no other can do without it."""
         application = details.applications.get(name)
         status = application.status.value if application else "NOT_STARTED"
         if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise FleetError(
-                f"{name} cannot be served: {_cause(application) or status}\n(the whole message:"
-                " Ray's dashboard, or `serve status`)"
+            why = (
+                f"{_cause(application) or status} (the whole message: Ray's dashboard, or `serve"
+                " status`)"
             )
+            if name in (CONTROLLER, ROOT):
+                raise FleetError(f"{name} cannot be served: {why}")
+            return why
         if status == "RUNNING" and name not in self._ready:
             self._ready.add(name)
             self._progress(f"{name}: ready after {time.monotonic() - self._started:.0f} s")
+        return None
 
-    def _look_at_categories(self, status: FleetStatus, categories: set[str]) -> list[str]:
-        """Those that are not as planned yet; FleetError if one cannot be."""
-        late = []
-        for name in sorted(categories):
-            category = status.categories.get(name)
-            if category is None or category.state == "LOADING":
-                late.append(name)
-            elif category.state == "FAILED":
-                kept = ", ".join(f"version {version}" for version in category.serving)
-                raise FleetError(
-                    f"{name} cannot be served as the fleet file says: {category.problem}"
-                    f"{f' ({kept} keeps serving)' if kept else ''}"
-                )
-        return late
+
+def _failed(status: FleetStatus, plan: Plan, categories: set[str]) -> dict[str, str]:
+    """Those that their pools in the plan cannot serve, and why."""
+    failed = {}
+    for name, pool, _ in plan.places():
+        if name in categories and pool in (category := status.categories[name]).failing:
+            kept = ", ".join(f"version {version}" for version in category.serving)
+            failed[name] = f"{category.problem}{f' ({kept} keeps serving)' if kept else ''}"
+    return failed
+
+
+def _late(status: FleetStatus, categories: set[str]) -> bool:
+    """Whether some are not as planned yet."""
+    known = status.categories
+    return any(name not in known or known[name].state == "LOADING" for name in categories)
 
 
 def _overdue(details: ServeInstanceDetails, names: set[str], timeout_s: float) -> str:

@@ -19,12 +19,15 @@ from serving.app import (
 )
 from serving.controller.orders import Plan
 from serving.deploy.cluster import Capacity
-from serving.settings import QUEUES_OF_SHARED_POOL, Autoscaling, CategoryEntry, Fleet, PoolSettings
+from serving.settings import Autoscaling, CategoryEntry, Fleet, PoolSettings
 
 IMPORT_PATH = "serving.app:"
 # Serve's own limit is for what the replicas' limit cannot see: a request that reaches none of them.
 _PROXY_GRACE_S = 15
 _RETRY_AFTER_S = 1
+# More than wait in a replica, so that it refuses the rest itself, with a better explanation than
+# the proxy's; a bound of the bodies that it holds.
+_MAX_ONGOING = 256
 # Replicas and the root wait at the controller; each is one ongoing request.
 _MAX_WAITING = 10_000
 
@@ -200,9 +203,6 @@ def serve_config(
 def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> dict[str, Any]:
     settings = pool.settings
     num_gpus = settings.num_gpus if gpus else 0
-    # A replica takes twice what it queues, so that it can refuse the rest itself, with a better
-    # explanation than the proxy's.
-    ongoing = 2 * settings.max_queue * (QUEUES_OF_SHARED_POOL if pool.is_shared else 1)
     return {
         "name": pool_application(pool.name),
         "route_prefix": None if pool.is_shared else f"/v1/{pool.name}",
@@ -220,8 +220,8 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
             {
                 "name": POOL_DEPLOYMENT,
                 "autoscaling_config": settings.autoscaling.model_dump(exclude_none=True),
-                "max_ongoing_requests": ongoing,
-                "max_queued_requests": ongoing,
+                "max_ongoing_requests": _MAX_ONGOING,
+                "max_queued_requests": _MAX_ONGOING,
                 "backpressure_config": {"retry_after_s": _RETRY_AFTER_S},
                 "max_surge_percent": 100,  # a new replica is ready before an old one goes
                 "ray_actor_options": {"num_cpus": settings.num_cpus, "num_gpus": num_gpus},

@@ -10,10 +10,8 @@ import asyncio
 import math
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -41,14 +39,14 @@ from serving.api.messages import (
 )
 from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
+from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
 from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
-from serving.settings import QUEUES_OF_SHARED_POOL, Batching
+from serving.settings import Batching
 
 # Decoding is memory-bound: more threads than this gain nothing and multiply the pixels in flight.
 _DECODERS = 2
-_SMOOTHING = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,13 +96,13 @@ class Inspector:
         self._limits = limits
         self._device = device
         self._meter = meter
-        self._max_waiting = batching.max_queue
-        self._max_waiting_in_all = batching.max_queue * (QUEUES_OF_SHARED_POOL if shared else 1)
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
+        self._costs_s: dict[str, float] = {}
         self._loading = threading.Lock()
-        self._waiting: Counter[str] = Counter()
-        self._seconds_per_image = 0.0
+        self._admission = Admission(
+            max_wait_s=batching.max_wait_s, shared=shared, decoders=_DECODERS, meter=meter
+        )
         self._decoders = ThreadPoolExecutor(
             _DECODERS, "decode", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -112,8 +110,12 @@ class Inspector:
         self._model = ThreadPoolExecutor(
             1, "model", initializer=torch.set_num_threads, initargs=(batching.threads,)
         )
+        # A CPU's thread is filled by one image, and more of them no longer fit its cache.
+        largest = batching.max_batch_size if device == "cuda" else batching.threads
         self._batcher: Batcher[_Job, _Result] = Batcher(
-            self._run, executor=self._model, max_batch_size=batching.max_batch_size
+            self._run,
+            executor=self._model,
+            max_batch_size=min(batching.max_batch_size, largest),
         )
 
     def load(self, category: str, order: Order, stored: StoredVersion) -> None:
@@ -130,6 +132,9 @@ class Inspector:
                 prompt_set, order, backbone, version=stored.version, run_id=stored.run_id
             )
             self._model.submit(self_test, served, prompt_set).result()
+            before = self._served.get(category)
+            if before is None or before.detector.backbone is not backbone:
+                self._admission.expect(category, self._cost_s(backbone))
         except Exception:
             if self._meter:
                 self._meter.loaded(category, stored.version, succeeded=False)
@@ -150,22 +155,22 @@ class Inspector:
         return self._find(category).about
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
     ) -> Inspected:
         """Inspect an image file; see `Service.inspect`."""
         received_at = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             served = self._find(category)
-            with self._admitted(category, timeout_s):
+            with self._admission.admitted(category, len(data), timeout_s):
                 job = await loop.run_in_executor(
                     self._decoders, self._decode, served, data, picture == "overlay"
                 )
                 result = await self._batcher.submit(category, job)
-            conclude = partial(self._conclude, job, result, picture, received_at)
-            if picture is None and not result.is_anomalous:
-                return conclude()  # no map at the size of the image
-            return await loop.run_in_executor(self._decoders, conclude)
+                conclude = partial(self._conclude, job, result, picture, received_at)
+                if picture is None and not result.is_anomalous:
+                    return conclude()  # no map at the size of the image
+                return await loop.run_in_executor(self._decoders, conclude)
         except (ImageError, ProblemError) as error:
             if self._meter:
                 problem = error if isinstance(error, ProblemError) else problems.of_image(error)
@@ -178,45 +183,20 @@ class Inspector:
         except KeyError:
             raise problems.not_ready(category) from None
 
-    @contextmanager
-    def _admitted(self, category: str, timeout_s: float) -> Iterator[None]:
-        """Takes a place in the queue, or refuses at once what would wait in vain."""
-        in_all, own = self._waiting.total(), self._waiting[category]
-        wait_s = in_all * self._seconds_per_image
-        retry_after_s = max(1, math.ceil(wait_s))
-        if in_all >= self._max_waiting_in_all:
-            raise problems.overloaded(
-                f"{in_all} images are waiting for this replica already", retry_after_s=retry_after_s
-            )
-        if own >= self._max_waiting:
-            raise problems.too_many(
-                f"{own} images of {category} are waiting for this replica already",
-                retry_after_s=retry_after_s,
-            )
-        if wait_s > timeout_s:
-            raise problems.overloaded(
-                f"the image would wait about {wait_s:.1f} s, and {timeout_s:.1f} s are left",
-                retry_after_s=retry_after_s,
-            )
-        self._count(category, +1)
-        try:
-            yield
-        finally:
-            self._count(category, -1)
-
-    def _count(self, category: str, change: int) -> None:
-        self._waiting[category] += change
-        if self._meter:
-            self._meter.queue(category, self._waiting[category])
-
     def _decode(self, served: ServedCategory, data: bytes, keep_image: bool) -> _Job:
-        image = decode_image(data, limits=self._limits)
+        started_at = time.monotonic()
+        try:
+            image = decode_image(data, limits=self._limits)
+            pixels_1CHW = served.detector.backbone.preprocess([image])
+        finally:
+            ended_at = time.monotonic()
+            self._admission.took(served.about.category, "decode", ended_at - started_at)
         return _Job(
             served=served,
-            pixels_1CHW=served.detector.backbone.preprocess([image]),
+            pixels_1CHW=pixels_1CHW,
             size=image.size,
             image=image if keep_image else None,
-            queued_at=time.monotonic(),
+            queued_at=ended_at,
         )
 
     @torch.inference_mode()
@@ -230,6 +210,7 @@ class Inspector:
             groups[id(served.detector.backbone)].append(index)
         found: list[tuple[torch.Tensor, float]] = [(torch.empty(0), math.nan)] * len(jobs)
         for indices in groups.values():
+            group_started_at = time.monotonic()
             backbone = now[indices[0]].detector.backbone
             features = backbone.encode_images(torch.cat([jobs[i].pixels_1CHW for i in indices]))
             rows: dict[int, list[int]] = defaultdict(list)
@@ -242,10 +223,10 @@ class Inspector:
                 )
                 for row, map_SS, score in zip(some, maps_BSS.cpu(), scores_B.tolist(), strict=True):
                     found[indices[row]] = (map_SS, score)
+            each = (time.monotonic() - group_started_at) / len(indices)
+            for category in {now[index].about.category for index in indices}:
+                self._admission.took(category, "model", each)
         ended_at = time.monotonic()
-        each = (ended_at - started_at) / len(jobs)
-        before = self._seconds_per_image or each
-        self._seconds_per_image = before + _SMOOTHING * (each - before)
         if self._meter:
             self._meter.batch(len(jobs))
         return [
@@ -264,6 +245,7 @@ class Inspector:
     def _conclude(
         self, job: _Job, result: _Result, picture: Picture | None, received_at: float
     ) -> Inspected:
+        started_at = time.monotonic()
         about, threshold = result.served.about, result.served.detector.prompt_set.threshold
         inspection: Inspection | None = None
         if picture is not None or result.is_anomalous:
@@ -306,7 +288,18 @@ class Inspector:
                 is_anomalous=report.is_anomalous,
                 ms=timings.model_dump(exclude={"receive"}),
             )
+        self._admission.took(about.category, "conclude", time.monotonic() - started_at)
         return Inspected(report=report, picture_png=drawn)
+
+    def _cost_s(self, backbone: Backbone) -> float:
+        """Seconds of a backbone's pass over one image, measured once.
+
+        It has been used before, by a self-test: the first pass also prepares for all later ones.
+        """
+        with self._loading:
+            if backbone.fingerprint not in self._costs_s:
+                self._costs_s[backbone.fingerprint] = self._model.submit(_pass_s, backbone).result()
+            return self._costs_s[backbone.fingerprint]
 
     def _backbone(self, prompt_set: PromptSet) -> Backbone:
         """The backbone of a prompt set, which all categories that were fitted to it share."""
@@ -316,6 +309,14 @@ class Inspector:
                 backbone = load_backbone(prompt_set.backbone, device=self._device)
                 self._backbones[backbone.fingerprint] = backbone
             return backbone
+
+
+@torch.inference_mode()
+def _pass_s(backbone: Backbone) -> float:
+    pixels_1CHW = backbone.preprocess([Image.new("RGB", (1, 1))])
+    started_at = time.monotonic()
+    _ = backbone.encode_images(pixels_1CHW).cls_BE.cpu()  # a GPU has done its work by then
+    return time.monotonic() - started_at
 
 
 def _draw(inspection: Inspection, image: Image.Image | None, picture: Picture) -> bytes:

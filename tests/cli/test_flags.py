@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from apt_ray.cli.flags import add_flags, given
+from apt_ray.cli.flags import add_flags, given, number
 from apt_ray.config import Flag, Settings
 from apt_ray.errors import SettingsError
 
@@ -59,6 +59,27 @@ def test_fields_without_a_flag_are_given_beside() -> None:
 def test_a_value_out_of_range_is_named() -> None:
     with pytest.raises(SettingsError, match="speed"):
         read("--speed", "0")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "9.5", "1e400", "ten", ""])
+def test_a_number_is_finite_and_within_its_bounds(text: str) -> None:
+    alone = argparse.ArgumentParser()
+    alone.add_argument("--days", type=number(float, most=9))
+    assert alone.parse_args(["--days", "9"]).days == 9.0
+    assert alone.parse_args(["--days", "0"]).days == 0.0
+    with pytest.raises(SystemExit, match="2"):
+        alone.parse_args([f"--days={text}"])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_setting_is_without_end(value: str) -> None:
+    class Pace(Settings):
+        seconds: float = Field(default=1, description="A part.")
+
+    flags = argparse.ArgumentParser()
+    add_flags(flags, Pace, prefix="")
+    with pytest.raises(SettingsError, match="seconds: Input should be a finite number"):
+        given(flags.parse_args([f"--seconds={value}"]), Pace, prefix="")
 
 
 def test_the_help_is_that_of_the_fields() -> None:

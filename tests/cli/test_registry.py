@@ -64,6 +64,22 @@ def test_what_waits_is_registered(
         assert f"1 versions registered; none waits in {tmp_path}" in said
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--days", days] for days in ("nan", "inf", "-inf", "-1", "1e9", "soon")),
+        *(["--keep", keep] for keep in ("0", "-3", "nan", "1.5")),
+    ],
+)
+@pytest.mark.parametrize("program", [lambda line: main(["registry", *line]), fleet.main])
+def test_prune_takes_no_numbers_that_mean_nothing(
+    program: Callable[[list[str]], int], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program(["prune", *flags])
+    assert f"argument {flags[0]}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", [lambda line: main(["registry", *line]), fleet.main])
 def test_whoever_forces_says_why(
     program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,5 @@
 import os
+import shlex
 import socket
 import stat
 import subprocess
@@ -29,8 +30,12 @@ def wait_for_output(server: Server) -> None:
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[LocalStack]:
-    stack = LocalStack(tmp_path / "stack")
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalStack]:
+    """In a folder whose name means something in an address, where others need a proxy."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    stack = LocalStack(tmp_path / "a b%20c#d?e" / "stack")
     stack.start()
     yield stack
     stack.stop()
@@ -53,9 +58,21 @@ def test_both_servers_answer_until_another_process_stops_them(stack: LocalStack)
 
     assert fetch(Request(f"{stack.environment['MLFLOW_TRACKING_URI']}/health")) == b"OK"
 
+    # All that it keeps lies in its folder.
+    client = """
+from mlflow import MlflowClient
+client = MlflowClient()
+client.log_text(client.create_run("0").info.run_id, "x", "x.txt")
+"""
+    python = [sys.executable, "-c", client]
+    subprocess.run(python, env=environment, capture_output=True, check=True)
+    assert (stack.folder / "mlflow/mlflow.db").exists()
+    assert list((stack.folder / "mlflow/artifacts").rglob("x.txt"))
+    assert list(stack.folder.parent.parent.iterdir()) == [stack.folder.parent]
+
     # A shell that sources `env` has the same settings.
     shown = subprocess.run(
-        ["sh", "-c", f". {stack.folder}/env && echo $MLFLOW_TRACKING_URI"],
+        ["sh", "-c", f". {shlex.quote(str(stack.folder))}/env && echo $MLFLOW_TRACKING_URI"],
         env=environment,
         capture_output=True,
         text=True,

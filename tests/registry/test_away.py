@@ -145,6 +145,14 @@ def test_a_changed_artifact_is_refused_although_it_can_be_read(
         registry.load("tampered")
 
 
+def test_what_cannot_be_kept_says_so_and_why_it_had_to_be(tmp_path: Path) -> None:
+    away = open_registry("http://127.0.0.1:1")
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(RegistryUnavailableError, match=r"no MLflow server .*APT_RAY_PENDING"):
+        away.register(make_prompt_set("lost"), pictures={}, trials=[], pending=blocked / "pending")
+
+
 def test_what_is_not_for_this_category_is_refused(registry: Registry, mlflow_server: str) -> None:
     registered = register(registry, make_prompt_set("theirs"))
     client = MlflowClient(mlflow_server)

@@ -1,11 +1,12 @@
 """Promotion, history and the way back, against a real MLflow server."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
@@ -14,7 +15,7 @@ from apt_ray.registry import Registry, open_registry, promote, roll_back
 from apt_ray.registry.mlflow import moves
 from apt_ray.registry.mlflow.names import MARK
 from apt_ray.validation import versions
-from apt_ray.validation.versions import compare_prompt_sets
+from apt_ray.validation.versions import VersionComparison, compare_prompt_sets
 from tests.registry.registering import make_prompt_set, register, spoilt
 
 
@@ -81,6 +82,47 @@ def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
     assert (forced.verdict, registry.champions()["contest"]) == ("kept", 4)
     assert registry.history("contest").moves[-1].why.startswith("forced: the line was rebuilt (")
     assert registry.resolve("contest").tags["forced"] == "the line was rebuilt"
+
+
+def test_a_verdict_on_fewer_images_does_not_overrule_one_on_more(
+    registry: Registry,
+    prompt_set: PromptSet,
+    category: Category,
+    pictures: tuple[tuple[Path, ...], tuple[Path, ...]],
+) -> None:
+    support, others = pictures
+    more = tuple(path for path in category.good if path not in support)[:3]
+    good = prompt_set.with_category("recount")
+    for _ in range(2):
+        register(registry, good, support=support, held_out=others)
+    compared: list[int] = []
+
+    def compare(
+        candidate: PromptSet, champion: PromptSet, images: Sequence[Image.Image]
+    ) -> VersionComparison:
+        """Finds the candidate no better on three images, and better on any two of them."""
+        compared.append(len(images))
+        better = spoilt(champion) if len(images) == 2 else champion
+        return compare_prompt_sets(candidate, better, images)
+
+    kept = promote(registry, "recount", normal=more, compare=compare)
+    assert kept.verdict == "kept"
+    assert registry.resolve("recount", "2").tags["judged_on"] == "3 images against version 1"
+    again = promote(registry, "recount", compare=compare)
+    assert (again.verdict, again.move) == ("kept", None)
+    assert "kept before, on 3 normal images" in again.report()
+    assert "--data" in again.why
+    assert compared == [3]
+    assert registry.resolve("recount", "2").tags["judged_on"] == "3 images against version 1"
+    # As many decide anew; a person may; and against another champion it is another question.
+    assert promote(registry, "recount", normal=more, compare=compare).verdict == "kept"
+    forced = promote(registry, "recount", force="the line was rebuilt", compare=compare)
+    assert forced.move
+    assert "kept before, on 3 normal images" in registry.history("recount").moves[-1].why
+    promote(registry, "recount", "1", force="back", compare=compare)
+    register(registry, good, support=support, held_out=others)
+    assert promote(registry, "recount", compare=compare).verdict == "promoted"
+    assert compared == [3, 3, 2, 2]
 
 
 def test_without_pictures_in_neither_support_set_a_person_decides(

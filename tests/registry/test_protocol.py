@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from apt_ray.data.folders import Category
-from apt_ray.errors import PromptSetError, RegistryConflictError, RegistryError
+from apt_ray.errors import PromptSetError, RegistryConflictError, RegistryError, SettingsError
 from apt_ray.registry import CANDIDATE, CHAMPION, LoggedTrial, Move, Registry, open_registry
 from apt_ray.registry.mlflow.names import model_name
 from tests.registry.fake import FakeRegistry
@@ -106,6 +106,12 @@ def test_what_does_not_exist_is_named_beside_what_does(registry: Registry) -> No
     with pytest.raises(RegistryError, match="no version or alias '99'"):
         registry.resolve("existing", "99")
     assert registry.versions("absent") == []
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", "a/b", "", "größe", "a.b", "nut\n"])
+def test_what_cannot_stand_in_an_address_is_not_registered(registry: Registry, name: str) -> None:
+    with pytest.raises(SettingsError, match="letters, digits"):
+        register(registry, name)
 
 
 def test_a_prompt_set_of_another_backbone_is_refused(registry: Registry) -> None:

@@ -1,5 +1,6 @@
 """prune: what is kept, and what only seems to be deleted."""
 
+import math
 from datetime import datetime, timezone
 
 import pytest
@@ -31,8 +32,9 @@ def test_prune_keeps_what_is_needed(mlflow_server: str) -> None:
         registry, ["pruned"], keep=4, days=0, dry_run=False
     )
     assert registry.versions("pruned") == [6, 5, 4, 3, 2]
-    with pytest.raises(SettingsError, match="at least 1"):
-        prune(registry, keep=0, days=0)
+    for keep, days in ((0, 0.0), (1, -1.0), (1, math.nan), (1, math.inf), (1, 1e6)):
+        with pytest.raises(SettingsError, match="at least 1"):
+            prune(registry, keep=keep, days=days)
 
 
 def test_a_version_served_until_the_next_move() -> None:

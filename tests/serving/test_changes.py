@@ -16,7 +16,10 @@ from tests.serving.fleets import Deployed, Load, ray_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-POOLS = {"pools": {"tail": {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}}}
+POOLS = {
+    "defaults": {"max_wait_s": 20},
+    "pools": {"tail": {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}},
+}
 ONE = {"autoscaling": {"max_replicas": 1}}
 SECRET = "known to MLflow and the fleet"
 PER_SECOND = float(os.environ.get("APT_RAY_TEST_RATE", "20"))
@@ -98,7 +101,7 @@ def test_killed_processes_take_only_what_they_held(deployed: Deployed, picture: 
 
     def processes(of: str) -> list[int]:
         if of == "proxy":
-            return [process.pid for process in ray_workers(deployed.stack, "ray::ProxyActor")]
+            return [process.pid for process in ray_workers(deployed.stack, "ray::HAProxyManager")]
         return deployed.replicas()[of]
 
     rate = PER_SECOND / 2

@@ -86,7 +86,8 @@ def test_the_status_says_what_is_not_as_it_should_be(tmp_path: Path) -> None:
     registry = stocked()
 
     async def state(controller: Controller, **categories: object) -> tuple[str, str | None]:
-        report = ReplicaReport.parse({"orders": "x", "categories": categories})
+        orders = await controller.follow("tail", "r", ReplicaReport(), wait_s=0)
+        report = ReplicaReport.parse({"orders": orders.etag, "categories": categories})
         await controller.follow("tail", "r", report, wait_s=0)
         status = (await controller.status()).categories["nut"]
         return status.state, status.problem
@@ -99,6 +100,12 @@ def test_the_status_says_what_is_not_as_it_should_be(tmp_path: Path) -> None:
         assert await state(controller, nut={"version": 1}) == ("READY", None)
         problem = {"version": 1, "problem": "damaged"}
         assert await state(controller, nut=problem) == ("FAILED", "damaged")
+        assert (await controller.status()).categories["nut"].failing == ("tail",)
+        # What was wrong with the orders of before may be right now.
+        mended = {"nut": {"threshold": 0.5}, "bolt": {"version": 4}}
+        await controller.plan(Plan.parse({"revision": 2, "pools": {"tail": mended}}))
+        assert (await controller.status()).categories["nut"].state == "LOADING"
+        assert await state(controller, nut={"version": 1}) == ("READY", None)
         registry.set_alias("nut", CHAMPION, None)
         await controller.poll()
         status, why = await state(controller, nut={"version": 1})

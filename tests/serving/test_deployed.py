@@ -6,7 +6,9 @@ from contextlib import suppress
 from urllib.request import Request
 
 import httpx
+import psutil
 import pytest
+from mlflow import MlflowClient
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.detector import Detector
@@ -15,9 +17,13 @@ from apt_ray.devtools.local_stack import LocalStack, fetch, free_ports
 from apt_ray.errors import AptError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
-from tests.serving.fleets import Deployed, Load
+from tests.registry.registering import make_prompt_set
+from tests.serving.fleets import Deployed, Load, ray_workers
 
-TAIL = {"pools": {"tail": {}}, "defaults": {"autoscaling": {"max_replicas": 1}}}
+TAIL = {
+    "pools": {"tail": {}},
+    "defaults": {"max_wait_s": 20, "autoscaling": {"max_replicas": 1}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,23 @@ def test_a_fleet_on_a_real_cluster(
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["remedy"]
 
+    # Headers that Serve's own servers cannot read, and orders that are no caller's to give.
+    for name in (b"X-Request-ID", b"X-Session-Id", b"X-Request-Timeout-Seconds"):
+        for value in (b"Stra\xdfe", b"0.001", b"7" * 7000):
+            answer = httpx.post(
+                f"{deployed.url}/v1/blister/inspect",
+                content=picture,
+                headers=[(name, value)],
+                trust_env=False,
+            )
+            assert answer.status_code == 200, (name, value)
+            if name == b"X-Request-ID":
+                assert answer.headers["x-request-id"] == answer.json()["request_id"]
+                assert (answer.json()["request_id"] == "0.001") is (value == b"0.001")
+    head = httpx.head(f"{deployed.url}/healthz", trust_env=False)
+    assert (head.status_code, head.content) == (200, b"")
+    _check_proxy(deployed)
+
     # The registry decides on versions: a moved alias is followed and taken back under requests.
     before = deployed.replicas()
     with Load(deployed.url, ("blister", "washer"), picture, per_second=4) as load:
@@ -107,6 +130,37 @@ def test_a_fleet_on_a_real_cluster(
 
     _check_metrics(deployed)
 
+    # What others keep on the same server is no category, and one that no replica can serve holds up
+    # no other: neither a new one, nor one that moves.
+    client = MlflowClient(deployed.tracking_uri)
+    client.create_registered_model("apt-portfolio")
+    run = client.create_run(client.create_experiment("somebody else's"))
+    source = f"runs:/{run.info.run_id}/model"
+    client.create_model_version("apt-portfolio", source, run_id=run.info.run_id)
+    client.set_registered_model_alias("apt-portfolio", "champion", "1")
+    deployed.register(prompt_set, "nut")
+    deployed.register(make_prompt_set("odd"), "odd")
+    few = {"defaults": {"num_cpus": 0.1, "autoscaling": {"max_replicas": 1}}}
+    done = deployed.deploy(few | {"categories": "all"})
+    assert done.returncode == 1
+    assert "odd cannot be served: " in done.stderr
+    assert "load the backbone that it names" in done.stderr
+    assert "portfolio" not in done.stderr
+    for name in ("blister", "washer", "nut"):
+        assert deployed.inspect(name, picture)["version"]
+    moving = {"nut": {"pool": "tail", "false_alarm_rate": 0.1}, "blister": {"pool": "tail"}}
+    done = deployed.deploy(TAIL | few | {"categories": moving | {"absent": {"pool": "tail"}}})
+    assert done.returncode == 1
+    assert "nut cannot be served: nut cannot be held to" in done.stderr
+    assert "absent cannot be served: the registry" in done.stderr
+    assert set(deployed.replicas()) == {"controller", "root", "pool-nut", "pool-tail"}
+    for name in ("blister", "nut"):
+        assert deployed.inspect(name, picture)["version"]
+    deployed.register(prompt_set, "absent")
+    done = deployed.deploy(TAIL | few | {"categories": {"absent": {"pool": "tail"}}})
+    assert done.returncode == 0, done.stderr
+    assert deployed.inspect("absent", picture)["version"] == 1
+
     # HTTP options are fixed while the server runs.
     moved = deployed.run("deploy", str(deployed.folder / "fleet.yaml"), "--http-port", "1")
     assert moved.returncode == 1
@@ -114,9 +168,20 @@ def test_a_fleet_on_a_real_cluster(
 
     done = deployed.run("down")
     assert done.returncode == 0, done.stderr
-    assert "stopped 4 applications" in done.stdout
+    assert "stopped 3 applications" in done.stdout
     with pytest.raises(httpx.ConnectError):
         httpx.get(deployed.url, trust_env=False)
+
+
+def _check_proxy(deployed: Deployed) -> None:
+    """HAProxy takes the requests in, and opens no port beside the fleet's."""
+    listening = {
+        connection.laddr
+        for process in ray_workers(deployed.stack, "bin/haproxy")
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", deployed.port)}
 
 
 def _check_metrics(deployed: Deployed) -> None:

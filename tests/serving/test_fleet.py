@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from ray.serve.schema import ServeDeploySchema
 
-from apt_ray.errors import FleetError
+from apt_ray.errors import FleetError, RegistryError
 from serving import fleet as command
 from serving.app import PoolArgs
 from serving.controller.orders import Plan
 from serving.deploy.cluster import Capacity, Cluster
+from serving.deploy.deployment import resolve
 from serving.deploy.plan import (
     HttpAddress,
     Pool,
@@ -24,6 +25,8 @@ from serving.deploy.plan import (
 )
 from serving.regions import mask_of_png
 from serving.settings import CategoryEntry, Fleet
+from tests.registry.fake import FakeRegistry
+from tests.registry.registering import make_prompt_set
 
 SHIPPED = Path(__file__).resolve().parents[2] / "serving" / "fleet.yaml"
 TWO_CPUS = Capacity(cpus=2, gpus=0, node_cpus=2, node_gpus=0, grows=False)
@@ -109,7 +112,22 @@ def test_the_examples_in_the_shipped_file_are_accepted(tmp_path: Path) -> None:
         ("categories: {nut: {threshold: 2}}", "less than or equal to 1"),
         ("categories: {'a/b': {}}", "a/b"),
         ("categories: {}", "names none"),
-        ("categories: everything", "'all'"),
+        ("categories: everything", "categories: Input should be 'all'"),
+        ("categories: [nut, bolt]", "categories: Input should be a valid dictionary"),
+        ("categories: {nut: {threshold: 0.9}, bolt: {}, nut: {}}", "nut stands there twice"),
+        ("pools: {a: {threads: 1, threads: 2}}", "threads stands there twice"),
+        ("categories: {4711: {}}", "4711 is no text to YAML: quote it, '4711'"),
+        ("categories: {0123: {}}", "quote it, '0123'"),
+        ("categories: {no: {}}", "quote it, 'no'"),
+        ("categories: {2024-05-01: {}}", "quote it, '2024-05-01'"),
+        ("categories: {nut: {alias: 7}}", "categories.nut.alias: .* string: quote it .got 7"),
+        ("categories: {nut: {alias: 2024-13-45}}", "cannot read the fleet file"),
+        ("pool: 1", "pool: .*quote it"),
+        ("auth: {tokens: [{name: 3, sha256: '" + 64 * "0" + "'}]}", "name: .*quote it"),
+        ("auth: {tokens: [{name: me, sha256: " + 64 * "1" + "}]}", "sha256: .*quote it"),
+        ("http: {timeout_s: .inf}", "http.timeout_s: Input should be a finite number"),
+        ("registry: {poll_s: .nan}", "registry.poll_s: Input should be a finite number"),
+        ("defaults: {num_cpus: .inf}", "defaults.num_cpus: Input should be a finite number"),
         ("defaults: {num_gpus: 1.5}", "whole number"),
         ("categories: {nut: {pool: tial}}", "no pool 'tial'"),
         ("pool: tial", "no pool 'tial'"),
@@ -127,6 +145,9 @@ def test_the_examples_in_the_shipped_file_are_accepted(tmp_path: Path) -> None:
         ("categories: {nut: {region_of_interest: {mask: absent.png}}}", "absent.png"),
         ("auth: {tokens: [{name: me, sha256: '" + 64 * "0" + "', scopes: [rule]}]}", "scopes"),
         ("auth: {tokens: [{name: me, sha256: secret}]}", "auth.tokens.0.sha256"),
+        ("http: {root_path: fleet/}", "http.root_path"),
+        ("http: {allow_origins: ['*']}", "http.allow_origins.0"),
+        ("http: {allow_origins: ['https://mes.example/']}", "http.allow_origins.0"),
         ("- all", "fleet file"),
         ("categories: [", "cannot read the fleet file"),
     ],
@@ -136,6 +157,26 @@ def test_a_bad_file_is_refused_by_what_is_wrong(tmp_path: Path, text: str, says:
     with pytest.raises(FleetError, match=says) as caught:
         Fleet.read(path)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_wrong_is_told_in_the_files_own_words(tmp_path: Path) -> None:
+    text = "categories: {'a/b': {}, nut: {threshold: 2, pool: ''}}"
+    with pytest.raises(FleetError) as caught:
+        Fleet.read(write(tmp_path, text))
+    said = str(caught.value)
+    assert "categories.a/b: String should match" in said
+    assert "categories.nut.threshold: " in said
+    for inner in ("literal", "dict[", "function", "[key]"):
+        assert inner not in said
+
+
+def test_a_file_of_another_encoding_is_read_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_bytes("pool: null\n".encode("utf-8-sig"))
+    assert Fleet.read(path) == Fleet()
+    path.write_bytes("pool: null\n".encode("utf-16"))
+    with pytest.raises(FleetError, match="save it as UTF-8"):
+        Fleet.read(path)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -256,6 +297,28 @@ def test_a_token_is_shown_once_and_its_entry_is_accepted(
     assert out.strip() not in err
 
 
+@pytest.mark.parametrize("name", ["3", "no", "a, b: #c", "- x", "Zoë 🏭", 'it\'s "me"', "x" * 99])
+def test_the_entry_of_any_name_is_accepted(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command.main(["token", name]) == 0
+    entry = capsys.readouterr().err.splitlines()[-1]
+    (token,) = Fleet.read(write(tmp_path, f"auth:\n  tokens:\n{entry}")).auth.tokens
+    assert token.name == name
+
+
+@pytest.mark.parametrize(
+    "arguments", [[""], ["two\nlines"], ["me", "--scope", "rule"], ["me", "--scope", "inspect:a/b"]]
+)
+def test_no_token_is_made_that_the_fleet_file_would_refuse(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["token", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("error: ")
+
+
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port that is taken but does not listen."""
@@ -274,6 +337,17 @@ def test_deploy_says_what_it_cannot_do_without_touching_a_cluster(
     assert expected[option] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flag", ["--timeout=nan", "--timeout=inf", "--timeout=-1", "--http-port=0", "--http-port=65536"]
+)
+def test_deploy_takes_no_numbers_that_mean_nothing(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["deploy", str(SHIPPED), flag])
+    assert "must be " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["status"], ["down"]])
 def test_an_absent_cluster_is_reported_at_once(
     arguments: list[str], closed_port: int, capsys: pytest.CaptureFixture[str]
@@ -281,6 +355,27 @@ def test_an_absent_cluster_is_reported_at_once(
     address = f"127.0.0.1:{closed_port}"
     assert command.main([*arguments, "--ray-address", address]) == 1
     assert "ray start --head" in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_told_beside_what_can() -> None:
+    class Registry(FakeRegistry):
+        def aliases(self) -> dict[str, dict[str, int]]:
+            return super().aliases() | {"two words": {"champion": 1}}
+
+    registry = Registry()
+    for name in ("nut", "bolt"):
+        registry.register(make_prompt_set(name), pictures={}, trials=[])
+    entries, absent = resolve(Fleet(), registry)
+    assert list(entries) == ["bolt", "nut"]
+    assert list(absent) == ["two words"]
+    named = {"nut": {}, "bolt": {"version": 9}, "washer": {}, "two": {"alias": "spare"}}
+    entries, absent = resolve(Fleet.parse({"categories": named}), registry)
+    assert set(entries) == set(named)
+    assert set(absent) == {"bolt", "washer", "two"}
+    assert "no category 'washer'; it has bolt" in absent["washer"]
+    registry.is_away = True
+    with pytest.raises(RegistryError):
+        resolve(Fleet(), registry)
 
 
 def test_of_two_deploys_at_once_one_is_told(ray_local: None) -> None:

@@ -5,9 +5,11 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 import pytest
@@ -87,14 +89,17 @@ def tail(prompt_set: PromptSet) -> Inspector:
 
 
 def root_of(
-    service: Any, controller: KnownController | None = None, auth: Auth | None = None
+    service: Any,
+    controller: KnownController | None = None,
+    auth: Auth | None = None,
+    http: HttpLimits = LIMITS,
 ) -> FastAPI:
     access = Access(Auth())
     pools = Pools(lambda pool: service, access)
     routes = {"blister": ("tail",), "washer": ("tail", "washer")}
     pools.follow(Routes(pools=routes, auth=auth or Auth()))
     return create_root_api(
-        pools, controller or KnownController(), http=LIMITS, access=access, webhook_secret=SECRET
+        pools, controller or KnownController(), http=http, access=access, webhook_secret=SECRET
     )
 
 
@@ -152,7 +157,7 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
             self.errors = list(errors)
 
         async def inspect(
-            self, category: str, data: bytes, picture: Picture | None, timeout_s: float
+            self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
         ) -> Inspected | Refusal:
             if self.errors:
                 raise self.errors.pop(0)
@@ -243,7 +248,64 @@ def test_the_description_names_the_routes_and_the_pages_load_nothing_from_elsewh
         links += [part.split('"')[0] for part in page.text.split('href="')[1:]]
         assert links
         for link in links:
-            assert ask(root, "GET", link).status_code == 200, link
+            assert ask(root, "GET", urljoin(path, link)).status_code == 200, link
+
+
+def test_the_fleet_works_behind_a_path_prefix(tail: Inspector) -> None:
+    root = root_of(Answering(tail), http=LIMITS.model_copy(update={"root_path": "/fleet/west"}))
+
+    def through_the_web_server(method: str, path: str) -> httpx.Response:
+        assert path.startswith("/fleet/west/"), path
+        return ask(root, method, path.removeprefix("/fleet/west"))
+
+    for page in ("/fleet/west/", "/fleet/west/docs"):
+        text = through_the_web_server("GET", page).text
+        links = [part.split('"')[0] for part in text.split('src="')[1:]]
+        links += [part.split('"')[0] for part in text.split('href="')[1:]]
+        assert links
+        for link in links:
+            found = through_the_web_server("GET", urljoin(page, link))
+            assert found.status_code == 200, link
+            # Scripts ask from where their page is, not from where the host begins.
+            if link.endswith(".js"):
+                assert not re.search(r"(fetch|ask)\([\"'`]/", found.text)
+    assert ask(root, "GET", "/openapi.json").json()["servers"] == [{"url": "/fleet/west"}]
+    first = ask(root, "GET", "/v1").json()["categories"][0]["inspect"]
+    assert first == "/fleet/west/v1/blister/inspect"
+    assert through_the_web_server("POST", first).status_code == 400  # no image, but the category
+    moved = ask(root, "POST", "/v1/blister/inspect/", content=b"BM")
+    assert urlsplit(moved.headers["location"]).path == first
+
+
+def test_every_address_that_answers_get_answers_head(tail: Inspector) -> None:
+    root = root_of(Answering(tail))
+    paths = ("/", "/docs", "/healthz", "/v1", "/v1/blister", "/openapi.json", "/fleet/status")
+    for path in (*paths, "/console/console.js"):
+        assert ask(root, "HEAD", path).status_code == 200, path
+    assert ask(root, "HEAD", "/readyz").status_code == 503
+    assert ask(root, "HEAD", "/v1/blister/inspect").status_code == 405
+
+
+def test_pages_of_the_named_origins_may_ask_and_no_others(tail: Inspector) -> None:
+    http = LIMITS.model_copy(update={"allow_origins": ("https://mes.example",)})
+    pool = create_api(tail, http=http, access=Access(AUTH))
+    for api in (pool, root_of(Answering(tail), auth=AUTH, http=http)):
+        preflight = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, x-timeout-ms",
+        }
+        for origin, status in (("https://mes.example", 200), ("https://else.example", 400)):
+            asked = {"Origin": origin, **preflight}
+            allowed = ask(api, "OPTIONS", "/v1/blister/inspect", headers=asked)
+            assert allowed.status_code == status
+            # What is refused is told to the page as well.
+            answer = ask(api, "POST", "/v1/blister/inspect", headers={"Origin": origin})
+            assert answer.status_code == 401
+            for each in (allowed, answer):
+                shown = each.headers.get("access-control-allow-origin")
+                assert shown == (origin if status == 200 else None)
+    closed = ask(root_of(Answering(tail)), "GET", "/v1", headers={"Origin": "https://mes.example"})
+    assert not [name for name in closed.headers if name.startswith("access-control")]
 
 
 AUTH = Auth.parse(
@@ -306,8 +368,10 @@ def test_only_a_signed_and_fresh_webhook_wakes_the_controller(tail: Inspector) -
     root = root_of(Answering(tail), controller)
     body = json.dumps({"entity": "model_version_alias"}).encode()
 
-    def deliver(secret: str = SECRET, age_s: int = 0, **changed: str) -> httpx.Response:
-        stamp = str(int(time.time()) - age_s)
+    def deliver(
+        secret: str = SECRET, age_s: int = 0, stamp: str = "", **changed: str
+    ) -> httpx.Response:
+        stamp = stamp or str(int(time.time()) - age_s)
         signed = hmac.new(secret.encode(), f"id.{stamp}.".encode() + body, hashlib.sha256)
         headers = {
             "X-MLflow-Delivery-Id": "id",
@@ -321,6 +385,9 @@ def test_only_a_signed_and_fresh_webhook_wakes_the_controller(tail: Inspector) -
     for refused in (
         deliver(secret="another"),
         deliver(age_s=3600),
+        deliver(stamp="soon"),
+        deliver(stamp="9" * 400),
+        deliver(stamp="9" * 5000),
         deliver(**{"X-MLflow-Delivery-Id": "other"}),
         ask(root, "POST", "/webhooks/mlflow", content=body),
     ):

@@ -23,9 +23,13 @@ from tests.mutations import png_that_claims
 URL = "http://127.0.0.1:8000"
 
 _TOKEN = "the-token-of-line-3"
-_LIMITS = HttpLimits(max_bytes=1000, max_pixels=1000, timeout_s=0.2)
+_LIMITS = HttpLimits(max_bytes=1000, max_pixels=1000, max_images=2, timeout_s=0.2)
 _GIF = b"GIF89a"
 _LARGE = png_that_claims(20_000, 20_000)
+_FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+_FORM_PART = (
+    b'--x\r\nContent-Disposition: form-data; name="image"; filename="part.png"\r\n\r\nBM\r\n'
+)
 
 
 class _Scene:
@@ -35,15 +39,19 @@ class _Scene:
         raise problems.unknown_category(category, ["bottle", "screw"])
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
     ) -> Inspected:
         if category == "flooded":
             raise problems.too_many(
-                "16 images of flooded are waiting for this replica already", retry_after_s=2
+                "64 images are waiting for this replica already, 64 of them of flooded: this"
+                " one's turn would come in about 2.1 s, later than the 2 s accepted",
+                retry_after_s=3,
             )
         if category == "busy":
             raise problems.overloaded(
-                "64 images are waiting for this replica already", retry_after_s=3
+                "64 images are waiting for this replica already: this one's turn would come in"
+                " about 2.1 s, later than the 2 s accepted",
+                retry_after_s=3,
             )
         if category == "new":
             raise problems.not_ready("new")
@@ -65,6 +73,30 @@ def _api(*, tokens: bool) -> FastAPI:
 _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
     ("not an image", "--data-binary @notes.txt", "bottle", b"hello", {}, False),
     ("a damaged image", "--data-binary @half.png", "bottle", b"\x89PNG\r\n\x1a\n", {}, False),
+    (
+        "a form that lost its end",
+        "-H 'Content-Type: multipart/form-data; boundary=x' --data-binary @half.form",
+        "bottle",
+        _FORM_PART,
+        _FORM,
+        False,
+    ),
+    (
+        "an overlay of several images",
+        "-H 'Accept: image/png' -F image=@part.png -F image=@other.png",
+        "bottle",
+        2 * _FORM_PART + b"--x--",
+        _FORM | {"Accept": "image/png"},
+        False,
+    ),
+    (
+        "too many images",
+        "-F image=@1.png -F image=@2.png -F image=@3.png",
+        "bottle",
+        3 * _FORM_PART + b"--x--",
+        _FORM,
+        False,
+    ),
     ("no token", "--data-binary @part.png", "bottle", b"", {}, True),
     (
         "an unknown token",

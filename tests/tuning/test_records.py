@@ -94,6 +94,16 @@ def test_a_plan_on_disk_is_resumed_as_it_was_written(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a b%20c#d?e"
+    store = SearchStore(str(folder), "name")
+    store.check_writable()
+    store.write("found/x", b"x")
+    assert SearchStore(str(folder), "name").read("found/x") == b"x"
+    assert (folder / "name/found/x").read_bytes() == b"x"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_storage_that_takes_no_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="--storage"):

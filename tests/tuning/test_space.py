@@ -40,6 +40,10 @@ def test_a_file_names_another_space(tmp_path: Path) -> None:
         ("noise_strength: {low: 0.1, high: 0.3}", "noise_strength"),
         ("object_mask: {low: 0, high: 1}", "list its values"),
         ("a: [", "cannot read"),
+        ("steps: {choices: [8]}\nsteps: {choices: [9]}", "steps stands there twice"),
+        ("3: {choices: [8]}", "quote it, '3'"),
+        ("learning_rate: {low: 0.1, high: .inf}", "high.* finite number"),
+        ("cls_weight: {choices: [.nan, 0.5]}", "finite number"),
     ],
 )
 def test_a_wrong_space_is_explained(content: str, complaint: str, tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def test_a_mask_without_paint_is_named(category: Category, tmp_path: Path) -> No
     found = _with_masks(tmp_path, category, white, black)
     with pytest.raises(DataError, match=f"nothing is painted in the mask {found.test[1].mask},"):
         TestSet.read(found)
+
+
 @pytest.mark.parametrize("seeds", [(), (0, 0), (-1,)])
 def test_odd_seeds_are_refused(
     backbone: FrozenCLIP, category: Category, seeds: tuple[int, ...]

@@ -6,7 +6,6 @@ model whose name says so: the names of models are unique, hence only one of two 
 other is told. That model is deleted once the move is in the history.
 """
 
-import getpass
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from apt_ray.errors import RegistryConflictError, RegistryError
+from apt_ray.machine import who
 from apt_ray.registry.history import Action, History, Move
 from apt_ray.registry.mlflow.names import MARK, is_category, is_ours, model_name
 from apt_ray.registry.protocol import CANDIDATE, CHAMPION
@@ -151,8 +151,5 @@ def _forget(client: MlflowClient, ticket: str) -> None:
 
 
 def _who() -> str:
-    try:
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as in some containers
-        user = f"uid {os.getuid()}"
-    return f"{user}@{socket.gethostname()}"
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    return f"{user}@{socket.gethostname()}" if user else who()

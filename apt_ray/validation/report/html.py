@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from apt_ray import __version__
 from apt_ray.config import FitSettings
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.rule import resize_map
@@ -26,6 +25,7 @@ from apt_ray.validation.examples import Example
 from apt_ray.validation.intervals import by_defect_type
 from apt_ray.validation.report import curves
 from apt_ray.validation.verdicts import Rejected
+from apt_ray.version import __version__
 
 _SIDE = 220
 _TRUTH = (60, 220, 110)

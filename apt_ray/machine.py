@@ -1,0 +1,37 @@
+"""Who runs this, and where that user's files lie: also where a uid has neither name nor home."""
+
+import getpass
+import os
+import socket
+from pathlib import Path
+
+_NO_HOME = "/nonexistent"
+
+
+def settle() -> None:
+    """Give this process, and those that it starts, a name and a home, where its uid has none.
+
+    Containers may run under any uid. MLflow asks for a home when it is imported, Ray and PyTorch
+    ask for a name. The home cannot be written to: caches do without, and what must be kept says
+    how to name another place.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = _NO_HOME
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid-{os.getuid()}"
+
+
+def who() -> str:
+    """User and machine."""
+    settle()
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def expanded(path: Path) -> Path:
+    """The path with `~` replaced."""
+    settle()
+    return path.expanduser()
