@@ -18,6 +18,9 @@ NOISE_LADDER = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 CATEGORY_NAME = "[A-Za-z0-9_-]+"
 """What may name a category: folders, registered models and addresses carry its name as it is."""
 
+MAX_DAYS = 36_500
+"""The longest time that pruning a registry reckons with."""
+
 BUILTIN = "builtin"
 
 TRUNK_STAGES, TRUNK_INPUT_SIZE, TRUNK_POOL = (2, 4), 320, 1

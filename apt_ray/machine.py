@@ -25,10 +25,10 @@ def settle() -> None:
         os.environ["USER"] = f"uid-{os.getuid()}"
 
 
-def who() -> str:
-    """User and machine."""
+def who(user: str | None = None) -> str:
+    """User and machine; the user is that of this process unless given."""
     settle()
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    return f"{user or getpass.getuser()}@{socket.gethostname()}"
 
 
 def expanded(path: Path) -> Path:

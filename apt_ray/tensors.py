@@ -7,27 +7,29 @@ from collections.abc import Mapping
 
 import torch
 
-_HEADER, _DIGEST = "apt-ray", "sha256"
+_HEADER = "apt-ray"
 
 
 def seal(header: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The metadata of a safetensors file of `tensors`, on the CPU, which `unseal` checks.
 
+    One entry, since several are written in any order: equal content makes equal files.
+
     Args:
-        header: all that the file says beside the tensors.
+        header: all that the file says beside the tensors, on one line.
     """
-    return {_HEADER: header, _DIGEST: _digest(header, tensors)}
+    return {_HEADER: f"{header}\n{_digest(header, tensors)}"}
 
 
 def header_of(metadata: Mapping[str, str]) -> str:
     """The header as it stands there, damaged or not; KeyError if there is none."""
-    return metadata[_HEADER]
+    return metadata[_HEADER].partition("\n")[0]
 
 
 def unseal(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
     """The header, once it and the tensors prove to be those that were sealed; else ValueError."""
     header = header_of(metadata)
-    if metadata.get(_DIGEST) != _digest(header, tensors):
+    if metadata[_HEADER].partition("\n")[2] != _digest(header, tensors):
         raise ValueError("the SHA-256 in it is not that of its content")
     return header
 

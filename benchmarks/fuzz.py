@@ -101,7 +101,7 @@ class _Decoding:
         raise NotImplementedError
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float
+        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
     ) -> Inspected:
         decode_image(data, limits=_HTTP.image)
         report = InspectionReport(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from apt_ray import Detector, PromptSet, load_backbone, read_image
-from apt_ray.images import IMAGE_SUFFIXES
+from apt_ray.data.folders import images_below
 from benchmarks.rows import Row, compared, write_rows
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     prompt_set = PromptSet.load(options.prompt_set)
     detector = Detector(load_backbone(prompt_set.backbone), prompt_set)
-    paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = images_below(options.images)
     pictures = [read_image(path) for path in paths[: max(options.batch)]]
     rows: list[Row] = []
     for batch in options.batch:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from apt_ray.cli.common import add_command, bar
 from apt_ray.cli.flags import count, number
+from apt_ray.config import MAX_DAYS
 from apt_ray.files import Location, location
 from apt_ray.tables import align
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from apt_ray.registry import Registry
 
-_MAX_DAYS = 36_500
 _KEPT = 3  # the exit status of a promotion that the champion survived
 
 
@@ -181,7 +181,7 @@ def _add_prune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     prune.add_argument(
         "--days",
-        type=number(float, most=_MAX_DAYS),
+        type=number(float, most=MAX_DAYS),
         default=90,
         metavar="D",
         help="keep what served in the last D days (default %(default)s)",

@@ -117,7 +117,7 @@ class Category:
 
     def name_of(self, path: AnyPath) -> str:
         """Where an image lies below the category's folder: the same on disk and in S3."""
-        return "/".join(absolute(path).parts[len(self.root.parts) :])
+        return _below(self.root, absolute(path))
 
     @property
     def contents(self) -> str:
@@ -413,16 +413,16 @@ def _split(folder: _Folder, normal: _Folder) -> tuple[tuple[Location, ...], tupl
         for part in ("train", "test")
     )
     if not good and normal.images:
+        first = _below(folder.path, normal.images[0])
         raise DataError(
             f"{split_list} sets no image of {normal.path} aside for training: it must have lines"
-            f" such as {folder.name},train,{folder.name}/{_below(folder, normal.images[0])}, or"
-            f" take it away"
+            f" such as {folder.name},train,{folder.name}/{first}, or take it away"
         )
     return good, tested
 
 
-def _below(folder: _Folder, path: Location) -> str:
-    return "/".join(path.parts[len(folder.path.parts) :])
+def _below(folder: Location, path: Location) -> str:
+    return "/".join(path.parts[len(folder.parts) :])
 
 
 def _read_split(path: Location) -> dict[tuple[str, ...], str]:

@@ -271,6 +271,9 @@ class LocalStack:
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/state",
+            # On a busy machine it takes longer to start than the 5 s after which it is killed, and
+            # with it the deploy that waits for it.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             # Replicas that go are taken out of its list at once: no other balancer has to notice.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         }

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
+from apt_ray.config import MAX_DAYS
 from apt_ray.errors import SettingsError
 from apt_ray.registry.history import History
 from apt_ray.registry.protocol import Registry
-
-MAX_DAYS = 36_500
-"""The longest time that `prune` reckons with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

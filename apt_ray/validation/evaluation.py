@@ -372,8 +372,7 @@ def _read_masks(
 
     def pack(place: Location, size: tuple[int, int]) -> bytes:
         mask_HW = read_mask(place, size)
-        if mask_HW.any():
-            covered.append(float(mask_HW.mean()))
+        covered.append(float(mask_HW.mean()))
         return zlib.compress(np.packbits(mask_HW).tobytes(), level=1)
 
     packed = [

@@ -146,6 +146,7 @@ def test_tags_say_what_was_found_and_what_was_decided() -> None:
         "verdict": "promoted",
         "difference": "+0.0500 ± 0.0082",
         "validation_values": "0.8500 against 0.8000 of version 3",
+        "judged_on": "5 images against version 3",
     }
 
 
@@ -232,7 +233,7 @@ def test_what_was_decided_is_kept_with_the_candidate(images: tuple[Path, ...]) -
     assert (forced.verdict, forced.forced) == ("kept", "a new lens")
     assert forced.move is not None
     assert (forced.move.action, forced.move.source, forced.move.target) == ("promote", 1, 2)
-    assert forced.move.why == f"forced: a new lens ({kept.why})"
+    assert forced.move.why == f"forced: a new lens ({forced.why})"
     assert registry.reports[1] == (2, "promotion-after-1-moves", forced.report())
     assert forced.report().endswith(f"Moved by somebody@memory at {forced.move.at}.")
     with pytest.raises(RegistryError, match="version 2 of washer is the champion already"):

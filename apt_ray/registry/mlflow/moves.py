@@ -9,7 +9,6 @@ other is told. That model is deleted once the move is in the history.
 import itertools
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -151,5 +150,4 @@ def _forget(client: MlflowClient, ticket: str) -> None:
 
 
 def _who() -> str:
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    return f"{user}@{socket.gethostname()}" if user else who()
+    return who(os.environ.get("MLFLOW_TRACKING_USERNAME"))
