@@ -121,7 +121,8 @@ class Finisher:
             pictures | plots,
             trials,
             shares,
-            {"search_status": status, "search_verdict": verdict},
+            status,
+            {"search_verdict": verdict},
             support=support,
             others=others,
         )
@@ -148,6 +149,7 @@ class Finisher:
         trials: Sequence[TrialRecord],
         shares: Mapping[str, float],
         status: SearchStatus,
+        found: Mapping[str, str],
         *,
         support: Sequence[Location],
         others: Sequence[Location],
@@ -156,6 +158,7 @@ class Finisher:
         one."""
         tags = {
             **self._provenance,
+            **found,
             "search_status": status,
             "support_seeds": ",".join(map(str, self._settings.support_seeds)),
             **{f"importance.{setting}": f"{share:.3f}" for setting, share in shares.items()},

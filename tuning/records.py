@@ -185,7 +185,13 @@ class SearchStore:
                 f"{self._others()}: on a cluster the storage must be a folder that all nodes share,"
                 " or s3://"
             )
-        return SearchPlan.parse(json.loads(content))
+        try:
+            return SearchPlan.parse(json.loads(content))
+        except SettingsError as error:
+            raise SettingsError(
+                f"{self.name} was planned by another version of apt-ray, whose trials do not"
+                f" compare with new ones: search anew ({error})"
+            ) from error
 
     def trial(self, category: str, number: int) -> TrialRecord | None:
         """The record of a trial that has reported or ended."""

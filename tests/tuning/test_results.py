@@ -1,16 +1,18 @@
 import math
+import re
 
 import pytest
 
+from apt_ray.config import BackboneSpec
 from apt_ray.errors import DataError
 from tuning.records import TrialRecord
-from tuning.results import choose_winner, importances
-from tuning.space import DEFAULT_SPACE, starting_point
+from tuning.results import best_trial, choose_winner, importances, say_what_was_found
+from tuning.space import PROMPT_SPACE, starting_point
 
 TRIAL = TrialRecord(
     category="washer",
     number=0,
-    settings=starting_point(DEFAULT_SPACE),
+    settings=starting_point(PROMPT_SPACE, BackboneSpec()),
     steps=(25, 50, 75, 100),
     validation=(0.6, 0.7, 0.8, 0.8),
     validation_sd=(0.1, 0.1, 0.1, 0.1),
@@ -25,12 +27,36 @@ def trial(number: int, **changes: object) -> TrialRecord:
 
 def test_winner_has_the_best_last_value() -> None:
     better = trial(1, validation=(0.5, 0.5, 0.5, 0.81))
-    assert choose_winner([TRIAL, better]) is better
+    assert best_trial([TRIAL, better]) is better
 
 
 def test_winner_of_equals_has_the_least_spread() -> None:
     steadier = trial(1, validation_sd=(0.2, 0.2, 0.2, 0.05))
-    assert choose_winner([TRIAL, steadier]) is steadier
+    assert best_trial([TRIAL, steadier]) is steadier
+
+
+def test_the_defaults_stay_unless_something_is_better_by_more_than_chance() -> None:
+    defaults = trial(0, images=(0.8, 0.7, 0.9, 0.8))
+    for images, value, words in (
+        ((0.83, 0.74, 0.92, 0.83), 0.83, r"better than the defaults by \+3.0 ± 0.4 points"),
+        ((0.83, 0.60, 0.99, 0.83), 0.8125, "found nothing better than the defaults: the best"),
+    ):
+        better = trial(1, validation=(0.5, 0.5, 0.5, value), images=images)
+        trials = [defaults, better]
+        assert best_trial(trials) is better
+        assert choose_winner(trials) is (better if value == 0.83 else defaults)
+        assert re.search(words, say_what_was_found(trials))
+    worse = trial(1, validation=(0.5, 0.5, 0.5, 0.7), images=(0.7, 0.7, 0.7, 0.7))
+    assert choose_winner([defaults, worse]) is defaults
+    assert say_what_was_found([defaults, worse]).endswith("nothing better than the defaults")
+
+
+def test_where_the_defaults_do_not_compare_the_best_wins() -> None:
+    stopped = trial(0, steps=(25,), validation=(0.9,), validation_sd=(0.1,), images=(0.9,) * 4)
+    for first in (stopped, trial(0, images=(0.8, 0.8))):
+        best = trial(1, validation=(0.5, 0.5, 0.5, 0.81), images=(0.81, 0.81))
+        assert choose_winner([first, best]) is best
+        assert "have not come as far" in say_what_was_found([first, best])
 
 
 def test_a_stopped_trial_does_not_win_by_an_early_value() -> None:
@@ -59,11 +85,11 @@ def test_the_setting_that_decides_is_the_most_important() -> None:
         )
         for number, value in enumerate(values)
     ]
-    shares = importances(trials, DEFAULT_SPACE)
+    shares = importances(trials, PROMPT_SPACE)
     assert next(iter(shares)) == "smgs_weight"
     assert shares["smgs_weight"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_too_few_trials_say_nothing_of_importance() -> None:
-    assert importances([TRIAL, trial(1)], DEFAULT_SPACE) == {}
+    assert importances([TRIAL, trial(1)], PROMPT_SPACE) == {}
