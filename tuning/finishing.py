@@ -20,7 +20,7 @@ from tuning.outcome import Outcome
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord
 from tuning.report.plots import draw_plots
-from tuning.results import TunedCategory, choose_winner, importances, say_what_was_found
+from tuning.results import Importance, TunedCategory, choose_winner, importances, say_what_was_found
 from tuning.settings import SearchSettings
 
 _REGISTRY_PATIENCE_S = 600.0
@@ -147,7 +147,7 @@ class Finisher:
         prompt_set: PromptSet,
         pictures: Mapping[str, Image.Image],
         trials: Sequence[TrialRecord],
-        shares: Mapping[str, float],
+        shares: Mapping[str, Importance],
         status: SearchStatus,
         found: Mapping[str, str],
         *,
@@ -161,7 +161,7 @@ class Finisher:
             **found,
             "search_status": status,
             "support_seeds": ",".join(map(str, self._settings.support_seeds)),
-            **{f"importance.{setting}": f"{share:.3f}" for setting, share in shares.items()},
+            **{f"importance.{setting}": str(share) for setting, share in shares.items()},
         }
         reports = sum(len(trial.steps) for trial in trials)
         deadline = time.monotonic() + _REGISTRY_PATIENCE_S

@@ -1,5 +1,7 @@
 import math
+import random
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -75,21 +77,45 @@ def test_where_every_trial_failed_the_first_error_is_raised() -> None:
         choose_winner([failed, failed])
 
 
-def test_the_setting_that_decides_is_the_most_important() -> None:
-    values = [i / 20 for i in range(20)]
-    trials = [
+def scored(values: Sequence[float], lengths: Sequence[int]) -> list[TrialRecord]:
+    """Trials whose SMGS weight rises from 0 to 1."""
+    pairs = enumerate(zip(values, lengths, strict=True))
+    return [
         trial(
             number,
-            settings={**TRIAL.settings, "smgs_weight": value, "context_length": 2 + number % 7},
+            settings={
+                **TRIAL.settings,
+                "smgs_weight": number / len(values),
+                "context_length": length,
+            },
             validation=(0.5, 0.5, 0.5, value),
         )
-        for number, value in enumerate(values)
+        for number, (value, length) in pairs
     ]
-    shares = importances(trials, PROMPT_SPACE)
-    assert next(iter(shares)) == "smgs_weight"
-    assert shares["smgs_weight"] > 0.8
-    assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_too_few_trials_say_nothing_of_importance() -> None:
+def test_the_setting_that_decides_is_the_most_important() -> None:
+    lengths = [2 + number % 7 for number in range(20)]
+    found = importances(scored([number / 20 for number in range(20)], lengths), PROMPT_SPACE)
+    first = found["smgs_weight"]
+    assert next(iter(found)) == "smgs_weight"
+    assert first.share > 0.8
+    assert first.is_seen
+    assert first.low <= first.share <= max(first.high, first.share)
+    assert sum(one.share for one in found.values()) == pytest.approx(1)
+    assert [name for name, one in found.items() if one.is_seen] == ["smgs_weight"]
+    assert str(found["context_length"]).endswith("no difference seen")
+
+
+def test_noise_makes_no_setting_important() -> None:
+    rng = random.Random(1)
+    values = [0.8 + 0.01 * rng.random() for _ in range(24)]
+    found = importances(scored(values, [rng.randint(2, 16) for _ in values]), PROMPT_SPACE)
+    assert found
+    assert not any(one.is_seen for one in found.values())
+
+
+def test_too_few_trials_or_equal_values_say_nothing_of_importance() -> None:
     assert importances([TRIAL, trial(1)], PROMPT_SPACE) == {}
+    assert importances(scored([0.8] * 8, range(2, 10)), PROMPT_SPACE) == {}
+    assert importances(scored([0.8, 0.8, 0.8, 0.8 + 1e-12], range(2, 6)), PROMPT_SPACE) == {}
