@@ -89,9 +89,10 @@ def is_image_file(path: Location) -> bool:
 
 
 def read_mask(path: AnyPath, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Ground-truth mask (H, W) of a defect: True where the file is painted (`painted`).
+    """Ground-truth mask (H, W) of a defect: True where the file is neither clear nor black.
 
-    A folder holds masks that are laid over one another. Raises DataError if a file cannot be read
+    Black on a clear ground counts if nothing else is painted there. A folder holds masks that are
+    laid over one another. Raises DataError if a file cannot be read
     or is not of `size` = (width, height), or if nothing is painted.
     """
     path = location(path)
@@ -107,14 +108,45 @@ def read_mask(path: AnyPath, size: tuple[int, int]) -> NDArray[np.bool_]:
     return mask_HW
 
 
-def painted(image: Image.Image) -> NDArray[np.bool_]:
-    """Where a mask is painted, (H, W): wherever it is neither clear nor black, by any value.
+def read_region(path: AnyPath) -> NDArray[np.bool_]:
+    """Region of interest (H, W): True where the file is neither clear nor black, by any value.
 
-    Two files differ. With transparency, black counts if nothing else is painted on the clear
-    ground. In JPEG and WebP, which may lose what is faint, it takes more than half of the brightest
-    pixel, and that of a mask is above 32.
+    If it is black alone on a clear ground, the ground counts. Raises DataError if the file cannot
+    be read or nothing is left to count.
+    """
+    ink_HW, is_clear_HW = _read_paint(path)
+    region_HW = ink_HW if ink_HW.any() or is_clear_HW.all() else is_clear_HW
+    if not region_HW.any():
+        raise DataError(
+            f"the region of interest {path} leaves nothing of an image to count: paint white what"
+            f" counts, on black"
+        )
+    return region_HW
+
+
+def cover(mask_HW: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask stretched to `size` = (rows, columns): True where any of it falls, even in part."""
+    for axis, cells in enumerate(size):
+        length = mask_HW.shape[axis]
+        edges = np.arange(cells + 1) * length
+        # Of each cell, the first pixel that it touches and the first one behind it.
+        spans = np.stack([edges[:-1] // cells, -(-edges[1:] // cells)], axis=-1)
+        # Every other result is of what lies between two cells; the last cell ends at the padding.
+        padded_HW = np.pad(mask_HW, [(0, int(axis == each)) for each in range(2)])
+        mask_HW = np.logical_or.reduceat(padded_HW, spans.ravel(), axis).take(
+            np.arange(0, 2 * cells, 2), axis
+        )
+    return mask_HW
+
+
+def _paint(image: Image.Image) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where a mask is neither clear nor black, by any value, and where it is clear, both (H, W).
+
+    In JPEG and WebP, which may lose what is faint, it takes more than half of the brightest pixel,
+    and that of a mask is above 32.
     """
     is_lossy = image.format in ("JPEG", "WEBP")
+    image = ImageOps.exif_transpose(image)
     is_clear_HW = np.zeros((image.height, image.width), np.bool_)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -125,26 +157,29 @@ def painted(image: Image.Image) -> NDArray[np.bool_]:
     values_HWC = np.atleast_3d(np.asarray(image))
     brightest = int(values_HWC.max()) if is_lossy else 0
     floor = max(brightest / 2, _FAINT) if is_lossy else 0
-    ink_HW = (values_HWC > floor).any(axis=-1) & ~is_clear_HW
-    if is_clear_HW.any() and not ink_HW.any():
-        return ~is_clear_HW
-    return np.asarray(ink_HW)
+    return (values_HWC > floor).any(axis=-1) & ~is_clear_HW, is_clear_HW
+
+
+def _read_paint(path: AnyPath) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    try:
+        return _paint(_open(read_file(path), _LOCAL_LIMITS, str(path)))
+    except ImageError as error:
+        raise DataError(str(error)) from error
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} is damaged ({error}): save it again") from error
 
 
 def _read_layer(path: Location, size: tuple[int, int]) -> NDArray[np.bool_]:
-    try:
-        image = _open(read_file(path), _LOCAL_LIMITS, str(path))
-        painted_HW = painted(image)
-    except ImageError as error:
-        raise DataError(str(error)) from error
-    except Exception as error:
-        raise DataError(f"{path} is damaged ({error}): save it again") from error
-    if image.size != size:
+    ink_HW, is_clear_HW = _read_paint(path)
+    height, width = ink_HW.shape
+    if (width, height) != size:
         raise DataError(
-            f"mask {path} is {image.width} x {image.height} pixels but its image is "
+            f"mask {path} is {width} x {height} pixels but its image is "
             f"{size[0]} x {size[1]}: save the mask in the size of the image"
         )
-    return painted_HW
+    return ~is_clear_HW if is_clear_HW.any() and not ink_HW.any() else ink_HW
 
 
 def draw_overlay(
