@@ -135,7 +135,7 @@ def test_formats_that_pillow_knows_but_we_do_not() -> None:
 
 def test_floating_point_pixels_are_refused() -> None:
     data = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
-    with pytest.raises(UnsupportedImageError, match="8 or 16 bits"):
+    with pytest.raises(UnsupportedImageError, match="8 or 16 unsigned bits"):
         decode_image(data)
 
 
