@@ -150,10 +150,10 @@ def samples(high: Image.Image, low: Image.Image, data: bytes) -> Samples:
         colour_HWC = np.asarray(high).astype(np.uint16)[..., None]
     elif high.info.get("is_gray_with_alpha"):
         bytes_HW4 = np.asarray(low).astype(np.uint16)
-        colour_HWC = bytes_HW4[..., :1] << 8 | bytes_HW4[..., 1:2]
-        alpha_HW = bytes_HW4[..., 2] << 8 | bytes_HW4[..., 3]
+        both_HW2 = (bytes_HW4[..., ::2] * np.uint16(256)) | bytes_HW4[..., 1::2]
+        colour_HWC, alpha_HW = both_HW2[..., :1], both_HW2[..., 1]
     else:
-        all_HWC = np.asarray(high).astype(np.uint16) << 8 | np.asarray(low)
+        all_HWC = np.asarray(high).astype(np.uint16) * np.uint16(256) | np.asarray(low)
         colour_HWC = all_HWC[..., :3]
         alpha_HW = all_HWC[..., 3] if all_HWC.shape[-1] == 4 else None
     key = high.info.get("transparency")
@@ -174,7 +174,7 @@ def lower_bytes(image: Image.Image) -> Image.Image:
     """An opened file whose samples of 16 bits Pillow would cut to their upper bytes, so changed
     that the lower ones are read; gray with alpha as all four bytes."""
     mode = _low_mode(image)
-    image.tile = [
+    image.tile = [  # type: ignore[attr-defined]
         tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:]))
         for tile in image.tile  # type: ignore[attr-defined]
     ]
