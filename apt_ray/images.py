@@ -5,6 +5,7 @@ Legend: H height, W width, in pixels.
 
 import io
 import re
+import struct
 import sys
 import threading
 import warnings
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 
 from apt_ray.errors import (
@@ -31,6 +32,17 @@ _SIGNATURES = {
     "BMP": rb"BM",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "WEBP": rb"RIFF....WEBP",
+}
+# Chunks of a PNG beside the critical ones that say how its pixels are meant.
+_KEPT_CHUNKS = frozenset({b"tRNS", b"eXIf"})
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 _OTHER_SIGNATURES = (b"GIF8", b"%PDF", b"8BPS", b"<svg", b"<?xml", b"\0\0\0\x0cjP  ")
 
@@ -62,7 +74,8 @@ def decode_image(
 ) -> Image.Image:
     """The first frame of a PNG, JPEG, BMP, TIFF or WebP file as an upright RGB image.
 
-    16-bit gray is scaled to 8 bits, transparency is laid on white, EXIF orientation is applied.
+    16-bit gray is scaled to 8 bits, transparency is laid on white, EXIF orientation is applied. The
+    bytes say what type it is, not its name; metadata that cannot be read counts as absent.
     `source` names the image in messages. Raises ImageTooLargeError, UnsupportedImageError (not
     one of these file types, or 32-bit pixels) or ImageError (damaged or empty).
     """
@@ -70,7 +83,7 @@ def decode_image(
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise UnsupportedImageError(f"{source} has 32-bit pixels: save it with 8 or 16 bits")
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(_upright(image))
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
 
@@ -206,7 +219,8 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
         # lock is there because warning filters belong to the process.
         with _open_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=[file_format])
+            file = io.BytesIO(_without_metadata(data) if file_format == "PNG" else data)
+            image = Image.open(file, formats=[file_format])
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
             f"{source} has far more pixels than can be accepted: send a smaller image"
@@ -217,12 +231,39 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
         ) from error
     except Exception as error:
         raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
+    # Pillow looks there for an orientation, too, and fails where a TIFF holds it as a text.
+    image.info.pop("xmp", None)
     if image.width * image.height > limits.max_pixels:
         raise ImageTooLargeError(
             f"{source} has {image.width} x {image.height} pixels, more than the "
             f"{limits.max_pixels:,} accepted: send a smaller image"
         )
     return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG file without the chunks that its pixels do not need, sound or not: texts, a colour
+    profile. Pillow would decompress them, and refuse the image for what is wrong with them."""
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        is_critical = not kind[0] & 0x20  # a capital letter
+        if is_critical or kind in _KEPT_CHUNKS or end > len(data):
+            kept.append(data[place:end])
+        place = end
+    kept.append(data[place:])
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, decoded, as its EXIF orientation says that it is to be seen."""
+    image.load()  # outside of the following: damaged pixels are an error
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
