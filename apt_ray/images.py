@@ -5,6 +5,7 @@ Legend: H height, W width, in pixels.
 
 import io
 import re
+import struct
 import sys
 import threading
 import warnings
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 
 from apt_ray import levels
@@ -35,6 +36,17 @@ _SIGNATURES = {
     "BMP": rb"BM",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "WEBP": rb"RIFF....WEBP",
+}
+# Chunks of a PNG beside the critical ones that say how its pixels are meant.
+_KEPT_CHUNKS = frozenset({b"tRNS", b"eXIf"})
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 _OTHER_SIGNATURES = (b"GIF8", b"%PDF", b"8BPS", b"<svg", b"<?xml", b"\0\0\0\x0cjP  ")
 
@@ -71,7 +83,8 @@ def decode_image(
     """The first frame of a PNG, JPEG, BMP, TIFF or WebP file as an upright RGB image.
 
     16-bit samples are scaled to 8 bits, transparency is laid on a ground, EXIF orientation is
-    applied.
+    applied. The bytes say what type it is, not its name; metadata that cannot be read counts as
+    absent.
 
     Args:
         limits: of the file.
@@ -89,7 +102,7 @@ def decode_image(
     try:
         deep = _deep_samples(image, data, limits, source)
         if deep is None:
-            return _lay_on(ImageOps.exif_transpose(image), reading.ground)
+            return _lay_on(_upright(image), reading.ground)
         return _lay_on(deep.to_8_bits(deep.white_by(reading, source)), reading.ground)
     except UnsupportedImageError:
         raise
@@ -219,7 +232,7 @@ def _paint(image: Image.Image, data: bytes) -> tuple[NDArray[np.bool_], NDArray[
         )
         return (values_HWC > 0).any(axis=-1) & ~is_clear_HW, is_clear_HW
     is_lossy = image.format in ("JPEG", "WEBP")
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     is_clear_HW = np.zeros((image.height, image.width), np.bool_)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -315,7 +328,8 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
         # lock is there because warning filters belong to the process.
         with _open_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=[file_format])
+            file = io.BytesIO(_without_metadata(data) if file_format == "PNG" else data)
+            image = Image.open(file, formats=[file_format])
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
             f"{source} has far more pixels than can be accepted: send a smaller image"
@@ -332,6 +346,8 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
         ) from error
     except Exception as error:
         raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
+    # Pillow looks there for an orientation, too, and fails where a TIFF holds it as a text.
+    image.info.pop("xmp", None)
     if image.width * image.height > limits.max_pixels:
         raise ImageTooLargeError(
             f"{source} has {image.width} x {image.height} pixels, more than the "
@@ -354,8 +370,33 @@ def _deep_samples(
         return None
     low = image
     if not image.mode.startswith("I"):
-        low = ImageOps.exif_transpose(levels.lower_bytes(_open(data, limits, source)))
-    return levels.samples(ImageOps.exif_transpose(image), low, data)
+        low = _upright(levels.lower_bytes(_open(data, limits, source)))
+    return levels.samples(_upright(image), low, data)
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG file without the chunks that its pixels do not need, sound or not: texts, a colour
+    profile. Pillow would decompress them, and refuse the image for what is wrong with them."""
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        is_critical = not kind[0] & 0x20  # a capital letter
+        if is_critical or kind in _KEPT_CHUNKS or end > len(data):
+            kept.append(data[place:end])
+        place = end
+    kept.append(data[place:])
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, decoded, as its EXIF orientation says that it is to be seen."""
+    image.load()  # outside of the following: damaged pixels are an error
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _lay_on(image: Image.Image, ground: Ground) -> Image.Image:

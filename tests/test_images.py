@@ -1,10 +1,12 @@
 import io
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from apt_ray.errors import DataError, ImageError, ImageTooLargeError, UnsupportedImageError
 from apt_ray.images import (
@@ -17,6 +19,7 @@ from apt_ray.images import (
     read_mask,
     read_region,
 )
+from tests.mutations import with_damaged_metadata
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -54,6 +57,81 @@ def test_exif_orientation_is_applied(file_format: str) -> None:
     assert image.size == (16, 32)
     assert near(image.getpixel((8, 4)), RED)
     assert near(image.getpixel((8, 28)), GREEN)
+
+
+def exif_with(orientation: int, *, rational: tuple[int, int], maker: int) -> bytes:
+    """EXIF with an orientation, a resolution, and a maker's name of so many letters, which
+    lie outside of the file if they are more than four."""
+    entries = [
+        struct.pack("<HHII", 0x10F, 2, maker, 60_000),
+        struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0),
+        struct.pack("<HHII", 0x11A, 10, 1, 8 + 2 + 3 * 12 + 4),
+    ]
+    directory = struct.pack("<H", 3) + b"".join(entries) + struct.pack("<I", 0)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory + struct.pack("<ii", *rational)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_orientation_is_applied_beside_a_number_that_is_none(file_format: str) -> None:
+    exif = exif_with(6, rational=(-1, 0), maker=4)
+    image = decode_image(encoded(two_colours(), file_format, exif=exif))
+    assert image.size == (16, 32)
+    assert near(image.getpixel((8, 4)), RED)
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0Exif\0\0MM\0*",
+        b"Exif\0\0garbage" * 3,
+        exif_with(1, rational=(1, 1), maker=500),
+    ],
+)
+def test_exif_that_cannot_be_read_counts_as_absent(file_format: str, exif: bytes) -> None:
+    image = decode_image(encoded(two_colours(), file_format, exif=exif))
+    assert (image.size, near(image.getpixel((4, 8)), RED)) == ((32, 16), True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.filterwarnings("ignore")  # Pillow's remarks on damaged files
+def test_sound_pixels_are_read_whatever_their_metadata(seed: int) -> None:
+    assert sorted(decode_image(with_damaged_metadata(seed)).size) == [40, 48]
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "behind them"])
+def test_texts_and_profiles_of_a_png_fill_no_memory(place: str) -> None:
+    plain = encoded(two_colours(), "PNG")
+    packed = zlib.compress(bytes(10_000_000))
+    chunks = [(b"zTXt", b"Comment\0\0" + packed), (b"iCCP", b"profile\0\0" + packed)]
+    texts = b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", 0)  # a wrong check sum
+        for kind, content in chunks * 50
+    )
+    position = 33 if place == "before the pixels" else len(plain) - 12
+    data = plain[:position] + texts + plain[position:]
+    tracemalloc.start()
+    image = decode_image(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert image.tobytes() == two_colours().tobytes()
+    assert peak < 5_000_000  # half of one text
+
+
+def test_a_tiff_whose_xmp_is_a_text() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700] = 2
+    tags[700] = "<x:xmpmeta/>"
+    assert decode_image(encoded(two_colours(), "TIFF", tiffinfo=tags)).size == (32, 16)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("name", ["part.png", "part.jpg"])
+def test_the_name_of_a_file_does_not_matter(tmp_path: Path, file_format: str, name: str) -> None:
+    (tmp_path / name).write_bytes(encoded(two_colours(), file_format))
+    assert near(read_image(tmp_path / name).getpixel((4, 8)), RED)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
