@@ -10,8 +10,11 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
+# Tags of a TIFF: description, XMP, colour profile; and types that a writer may give them.
+_TIFF_TAGS = (270, 700, 34675)
+_TIFF_TYPES = (1, 2, 7)
 # Chunks of a PNG that are a few numbers, as they should be.
 _NUMBERS = {
     b"pHYs": struct.pack(">IIB", 2835, 2835, 1),
@@ -26,6 +29,7 @@ _NUMBERS = {
 def originals() -> tuple[bytes, ...]:
     """A small image in every accepted format, and in modes that need conversion."""
     gray = Image.radial_gradient("L").resize((48, 40))
+    deep = gray.convert("I").point(lambda value: value * 257).convert("I;16")
     kinds: list[tuple[Image.Image, str, dict[str, object]]] = [
         (gray.convert("RGB"), "PNG", {}),
         (gray.convert("P"), "PNG", {}),
@@ -37,6 +41,9 @@ def originals() -> tuple[bytes, ...]:
         (gray.convert("RGB"), "TIFF", {"compression": "tiff_lzw"}),
         (gray.convert("RGB"), "WEBP", {"lossless": True}),
         (gray.convert("RGBA"), "WEBP", {"quality": 60}),
+        (deep, "PNG", {}),
+        (deep, "TIFF", {}),
+        (deep, "TIFF", {"compression": "tiff_lzw"}),
     ]
     return tuple(_saved(image, file_format, options) for image, file_format, options in kinds)
 
@@ -71,7 +78,7 @@ def mutated_mask(seed: int) -> bytes:
 
 
 def with_damaged_metadata(seed: int) -> bytes:
-    """A sound image whose EXIF, text, colour profile or further PNG chunks are not.
+    """A sound image whose EXIF, XMP, text, colour profile or further PNG chunks are not.
 
     Its metadata is framed as the format wants it, with true lengths and check sums.
     """
@@ -79,7 +86,13 @@ def with_damaged_metadata(seed: int) -> bytes:
     image = Image.radial_gradient("L").resize((48, 40)).convert("RGB")
     exif = _payload(g, b"Exif\0\0" + _exif())
     profile = _payload(g, _profile())
-    file_format = g.choice(("PNG", "PNG", "JPEG", "WEBP"))
+    file_format = g.choice(("PNG", "PNG", "JPEG", "WEBP", "TIFF"))
+    if file_format == "TIFF":
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        for tag in g.sample(_TIFF_TAGS, g.randint(1, 3)):
+            tags.tagtype[tag] = g.choice(_TIFF_TYPES)
+            tags[tag] = _payload(g, b'<x tiff:Orientation="6"/>') if tag == 700 else profile
+        return _saved(image, "TIFF", {"tiffinfo": tags})
     if file_format != "PNG":
         # One segment of a JPEG has 64 KB, and Pillow refuses to write a longer EXIF.
         given = {"exif": exif[:65_000], "icc_profile": profile}

@@ -1,20 +1,25 @@
 import io
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from apt_ray.errors import DataError, ImageError, ImageTooLargeError, UnsupportedImageError
 from apt_ray.images import (
     ImageLimits,
+    cover,
     decode_image,
     draw_overlay,
     encode_png,
     read_image,
     read_mask,
+    read_region,
 )
+from tests.mutations import with_damaged_metadata
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -52,6 +57,81 @@ def test_exif_orientation_is_applied(file_format: str) -> None:
     assert image.size == (16, 32)
     assert near(image.getpixel((8, 4)), RED)
     assert near(image.getpixel((8, 28)), GREEN)
+
+
+def exif_with(orientation: int, *, rational: tuple[int, int], maker: int) -> bytes:
+    """EXIF with an orientation, a resolution, and a maker's name of so many letters, which
+    lie outside of the file if they are more than four."""
+    entries = [
+        struct.pack("<HHII", 0x10F, 2, maker, 60_000),
+        struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0),
+        struct.pack("<HHII", 0x11A, 10, 1, 8 + 2 + 3 * 12 + 4),
+    ]
+    directory = struct.pack("<H", 3) + b"".join(entries) + struct.pack("<I", 0)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory + struct.pack("<ii", *rational)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_orientation_is_applied_beside_a_number_that_is_none(file_format: str) -> None:
+    exif = exif_with(6, rational=(-1, 0), maker=4)
+    image = decode_image(encoded(two_colours(), file_format, exif=exif))
+    assert image.size == (16, 32)
+    assert near(image.getpixel((8, 4)), RED)
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0Exif\0\0MM\0*",
+        b"Exif\0\0garbage" * 3,
+        exif_with(1, rational=(1, 1), maker=500),
+    ],
+)
+def test_exif_that_cannot_be_read_counts_as_absent(file_format: str, exif: bytes) -> None:
+    image = decode_image(encoded(two_colours(), file_format, exif=exif))
+    assert (image.size, near(image.getpixel((4, 8)), RED)) == ((32, 16), True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.filterwarnings("ignore")  # Pillow's remarks on damaged files
+def test_sound_pixels_are_read_whatever_their_metadata(seed: int) -> None:
+    assert sorted(decode_image(with_damaged_metadata(seed)).size) == [40, 48]
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "behind them"])
+def test_texts_and_profiles_of_a_png_fill_no_memory(place: str) -> None:
+    plain = encoded(two_colours(), "PNG")
+    packed = zlib.compress(bytes(10_000_000))
+    chunks = [(b"zTXt", b"Comment\0\0" + packed), (b"iCCP", b"profile\0\0" + packed)]
+    texts = b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", 0)  # a wrong check sum
+        for kind, content in chunks * 50
+    )
+    position = 33 if place == "before the pixels" else len(plain) - 12
+    data = plain[:position] + texts + plain[position:]
+    tracemalloc.start()
+    image = decode_image(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert image.tobytes() == two_colours().tobytes()
+    assert peak < 5_000_000  # half of one text
+
+
+def test_a_tiff_whose_xmp_is_a_text() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700] = 2
+    tags[700] = "<x:xmpmeta/>"
+    assert decode_image(encoded(two_colours(), "TIFF", tiffinfo=tags)).size == (32, 16)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("name", ["part.png", "part.jpg"])
+def test_the_name_of_a_file_does_not_matter(tmp_path: Path, file_format: str, name: str) -> None:
+    (tmp_path / name).write_bytes(encoded(two_colours(), file_format))
+    assert near(read_image(tmp_path / name).getpixel((4, 8)), RED)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
@@ -133,7 +213,7 @@ def test_formats_that_pillow_knows_but_we_do_not() -> None:
 
 def test_floating_point_pixels_are_refused() -> None:
     data = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
-    with pytest.raises(UnsupportedImageError, match="8 or 16 bits"):
+    with pytest.raises(UnsupportedImageError, match="8 or 16 unsigned bits"):
         decode_image(data)
 
 
@@ -233,6 +313,58 @@ def test_a_mask_is_true_where_it_is_painted(
     assert mask_HW.dtype == np.bool_
     lossy = file_format in ("JPEG", "WEBP")
     assert (mask_HW != PAINTED).sum() <= (4 if lossy else 0)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "black on a clear layer"])
+def test_a_region_of_interest_is_what_is_painted(tmp_path: Path, name: str) -> None:
+    image, file_format, options = MASKS[name]
+    path = tmp_path / "region"
+    image.save(path, file_format, **options)
+    assert (read_region(path) != PAINTED).sum() <= (4 if file_format in ("JPEG", "WEBP") else 0)
+
+
+def test_a_hole_in_a_black_layer_is_a_region_of_interest(tmp_path: Path) -> None:
+    path = tmp_path / "region.png"
+    hole = np.dstack([np.zeros((*PAINTED.shape, 3)), ~PAINTED * 255]).astype(np.uint8)
+    Image.fromarray(hole).save(path)
+    np.testing.assert_array_equal(read_region(path), PAINTED)
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0, 255), (0, 0, 0, 0), (255, 255, 255, 0)])
+def test_a_region_of_interest_without_anything_is_refused(
+    tmp_path: Path, colour: tuple[int, int, int, int]
+) -> None:
+    path = tmp_path / "region.png"
+    Image.new("RGBA", (40, 24), colour).save(path)
+    with pytest.raises(DataError, match=r"region\.png leaves nothing .*: paint white"):
+        read_region(path)
+
+
+def test_masks_lie_as_their_images_do(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise by a quarter to view
+    path = tmp_path / "mask.png"
+    Image.fromarray(PAINTED).save(path, exif=exif)
+    upright = np.rot90(PAINTED, -1)
+    np.testing.assert_array_equal(read_region(path), upright)
+    np.testing.assert_array_equal(read_mask(path, (24, 40)), upright)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (24, 40), (7, 100), (256, 2)])
+def test_a_mask_at_another_size_holds_whatever_it_touches(size: tuple[int, int]) -> None:
+    for y, x in [(0, 0), (11, 17), (23, 39)]:
+        mask_HW = np.zeros((24, 40), np.bool_)
+        mask_HW[y, x] = True
+        # Of each cell, whether its half-open span and that of the pixel have more than a border
+        # in common, in units of 1 / (pixels x cells).
+        rows, columns = (
+            [
+                cell * length < (place + 1) * cells and place * cells < (cell + 1) * length
+                for cell in range(cells)
+            ]
+            for place, length, cells in zip((y, x), mask_HW.shape, size, strict=True)
+        )
+        np.testing.assert_array_equal(cover(mask_HW, size), np.outer(rows, columns))
 
 
 def test_a_folder_of_masks_is_read_as_one(tmp_path: Path) -> None:

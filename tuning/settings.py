@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from apt_ray.anomalies.spec import BankSpec, JudgeSpec, file_digests
-from apt_ray.config import BACKBONE, BackboneSpec, FitSettings, Flag, Settings
+from apt_ray.config import BACKBONE, BackboneSpec, FitSettings, Flag, Ground, Settings
 from apt_ray.files import Location
 from tuning.space import REFERENCE, REMEMBERED, Space, default_space, starting_point
 
@@ -68,6 +68,15 @@ class SearchSettings(Settings):
         description="auto lets a winner become the champion by the registry's rules, never leaves"
         " it a candidate.",
     )
+    ground: Ground = Field(
+        default=FitSettings().ground, description=FitSettings.model_fields["ground"].description
+    )
+    white_level: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description=FitSettings.model_fields["white_level"].description,
+    )
     backbone: BackboneSpec = Field(
         default=BackboneSpec(), description="What trials and fits see images with."
     )
@@ -101,7 +110,11 @@ class SearchSettings(Settings):
     def fit_settings(self, searched: Mapping[str, Any] = MappingProxyType({})) -> FitSettings:
         """The settings of a fit to the first support set, with searched values in place."""
         own = {name: value for name, value in searched.items() if name not in REFERENCE}
-        return FitSettings.parse({"steps": self.steps, "seed": self.support_seeds[0], **own})
+        return self._fit_settings({"steps": self.steps, "seed": self.support_seeds[0], **own})
+
+    def _fit_settings(self, known: Mapping[str, Any]) -> FitSettings:
+        read = {"ground": self.ground, "white_level": self.white_level}
+        return FitSettings.parse({**read, **known})
 
     def backbone_of(self, searched: Mapping[str, Any] = MappingProxyType({})) -> BackboneSpec:
         """What a fit sees images with, with searched values in place."""
@@ -161,6 +174,8 @@ class SearchSettings(Settings):
                     seed=seed,
                     region=place.region,
                     object_mask=place.object_mask,
+                    ground=place.ground,
+                    white_level=place.white_level,
                 ),
                 support,
             )
@@ -187,7 +202,7 @@ class SearchSettings(Settings):
         """Settings with all values of some axes, those that are searched."""
         searched = [name for name in names if name in self.space]
         points = product(*(self._values(name) for name in searched))
-        return [FitSettings.parse(dict(zip(searched, values, strict=True))) for values in points]
+        return [self._fit_settings(dict(zip(searched, values, strict=True))) for values in points]
 
     def _values(self, name: str) -> tuple[Any, ...]:
         return tuple(self.space[name].choices or ()) if name in self.space else ()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _NOT_SEARCHED = {
     "steps": "the search has a flag for it",
     "seed": "the search has a flag for it",
+    "ground": "the search has a flag for it",
+    "white_level": "the search has a flag for it",
     "false_alarm_rate": "a threshold changes no ranking, which is what trials are judged by",
 }
 

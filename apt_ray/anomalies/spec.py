@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from apt_ray.config import NOISE_LADDER, FitSettings, NoiseRegion, Settings
+from apt_ray.config import NOISE_LADDER, FitSettings, Ground, NoiseRegion, Settings
 from apt_ray.errors import SettingsError
 from apt_ray.files import AnyPath, file_sha256
 
@@ -17,6 +17,7 @@ _CODE = (
     "anomalies/*.py",
     "features/**/*.py",
     "images.py",
+    "levels.py",
     "detection/reference.py",
     "prompts/remember.py",
     "validation/judge.py",
@@ -37,6 +38,10 @@ class EncodedSpec(Settings):
         min_length=1, description="A digest of each support image, in order."
     )
     seed: int = Field(ge=0, description="Of all noise, regions, perturbations and copies.")
+    ground: Ground = Field(default="white", description="What transparency is laid on.")
+    white_level: int | None = Field(
+        default=None, description="Of 16-bit files that do not say theirs; None: as support has it."
+    )
 
     @property
     def digest(self) -> str:
@@ -68,6 +73,8 @@ class JudgeSpec(EncodedSpec):
             fingerprint=fingerprint,
             support=tuple(support),
             seed=seed,
+            ground=settings.ground,
+            white_level=settings.white_level,
             reference_copies=settings.reference_copies,
             reference_rotations=settings.reference_rotations,
             reference_size=settings.reference_size,
@@ -115,6 +122,8 @@ class BankSpec(EncodedSpec):
             strengths=(settings.noise_strength,) if strengths is None else tuple(strengths),
             region=settings.region,
             object_mask=settings.object_mask,
+            ground=settings.ground,
+            white_level=settings.white_level,
         )
 
     def suits(self, settings: FitSettings) -> bool:
@@ -123,6 +132,8 @@ class BankSpec(EncodedSpec):
             settings.noise_strength in self.strengths
             and settings.region == self.region
             and settings.object_mask == self.object_mask
+            and settings.ground == self.ground
+            and settings.white_level == self.white_level
         )
 
     def check(self, settings: FitSettings) -> None:
@@ -130,9 +141,11 @@ class BankSpec(EncodedSpec):
         if not self.suits(settings):
             raise SettingsError(
                 f"the anomaly bank was encoded with noise of strength"
-                f" {', '.join(map(str, self.strengths))}, region {self.region!r} and object_mask"
-                f" {self.object_mask}, not {settings.noise_strength}, {settings.region!r} and"
-                f" {settings.object_mask}: encode the support set with these settings"
+                f" {', '.join(map(str, self.strengths))}, region {self.region!r}, object_mask"
+                f" {self.object_mask}, ground {self.ground} and white_level {self.white_level}, not"
+                f" {settings.noise_strength}, {settings.region!r}, {settings.object_mask},"
+                f" {settings.ground} and {settings.white_level}: encode the support set with these"
+                f" settings"
             )
 
 

@@ -17,7 +17,8 @@ from apt_ray.detection.rule import RULE_VERSION, Scale, Scales, ScoreRule, anoma
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone
 from apt_ray.files import AnyPath, location
-from apt_ray.images import read_image
+from apt_ray.images import find_reading, read_image
+from apt_ray.levels import Reading
 from apt_ray.prompts.lanes import Lane
 from apt_ray.prompts.remember import remember
 from apt_ray.prompts.trainer import PromptTrainer
@@ -37,6 +38,7 @@ def fit(
     backbone: Backbone,
     calibration: Sequence[AnyPath] = (),
     bank: SupportBank | None = None,
+    reading: Reading | None = None,
     progress: Progress | None = None,
 ) -> PromptSet:
     """Fit the prompt set of one category.
@@ -48,6 +50,7 @@ def fit(
         backbone: the frozen backbone.
         calibration: further normal images; with enough of them the false-alarm rate is certified.
         bank: the support set already encoded, where the caller has it.
+        reading: how image files are read, where the caller knows; else by `find_reading`.
         progress: called with (optimisation steps done, steps in all).
 
     Raises:
@@ -56,7 +59,9 @@ def fit(
     if not support:
         raise DataError(f"{category} has no support image: give at least one image of a good part")
     settings = settings or FitSettings()
-    images = [read_image(path) for path in support]
+    if reading is None:
+        reading = find_reading(support, ground=settings.ground, white_level=settings.white_level)
+    images = [read_image(path, reading) for path in support]
     if bank is None:
         spec = BankSpec.of(settings, support, fingerprint=backbone.fingerprint)
         bank = encode_support(backbone, images, spec)
@@ -78,7 +83,9 @@ def fit(
     rule = ScoreRule.of(backbone, settings)
     threshold: Threshold
     if calibration:
-        further = torch.cat([backbone.preprocess([read_image(path)]) for path in calibration])
+        further = torch.cat(
+            [backbone.preprocess([read_image(path, reading)]) for path in calibration]
+        )
         _, scores_C = rule.score(backbone.encode_in_batches(further), text_PE, memory, scales)
         threshold = calibrate(scores_C.tolist(), settings.false_alarm_rate)
     else:
@@ -100,6 +107,7 @@ def fit(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
             scales=scales,
+            reading=reading,
         ),
         text_features=text_PE.cpu(),
         contexts=trainer.contexts()[0].cpu(),

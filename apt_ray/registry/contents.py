@@ -33,6 +33,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError, SettingsError
 from apt_ray.files import Location, file_sha256
 from apt_ray.images import encode_png, read_image
+from apt_ray.levels import Reading
 from apt_ray.text import printable
 
 DIRECTORY = "version"
@@ -126,7 +127,7 @@ def write_version(
             table = csv.DictWriter(file, fieldnames=list(trials[0]))
             table.writeheader()
             table.writerows(trials)
-    data_hash = _write_data(home, support, held_out)
+    data_hash = _write_data(home, support, held_out, prompt_set.reading)
     _write_model(home)
     threshold = prompt_set.threshold
     rate = threshold.certified_false_alarm_rate
@@ -187,7 +188,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
 
 
 def _write_data(
-    home: Path, support: Sequence[Location], held_out: Sequence[Location]
+    home: Path, support: Sequence[Location], held_out: Sequence[Location], reading: Reading
 ) -> str | None:
     """Fingerprints of all images, small copies of some held-out ones; a hash of the whole."""
     if not support:
@@ -203,7 +204,7 @@ def _write_data(
     if kept:
         (home / HELD_OUT).mkdir()
     for digest, path in list(kept.items())[:MAX_HELD_OUT]:
-        image = read_image(path)
+        image = read_image(path, reading)
         image.thumbnail((_HELD_OUT_SIDE, _HELD_OUT_SIDE), Image.Resampling.BICUBIC)
         (home / HELD_OUT / f"{digest}.png").write_bytes(encode_png(image))
     return sha256("".join(sorted(digests.values())).encode())

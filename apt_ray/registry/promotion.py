@@ -181,10 +181,17 @@ def _judge(
         return replace(promotion, verdict="uncomparable", why=f"the champion cannot score: {error}")
     reason = next((side.reason for side in sides if side.reason), None)
     images: list[Image.Image] = []
+    reading = sides[0].prompt_set.reading
+    other = sides[-1].prompt_set.reading
+    if (reading.white_level, reading.ground) != (other.white_level, other.ground):
+        reason = reason or (
+            f"they read files differently: white at {reading.white_level} on {reading.ground}, and"
+            f" at {other.white_level} on {other.ground}; promote one by hand"
+        )
     if reason is None:
         fitted = {digest for side in sides for digest in side.support}
         found = {digest: image for side in sides for digest, image in side.held_out.items()}
-        found |= {file_sha256(path): read_image(path) for path in normal}
+        found |= {file_sha256(path): read_image(path, reading) for path in normal}
         images = [image for digest, image in sorted(found.items()) if digest not in fitted]
         if not images:
             reason = (

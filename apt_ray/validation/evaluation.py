@@ -25,7 +25,8 @@ from apt_ray.detection.rule import resize_map
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.files import Location
-from apt_ray.images import read_image, read_mask
+from apt_ray.images import find_reading, read_image, read_mask
+from apt_ray.levels import UNTOLD, Reading
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
 from apt_ray.text import printable
@@ -139,11 +140,17 @@ def evaluate(
         raise SettingsError(f"got the seeds {list(seeds)}: give at least one, and none twice")
     fits = {seed: FitSettings.parse({**settings.model_dump(), "seed": seed}) for seed in seeds}
     report = progress or (lambda _what, _done, _total: None)
-    test = TestSet.read(category)
     supports = {seed: category.support_set(shots, seed) for seed in seeds}
     further = {
         seed: category.calibration_set(calibration, shots=shots, seed=seed) for seed in seeds
     }
+    # Test images are encoded once for all seeds, so all are read by what all support images say.
+    reading = find_reading(
+        list(dict.fromkeys(path for support in supports.values() for path in support)),
+        ground=settings.ground,
+        white_level=settings.white_level,
+    )
+    test = TestSet.read(category, reading)
     features = test.encode(backbone, report)
     results = []
     for seed, support in supports.items():
@@ -153,6 +160,7 @@ def evaluate(
             fits[seed],
             backbone=backbone,
             calibration=further[seed],
+            reading=reading,
             progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]
         )
         detector = Detector(backbone, prompt_set)
@@ -193,6 +201,7 @@ class TestSet:
 
     Attributes:
         category: whose they are; `category.test` lists them.
+        reading: how their files are read.
         sizes: (width, height) of each.
         masks: ground truth of each, bool (H, W), unpacked when it is asked for; None unless every
             anomalous one has a mask.
@@ -201,20 +210,21 @@ class TestSet:
     __test__ = False
 
     category: Category
+    reading: Reading
     sizes: tuple[tuple[int, int], ...]
     masks: Sequence[npt.NDArray[np.bool_]] | None
 
     @classmethod
-    def read(cls, category: Category) -> TestSet:
+    def read(cls, category: Category, reading: Reading = UNTOLD) -> TestSet:
         """Read sizes and masks; DataError if there are no test images of one kind."""
         if len({image.is_anomalous for image in category.test}) < 2:
             raise DataError(
                 f"category {category.name} in {category.root} needs good and defective test images"
                 f" to be evaluated: add the missing kind"
             )
-        sizes = tuple(read_image(image.path).size for image in category.test)
+        sizes = tuple(read_image(image.path, reading).size for image in category.test)
         masks = _read_masks(category, sizes) if category.has_masks else None
-        return cls(category=category, sizes=sizes, masks=masks)
+        return cls(category=category, reading=reading, sizes=sizes, masks=masks)
 
     def encode(self, backbone: Backbone, progress: Progress) -> ImageFeatures:
         """Features of all of them, in order, on the CPU."""
@@ -222,7 +232,9 @@ class TestSet:
         images = self.category.test
         for start in range(0, len(images), _BATCH):
             batch = images[start : start + _BATCH]
-            pixels = [backbone.preprocess([read_image(image.path)]) for image in batch]
+            pixels = [
+                backbone.preprocess([read_image(image.path, self.reading)]) for image in batch
+            ]
             features = backbone.encode_images(torch.cat(pixels))
             parts.append(features.to(torch.device("cpu")))
             progress("encode test images", start + len(batch), len(images))
@@ -301,6 +313,7 @@ class TestSet:
                     image=self.category.test[i],
                     score=float(scores_1[0]),
                     map_SS=maps_1SS[0].cpu(),
+                    reading=self.reading,
                 )
             )
         return tuple(shown)

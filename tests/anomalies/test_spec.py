@@ -34,6 +34,8 @@ def test_a_digest_covers_every_field(category: Category, tmp_path: Path) -> None
         "strengths": (0.1,),
         "region": "everywhere",
         "object_mask": False,
+        "ground": "black",
+        "white_level": 4095,
     }
     assert differ(first, changes)
     judge = JudgeSpec.of(FitSettings(), first.support, fingerprint="f", seed=0)
@@ -41,6 +43,8 @@ def test_a_digest_covers_every_field(category: Category, tmp_path: Path) -> None
         "fingerprint": "g",
         "support": first.support[::-1],
         "seed": 1,
+        "ground": "black",
+        "white_level": 4095,
         "reference_copies": 7,
         "reference_rotations": 2,
         "reference_size": 11,
@@ -55,7 +59,9 @@ def test_a_digest_covers_every_field(category: Category, tmp_path: Path) -> None
         file_digests([tmp_path / "missing.png"])
 
 
-@pytest.mark.parametrize("source", ["features/clip.py", "anomalies/noise.py", "images.py"])
+@pytest.mark.parametrize(
+    "source", ["features/clip.py", "anomalies/noise.py", "images.py", "levels.py"]
+)
 def test_a_change_of_the_code_that_encodes_makes_another_bank(source: str, tmp_path: Path) -> None:
     package = Path(apt_ray.__file__).parent
     shutil.copytree(package, tmp_path / "apt_ray", ignore=shutil.ignore_patterns("__pycache__"))

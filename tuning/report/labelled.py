@@ -28,7 +28,7 @@ def report_labelled(
     if len({image.is_anomalous for image in category.held_out(support)}) < 2:
         return {}, {}
     detector = Detector(backbone, prompt_set)
-    test = TestSet.read(category)
+    test = TestSet.read(category, prompt_set.reading)
     features = test.encode(backbone, lambda _what, _done, _total: None)
     result = test.result(
         lambda places: detector.score(features[places]),
@@ -77,7 +77,9 @@ def _draw_extremes(
         "good, but": good[: -_SHOWN - 1 : -1],
     }
     images = {
-        f"{label} {scores.names[place]}": read_image(category.root / scores.names[place])
+        f"{label} {scores.names[place]}": read_image(
+            category.root / scores.names[place], prompt_set.reading
+        )
         for label, places in chosen.items()
         for place in places
     }
