@@ -109,7 +109,7 @@ def run_search(
             else "each trial has a backbone of its own"
         )
         fingerprints = engines.fingerprints(settings.judging())
-        encoding, banks = _start_encoding(
+        encoding, banks = encode_categories(
             categories, settings, engine, engines.fingerprint, fingerprints, outcome
         )
         plan = TrialPlan(
@@ -145,7 +145,7 @@ def run_search(
         raise
 
 
-def _start_encoding(
+def encode_categories(
     categories: Sequence[Category],
     settings: SearchSettings,
     engine: EngineSettings,
