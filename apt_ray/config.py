@@ -199,7 +199,7 @@ class BackboneSpec(Settings):
 
 
 class FitSettings(Settings):
-    """How one prompt set is fitted. The defaults need no tuning; a search varies four of them.
+    """How one prompt set is fitted. The defaults need no tuning; a search varies some of them.
 
     Why each default is what it is stands in docs/method.md.
     """
