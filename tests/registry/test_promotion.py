@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from apt_ray.anomalies.families import SELECTION
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryConflictError, RegistryError
@@ -56,7 +57,7 @@ def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
     assert promotion.comparison is not None
     assert promotion.comparison.difference > 0.1
     assert promotion.comparison.images == 2
-    assert parts[-1] == (14, 14)
+    assert parts[-1] == (2 * len(SELECTION), 2 * len(SELECTION))
     champion = registry.resolve("contest")
     assert champion.version == 2
     assert champion.tags["verdict"] == "promoted"
