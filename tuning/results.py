@@ -91,6 +91,7 @@ class TunedCategory:
             "importances": dict(self.importances),
             "threshold": threshold.value,
             "certified_false_alarm_rate": threshold.certified_false_alarm_rate,
+            "copies": self.prompt_set.provenance.copies,
             "support_hash": self.prompt_set.support_hash,
             "trials": [trial.row() for trial in self.trials],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
