@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from apt_ray.images import ImageLimits as ImageLimits
     from apt_ray.images import decode_image as decode_image
     from apt_ray.images import draw_overlay as draw_overlay
+    from apt_ray.images import find_reading as find_reading
     from apt_ray.images import read_image as read_image
+    from apt_ray.levels import Reading as Reading
     from apt_ray.prompts.fit import fit as fit
     from apt_ray.validation.evaluation import Result as Result
     from apt_ray.validation.evaluation import evaluate as evaluate
@@ -64,6 +66,8 @@ _HOME = {
     "read_image": "images",
     "decode_image": "images",
     "ImageLimits": "images",
+    "Reading": "levels",
+    "find_reading": "images",
     "draw_overlay": "images",
     "evaluate": "validation.evaluation",
     "Result": "validation.evaluation",

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from apt_ray.errors import SettingsError
 
@@ -27,6 +35,9 @@ BACKBONE, TRUNK, TIMM = "backbone", "trunk", "timm:"
 """What the name of a model of timm follows, where it is the reference encoder."""
 
 Precision = Literal["float32", "bfloat16"]
+
+Ground = Annotated[str, StringConstraints(pattern="^(white|black|gray|#[0-9a-fA-F]{6})$")]
+"""What transparency is laid on."""
 
 NoiseRegion = Literal["random", "everywhere"]
 _OLDER_REGIONS = (("object", "everywhere"),)
@@ -259,6 +270,19 @@ class FitSettings(Settings):
     )
     false_alarm_rate: float = Field(
         default=0.05, gt=0, lt=1, description="Share of good parts that may be rejected."
+    )
+
+    ground: Ground = Field(
+        default="white",
+        description="What transparency is laid on: white, black, gray, or a colour as #RRGGBB.",
+    )
+    white_level: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="The white of 16-bit files that do not say theirs, such as 4095 of a camera of"
+        " 12 bits; None is the least of 255, 1023, 4095, 16383 and 65535 that no support image"
+        " exceeds.",
     )
 
     @field_validator("region", mode="before")

@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 
+from apt_ray import levels
+from apt_ray.config import Ground
 from apt_ray.errors import (
     DataError,
     ImageError,
@@ -23,6 +26,7 @@ from apt_ray.errors import (
     UnsupportedImageError,
 )
 from apt_ray.files import AnyPath, Location, location, read_file, visible
+from apt_ray.levels import UNTOLD, Reading, depth_white
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -70,30 +74,90 @@ _open_lock = threading.Lock()
 
 
 def decode_image(
-    data: bytes, *, limits: ImageLimits = ImageLimits(), source: str = "image"
+    data: bytes,
+    *,
+    limits: ImageLimits = ImageLimits(),
+    source: str = "image",
+    reading: Reading = UNTOLD,
 ) -> Image.Image:
     """The first frame of a PNG, JPEG, BMP, TIFF or WebP file as an upright RGB image.
 
-    16-bit gray is scaled to 8 bits, transparency is laid on white, EXIF orientation is applied. The
-    bytes say what type it is, not its name; metadata that cannot be read counts as absent.
-    `source` names the image in messages. Raises ImageTooLargeError, UnsupportedImageError (not
-    one of these file types, or 32-bit pixels) or ImageError (damaged or empty).
+    16-bit samples are scaled to 8 bits, transparency is laid on a ground, EXIF orientation is
+    applied. The bytes say what type it is, not its name; metadata that cannot be read counts as
+    absent.
+
+    Args:
+        limits: of the file.
+        source: names the image in messages.
+        reading: white level and ground: `PromptSet.reading`, if a prompt set is to inspect it.
+
+    Raises:
+        ImageTooLargeError: above the limits.
+        UnsupportedImageError: not one of these file types; signed, floating-point or 32-bit
+            samples; 16-bit samples of which nobody says which one is white.
+        ImageError: damaged or empty.
     """
     image = _open(data, limits, source)
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        raise UnsupportedImageError(f"{source} has 32-bit pixels: save it with 8 or 16 bits")
+    _check_samples(image.format, data, source)
     try:
-        return _to_rgb(_upright(image))
+        deep = _deep_samples(image, data, limits, source)
+        if deep is None:
+            return _lay_on(_upright(image), reading.ground)
+        return _lay_on(deep.to_8_bits(deep.white_by(reading, source)), reading.ground)
+    except UnsupportedImageError:
+        raise
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise ImageError(f"{source} is damaged ({error}): save it again and retry") from error
 
 
-def read_image(path: AnyPath) -> Image.Image:
+def read_image(path: AnyPath, reading: Reading = UNTOLD) -> Image.Image:
     """`decode_image` of a file of our own, without the limit on bytes. Raises DataError."""
     try:
-        return decode_image(read_file(path), limits=_LOCAL_LIMITS, source=str(path))
+        return decode_image(
+            read_file(path), limits=_LOCAL_LIMITS, source=str(path), reading=reading
+        )
     except ImageError as error:
         raise DataError(str(error)) from error
+
+
+def find_reading(
+    support: Sequence[AnyPath], *, ground: Ground = "white", white_level: int | None = None
+) -> Reading:
+    """How the files of a category are read, by what its support images say and hold.
+
+    Args:
+        support: their files.
+        ground: what transparency is laid on.
+        white_level: that of 16-bit files that do not say theirs, if it is known.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if white_level is not None:
+        return Reading(white_level=white_level, ground=ground)
+    peaks: list[tuple[int, int | None]] = []
+    for path in support:
+        try:
+            image = _open(data := read_file(path), _LOCAL_LIMITS, str(path))
+            _check_samples(image.format, data, str(path))
+            deep = _deep_samples(image, data, _LOCAL_LIMITS, str(path))
+            if deep is None:
+                shallow = np.asarray(_lay_on(image, ground))
+                peaks.append((int(shallow.max(initial=0)), 255))
+            else:
+                peaks.append((deep.highest, deep.white_level))
+        except DataError:
+            raise
+        except ImageError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            raise DataError(f"{path} is damaged ({error}): save it again and retry") from error
+    told = [white for _, white in peaks if white not in (None, 255)]
+    untold = [highest for highest, white in peaks if white is None]
+    # What a file says holds for the others; else the least depth that holds them all.
+    found = max(told) if told else depth_white(max(untold, default=0))
+    peak = max((highest / (white or found) for highest, white in peaks), default=0.0)
+    return Reading(white_level=found, peak=min(peak, 1.0), ground=ground)
 
 
 def is_image_file(path: Location) -> bool:
@@ -102,9 +166,10 @@ def is_image_file(path: Location) -> bool:
 
 
 def read_mask(path: AnyPath, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Ground-truth mask (H, W) of a defect: True where the file is painted (`painted`).
+    """Ground-truth mask (H, W) of a defect: True where the file is neither clear nor black.
 
-    A folder holds masks that are laid over one another. Raises DataError if a file cannot be read
+    Black on a clear ground counts if nothing else is painted there. A folder holds masks that are
+    laid over one another. Raises DataError if a file cannot be read
     or is not of `size` = (width, height), or if nothing is painted.
     """
     path = location(path)
@@ -120,44 +185,88 @@ def read_mask(path: AnyPath, size: tuple[int, int]) -> NDArray[np.bool_]:
     return mask_HW
 
 
-def painted(image: Image.Image) -> NDArray[np.bool_]:
-    """Where a mask is painted, (H, W): wherever it is neither clear nor black, by any value.
+def read_region(path: AnyPath) -> NDArray[np.bool_]:
+    """Region of interest (H, W): True where the file is neither clear nor black, by any value.
 
-    Two files differ. With transparency, black counts if nothing else is painted on the clear
-    ground. In JPEG and WebP, which may lose what is faint, it takes more than half of the brightest
-    pixel, and that of a mask is above 32.
+    If it is black alone on a clear ground, the ground counts. Raises DataError if the file cannot
+    be read or nothing is left to count.
     """
+    ink_HW, is_clear_HW = _read_paint(path)
+    region_HW = ink_HW if ink_HW.any() or is_clear_HW.all() else is_clear_HW
+    if not region_HW.any():
+        raise DataError(
+            f"the region of interest {path} leaves nothing of an image to count: paint white what"
+            f" counts, on black"
+        )
+    return region_HW
+
+
+def cover(mask_HW: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask stretched to `size` = (rows, columns): True where any of it falls, even in part."""
+    for axis, cells in enumerate(size):
+        length = mask_HW.shape[axis]
+        edges = np.arange(cells + 1) * length
+        # Of each cell, the first pixel that it touches and the first one behind it.
+        spans = np.stack([edges[:-1] // cells, -(-edges[1:] // cells)], axis=-1)
+        # Every other result is of what lies between two cells; the last cell ends at the padding.
+        padded_HW = np.pad(mask_HW, [(0, int(axis == each)) for each in range(2)])
+        mask_HW = np.logical_or.reduceat(padded_HW, spans.ravel(), axis).take(
+            np.arange(0, 2 * cells, 2), axis
+        )
+    return mask_HW
+
+
+def _paint(image: Image.Image, data: bytes) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where a mask is neither clear nor black, by any value, and where it is clear, both (H, W).
+
+    In JPEG and WebP, which may lose what is faint, it takes more than half of the brightest pixel,
+    and that of a mask is above 32.
+    """
+    deep = _deep_samples(image, data, _LOCAL_LIMITS, "mask")
+    if deep is not None:
+        values_HWC, alpha_HW = deep.colour_HWC, deep.alpha_HW
+        if deep.is_inverted:
+            values_HWC = (deep.white_level or depth_white(deep.highest)) - values_HWC
+        is_clear_HW = (
+            np.zeros(values_HWC.shape[:2], np.bool_) if alpha_HW is None else alpha_HW == 0
+        )
+        return (values_HWC > 0).any(axis=-1) & ~is_clear_HW, is_clear_HW
     is_lossy = image.format in ("JPEG", "WEBP")
+    image = _upright(image)
     is_clear_HW = np.zeros((image.height, image.width), np.bool_)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         is_clear_HW = np.asarray(image.getchannel("A")) == 0
         image = image.convert("RGB")
-    elif image.mode not in ("1", "L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
+    elif image.mode not in ("1", "L", "I", "F", "RGB"):
         image = image.convert("RGB")
     values_HWC = np.atleast_3d(np.asarray(image))
     brightest = int(values_HWC.max()) if is_lossy else 0
     floor = max(brightest / 2, _FAINT) if is_lossy else 0
-    ink_HW = (values_HWC > floor).any(axis=-1) & ~is_clear_HW
-    if is_clear_HW.any() and not ink_HW.any():
-        return ~is_clear_HW
-    return np.asarray(ink_HW)
+    return (values_HWC > floor).any(axis=-1) & ~is_clear_HW, is_clear_HW
+
+
+def _read_paint(path: AnyPath) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    try:
+        data = read_file(path)
+        return _paint(_open(data, _LOCAL_LIMITS, str(path)), data)
+    except ImageError as error:
+        raise DataError(str(error)) from error
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} is damaged ({error}): save it again") from error
 
 
 def _read_layer(path: Location, size: tuple[int, int]) -> NDArray[np.bool_]:
-    try:
-        image = _open(read_file(path), _LOCAL_LIMITS, str(path))
-        painted_HW = painted(image)
-    except ImageError as error:
-        raise DataError(str(error)) from error
-    except Exception as error:
-        raise DataError(f"{path} is damaged ({error}): save it again") from error
-    if image.size != size:
+    ink_HW, is_clear_HW = _read_paint(path)
+    height, width = ink_HW.shape
+    if (width, height) != size:
         raise DataError(
-            f"mask {path} is {image.width} x {image.height} pixels but its image is "
+            f"mask {path} is {width} x {height} pixels but its image is "
             f"{size[0]} x {size[1]}: save the mask in the size of the image"
         )
-    return painted_HW
+    return ~is_clear_HW if is_clear_HW.any() and not ink_HW.any() else ink_HW
 
 
 def draw_overlay(
@@ -226,6 +335,12 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
             f"{source} has far more pixels than can be accepted: send a smaller image"
         ) from error
     except UnidentifiedImageError as error:  # its own words name an object in memory
+        _check_samples(file_format, data, source)
+        if file_format == "TIFF" and (bits := levels.bits_of_samples(data)) not in (1, 2, 4, 8, 16):
+            raise UnsupportedImageError(
+                f"{source} has samples of {bits} bits in an order that is not read: save it with 8"
+                f" or 16 bits"
+            ) from error
         raise ImageError(
             f"{source} is damaged (it begins like {file_format}): save it again and retry"
         ) from error
@@ -239,6 +354,24 @@ def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
             f"{limits.max_pixels:,} accepted: send a smaller image"
         )
     return image
+
+
+def _check_samples(file_format: str | None, data: bytes, source: str) -> None:
+    kind = levels.kind_of_samples(data) if file_format == "TIFF" else None
+    if kind is not None:
+        raise UnsupportedImageError(f"{source} has {kind}: save it with 8 or 16 unsigned bits")
+
+
+def _deep_samples(
+    image: Image.Image, data: bytes, limits: ImageLimits, source: str
+) -> levels.Samples | None:
+    """The samples of an opened file of more than 8 bits, upright; None if it has no more."""
+    if not levels.is_deep(image):
+        return None
+    low = image
+    if not image.mode.startswith("I"):
+        low = _upright(levels.lower_bytes(_open(data, limits, source)))
+    return levels.samples(_upright(image), low, data)
 
 
 def _without_metadata(data: bytes) -> bytes:
@@ -266,13 +399,10 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would clip at 255
-        gray_HW = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((gray_HW + 128) // 257).astype(np.uint8)).convert("RGB")
+def _lay_on(image: Image.Image, ground: Ground) -> Image.Image:
     if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+        opaque = Image.new("RGBA", image.size, ground)
+        return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 

@@ -4,6 +4,8 @@ import base64
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import (
     Discriminator,
     Field,
@@ -17,7 +19,7 @@ from apt_ray.config import CATEGORY_NAME, Settings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
 from apt_ray.settings_file import read_settings
-from serving.regions import mask_png
+from serving.regions import mask_of_box, mask_of_png, mask_png
 
 CategoryName = Annotated[str, StringConstraints(pattern=f"^{CATEGORY_NAME}$")]
 PoolName = CategoryName
@@ -143,7 +145,25 @@ class RegionOfInterest(Settings):
                 raise ValueError(
                     "the box is [left, top, width, height], shares of the image (0..1)"
                 )
+        try:
+            is_empty = self.mask is None and not self.mask_HW.any()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"mask_png is not what deploying puts there ({error})") from None
+        if is_empty:
+            raise ValueError("the region of interest leaves nothing to count: make it larger")
         return self
+
+    @property
+    def mask_HW(self) -> NDArray[np.bool_]:
+        """What counts, (H, W), stretched over every image; the file of `mask` must be read."""
+        if self.box is not None:
+            return mask_of_box(self.box)
+        return mask_of_png(base64.b64decode(self.mask_png or ""))
+
+    @property
+    def share(self) -> float:
+        """The share of an image that counts, above 0 and up to 1."""
+        return float(self.mask_HW.mean())
 
     def with_mask_read(self, folder: Path) -> "RegionOfInterest":
         """The same with the content of the mask's file in it. Raises DataError."""
@@ -271,8 +291,10 @@ class Fleet(Settings):
             raise FleetError(str(error)) from None
         try:
             return cls.parse({} if values is None else values)._with_masks_read(path.parent)
-        except (SettingsError, DataError) as error:
+        except SettingsError as error:
             raise FleetError(f"the fleet file {path} has {error}") from None
+        except DataError as error:
+            raise FleetError(f"the fleet file {path}: {error}") from None
 
     def _with_masks_read(self, folder: Path) -> "Fleet":
         if not isinstance(self.categories, dict):

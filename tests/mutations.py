@@ -29,6 +29,7 @@ _NUMBERS = {
 def originals() -> tuple[bytes, ...]:
     """A small image in every accepted format, and in modes that need conversion."""
     gray = Image.radial_gradient("L").resize((48, 40))
+    deep = gray.convert("I").point(lambda value: value * 257).convert("I;16")
     kinds: list[tuple[Image.Image, str, dict[str, object]]] = [
         (gray.convert("RGB"), "PNG", {}),
         (gray.convert("P"), "PNG", {}),
@@ -40,6 +41,9 @@ def originals() -> tuple[bytes, ...]:
         (gray.convert("RGB"), "TIFF", {"compression": "tiff_lzw"}),
         (gray.convert("RGB"), "WEBP", {"lossless": True}),
         (gray.convert("RGBA"), "WEBP", {"quality": 60}),
+        (deep, "PNG", {}),
+        (deep, "TIFF", {}),
+        (deep, "TIFF", {"compression": "tiff_lzw"}),
     ]
     return tuple(_saved(image, file_format, options) for image, file_format, options in kinds)
 

@@ -11,11 +11,13 @@ from PIL import Image, TiffImagePlugin
 from apt_ray.errors import DataError, ImageError, ImageTooLargeError, UnsupportedImageError
 from apt_ray.images import (
     ImageLimits,
+    cover,
     decode_image,
     draw_overlay,
     encode_png,
     read_image,
     read_mask,
+    read_region,
 )
 from tests.mutations import with_damaged_metadata
 
@@ -211,7 +213,7 @@ def test_formats_that_pillow_knows_but_we_do_not() -> None:
 
 def test_floating_point_pixels_are_refused() -> None:
     data = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
-    with pytest.raises(UnsupportedImageError, match="8 or 16 bits"):
+    with pytest.raises(UnsupportedImageError, match="8 or 16 unsigned bits"):
         decode_image(data)
 
 
@@ -311,6 +313,58 @@ def test_a_mask_is_true_where_it_is_painted(
     assert mask_HW.dtype == np.bool_
     lossy = file_format in ("JPEG", "WEBP")
     assert (mask_HW != PAINTED).sum() <= (4 if lossy else 0)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "black on a clear layer"])
+def test_a_region_of_interest_is_what_is_painted(tmp_path: Path, name: str) -> None:
+    image, file_format, options = MASKS[name]
+    path = tmp_path / "region"
+    image.save(path, file_format, **options)
+    assert (read_region(path) != PAINTED).sum() <= (4 if file_format in ("JPEG", "WEBP") else 0)
+
+
+def test_a_hole_in_a_black_layer_is_a_region_of_interest(tmp_path: Path) -> None:
+    path = tmp_path / "region.png"
+    hole = np.dstack([np.zeros((*PAINTED.shape, 3)), ~PAINTED * 255]).astype(np.uint8)
+    Image.fromarray(hole).save(path)
+    np.testing.assert_array_equal(read_region(path), PAINTED)
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0, 255), (0, 0, 0, 0), (255, 255, 255, 0)])
+def test_a_region_of_interest_without_anything_is_refused(
+    tmp_path: Path, colour: tuple[int, int, int, int]
+) -> None:
+    path = tmp_path / "region.png"
+    Image.new("RGBA", (40, 24), colour).save(path)
+    with pytest.raises(DataError, match=r"region\.png leaves nothing .*: paint white"):
+        read_region(path)
+
+
+def test_masks_lie_as_their_images_do(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise by a quarter to view
+    path = tmp_path / "mask.png"
+    Image.fromarray(PAINTED).save(path, exif=exif)
+    upright = np.rot90(PAINTED, -1)
+    np.testing.assert_array_equal(read_region(path), upright)
+    np.testing.assert_array_equal(read_mask(path, (24, 40)), upright)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (24, 40), (7, 100), (256, 2)])
+def test_a_mask_at_another_size_holds_whatever_it_touches(size: tuple[int, int]) -> None:
+    for y, x in [(0, 0), (11, 17), (23, 39)]:
+        mask_HW = np.zeros((24, 40), np.bool_)
+        mask_HW[y, x] = True
+        # Of each cell, whether its half-open span and that of the pixel have more than a border
+        # in common, in units of 1 / (pixels x cells).
+        rows, columns = (
+            [
+                cell * length < (place + 1) * cells and place * cells < (cell + 1) * length
+                for cell in range(cells)
+            ]
+            for place, length, cells in zip((y, x), mask_HW.shape, size, strict=True)
+        )
+        np.testing.assert_array_equal(cover(mask_HW, size), np.outer(rows, columns))
 
 
 def test_a_folder_of_masks_is_read_as_one(tmp_path: Path) -> None:

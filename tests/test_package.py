@@ -83,6 +83,7 @@ PATHS = {
     "Category.name_of": {"path"},
     "fit": {"support", "calibration"},
     "read_image": {"path"},
+    "find_reading": {"support"},
     "PromptSet.save": {"path"},
     "PromptSet.load": {"path"},
     "registry.promote": {"normal"},

@@ -26,7 +26,7 @@ from apt_ray.errors import SettingsError
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.files import Location
-from apt_ray.images import read_image
+from apt_ray.images import find_reading, read_image
 from apt_ray.prompts.fit import fit
 from apt_ray.validation.versions import VersionComparison, compare_prompt_sets
 from tuning.banks import BankRefs, CategoryBanks
@@ -106,7 +106,7 @@ class EngineActor:
             calibration=job.calibration,
             bank=self._engine.bank(next(iter(banks))),
         ).with_metrics(job.metrics)
-        images = [read_image(path) for path in job.support]
+        images = [read_image(path, prompt_set.reading) for path in job.support]
         pictures = {
             "support_images": draw_support(backbone, prompt_set, images),
             "perturbations": draw_perturbed(backbone, prompt_set, images[0]),
@@ -288,7 +288,8 @@ def encode_bank(
     kept = None if cache is None else BankCache(cache)
     bank = None if kept is None else kept.load(spec)
     if bank is None:
-        images = [read_image(path) for path in support]
+        reading = find_reading(support, ground=spec.ground, white_level=spec.white_level)
+        images = [read_image(path, reading) for path in support]
         with _resident.lent(backbone) as loaded:
             bank = encode_support(loaded, images, spec)
         if kept is not None:

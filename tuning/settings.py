@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from apt_ray.anomalies.spec import BankSpec, file_digests
-from apt_ray.config import BackboneSpec, FitSettings, Flag, Settings
+from apt_ray.config import BackboneSpec, FitSettings, Flag, Ground, Settings
 from apt_ray.files import Location
 from tuning.space import DEFAULT_SPACE, Space
 
@@ -68,6 +68,15 @@ class SearchSettings(Settings):
         description="auto lets a winner become the champion by the registry's rules, never leaves"
         " it a candidate.",
     )
+    ground: Ground = Field(
+        default=FitSettings().ground, description=FitSettings.model_fields["ground"].description
+    )
+    white_level: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description=FitSettings.model_fields["white_level"].description,
+    )
     space: Space = Field(
         default_factory=lambda: dict(DEFAULT_SPACE), description="What the trials vary."
     )
@@ -90,7 +99,15 @@ class SearchSettings(Settings):
 
     def fit_settings(self, searched: Mapping[str, Any] = MappingProxyType({})) -> FitSettings:
         """The settings of a fit to the first support set, with searched values in place."""
-        return FitSettings.parse({"steps": self.steps, "seed": self.support_seeds[0], **searched})
+        return FitSettings.parse(
+            {
+                "steps": self.steps,
+                "seed": self.support_seeds[0],
+                "ground": self.ground,
+                "white_level": self.white_level,
+                **searched,
+            }
+        )
 
     def bank_specs(
         self, supports: Sequence[Sequence[Location]], *, fingerprint: str
@@ -118,6 +135,8 @@ class SearchSettings(Settings):
                     seed=seed,
                     region=place.region,
                     object_mask=place.object_mask,
+                    ground=self.ground,
+                    white_level=self.white_level,
                     judged=True,
                 ),
                 support,

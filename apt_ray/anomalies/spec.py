@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from apt_ray.config import NOISE_LADDER, FitSettings, NoiseRegion, Settings
+from apt_ray.config import NOISE_LADDER, FitSettings, Ground, NoiseRegion, Settings
 from apt_ray.errors import SettingsError
 from apt_ray.files import AnyPath, file_sha256
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_CODE = ("anomalies/*.py", "features/**/*.py", "images.py")
+_CODE = ("anomalies/*.py", "features/**/*.py", "images.py", "levels.py")
 _LIBRARIES = ("torch", "pillow", "numpy")
 
 
@@ -36,6 +36,10 @@ class BankSpec(Settings):
     object_mask: bool = Field(
         default=True,
         description="Keep noise on the part, where the encoder tells it from its ground.",
+    )
+    ground: Ground = Field(default="white", description="What transparency is laid on.")
+    white_level: int | None = Field(
+        default=None, description="Of 16-bit files that do not say theirs; None: as support has it."
     )
     judged: bool = Field(
         default=False, description="Whether what judges trials is encoded as well."
@@ -72,6 +76,8 @@ class BankSpec(Settings):
             strengths=(settings.noise_strength,) if strengths is None else tuple(strengths),
             region=settings.region,
             object_mask=settings.object_mask,
+            ground=settings.ground,
+            white_level=settings.white_level,
             judged=judged,
         )
 
@@ -87,6 +93,8 @@ class BankSpec(Settings):
             settings.noise_strength in self.strengths
             and settings.region == self.region
             and settings.object_mask == self.object_mask
+            and settings.ground == self.ground
+            and settings.white_level == self.white_level
         )
 
     def check(self, settings: FitSettings) -> None:
@@ -94,9 +102,11 @@ class BankSpec(Settings):
         if not self.suits(settings):
             raise SettingsError(
                 f"the anomaly bank was encoded with noise of strength"
-                f" {', '.join(map(str, self.strengths))}, region {self.region!r} and object_mask"
-                f" {self.object_mask}, not {settings.noise_strength}, {settings.region!r} and"
-                f" {settings.object_mask}: encode the support set with these settings"
+                f" {', '.join(map(str, self.strengths))}, region {self.region!r}, object_mask"
+                f" {self.object_mask}, ground {self.ground} and white_level {self.white_level}, not"
+                f" {settings.noise_strength}, {settings.region!r}, {settings.object_mask},"
+                f" {settings.ground} and {settings.white_level}: encode the support set with these"
+                f" settings"
             )
 
 

@@ -38,6 +38,7 @@ def _run(options: argparse.Namespace) -> int:
     from apt_ray.data.distinct import describe_copies
     from apt_ray.data.folders import find_categories
     from apt_ray.errors import DataError
+    from apt_ray.levels import FULL
     from apt_ray.prompts.fit import fit
 
     categories = find_categories(options.data)
@@ -72,4 +73,6 @@ def _run(options: argparse.Namespace) -> int:
         f"threshold {threshold.value:.4f} from {len(threshold.scores)} {threshold.source}, "
         + ("uncertified" if rate is None else f"false-alarm rate certified at {rate:.1%}")
     )
+    if prompt_set.reading.white_level != FULL:
+        print(f"16-bit images are read with white at {prompt_set.reading.white_level}")
     return 0

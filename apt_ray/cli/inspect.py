@@ -71,7 +71,7 @@ def _inspect(detector: Detector, path: Path, overlay: Path | None) -> dict[str, 
         **dict.fromkeys(("anomaly_score", "threshold", "is_anomalous", "p_value", "error")),
     }
     try:
-        image = read_image(path)
+        image = read_image(path, detector.prompt_set.reading)
         (inspection,) = detector.inspect([image])
         verdict = "ANOMALOUS" if inspection.is_anomalous else "normal"
         p_value = "" if inspection.p_value is None else f"  p {inspection.p_value:.3f}"

@@ -23,7 +23,7 @@ from apt_ray.files import (
     read_file,
     visible,
 )
-from apt_ray.images import IMAGE_SUFFIXES, is_image_file, read_image
+from apt_ray.images import IMAGE_SUFFIXES, find_reading, is_image_file, read_image
 
 GOOD = "good"
 _NORMAL = frozenset({GOOD, "ok", "normal"})
@@ -117,7 +117,9 @@ class Category:
         for path in random.Random(seed).sample(self.good, len(self.good)):
             if len(drawn) >= shots + calibration:
                 break
-            if distinct.admit(path, pixel_digest(read_image(path))):
+            # Each by its own range: that of the category is found from what is drawn here.
+            image = read_image(path, find_reading([path], ground="gray"))
+            if distinct.admit(path, pixel_digest(image)):
                 drawn.append(path)
         if min(shots - 1, calibration, len(drawn) - shots - calibration) < 0:
             copies = f" and {len(distinct.copies)} copies of these" if distinct.copies else ""

@@ -12,7 +12,6 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
@@ -20,6 +19,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import ScoreRule, resize_map
 from apt_ray.errors import PromptSetError
 from apt_ray.features.protocol import Backbone, ImageFeatures
+from apt_ray.images import cover
 
 MAX_REGIONS = 20
 """The most regions that one inspection reports, worst first."""
@@ -71,11 +71,12 @@ class Detector:
     Args:
         backbone, prompt_set: the two.
         region_of_interest: `(H, W)` bool of any size, stretched over every image; where it is
-            False nothing counts.
+            False nothing counts, and what is True in part is True.
 
     Raises:
         PromptSetError: They do not belong together, or the score looks at the whole image
-            (`cls_weight`), which no region of interest can be cut out of.
+            (`cls_weight`), which no region of interest can be cut out of, or the region is so
+            small that no image could be anomalous.
     """
 
     def __init__(
@@ -103,11 +104,22 @@ class Detector:
         self._interest_SS = (
             None
             if region_of_interest is None
-            else _stretch(region_of_interest, backbone.prompt_size).to(backbone.device)
+            else torch.from_numpy(
+                cover(region_of_interest, (backbone.prompt_size,) * 2).astype(np.float32)
+            ).to(backbone.device)
         )
         self._text_PE = prompt_set.text_features.to(backbone.device)
         self._memory = prompt_set.memory.to(backbone.device)
         self._rule = ScoreRule.of(backbone, prompt_set.settings)
+        if self._interest_SS is not None:
+            highest = self._rule.highest_score(self._interest_SS)
+            if highest < 1 and not prompt_set.threshold.rejects(highest):
+                raise PromptSetError(
+                    f"the region of interest of {prompt_set.category} is"
+                    f" {float(self._interest_SS.mean()):.2g} of an image: no part could score above"
+                    f" {highest:.2g} there, and so none above the threshold of"
+                    f" {prompt_set.threshold.value:.2g}; make the region larger"
+                )
 
     def inspect(self, images: Sequence[Image.Image]) -> list[Inspection]:
         """Inspect RGB images of any size in one batch, one forward pass of the backbone."""
@@ -169,12 +181,6 @@ class Detector:
                 f" and {own} by layer, its backbone gives {widths[1]} and {seen}: fit or register"
                 f" the category again"
             )
-
-
-def _stretch(mask_HW: npt.NDArray[np.bool_], size: int) -> torch.Tensor:
-    """A mask `(size, size)`, float32 0 or 1; a pixel that is partly inside is inside."""
-    mask_11HW = torch.from_numpy(mask_HW.astype(np.float32))[None, None]
-    return F.adaptive_max_pool2d(mask_11HW, size)[0, 0]
 
 
 @lru_cache(maxsize=2)

@@ -27,6 +27,7 @@ from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import RULE_VERSION, Scales
 from apt_ray.errors import PromptSetError
 from apt_ray.files import StrPath, write_whole
+from apt_ray.levels import FORMER, Reading
 from apt_ray.tensors import header_of, seal, unseal
 
 FORMAT_VERSION = 1
@@ -58,6 +59,9 @@ class Provenance(Settings):
     threshold: Threshold
     scales: Scales = Field(description="What its evidence is measured in.")
     metrics: dict[str, float] = Field(default_factory=dict)
+    reading: Reading = Field(
+        default=FORMER, description="How image files were read, and are to be read."
+    )
     probe_score: float | None = Field(
         default=None,
         description="`Detector.probe_score` when it was fitted: what must come out again.",
@@ -101,6 +105,10 @@ class PromptSet:
     @property
     def threshold(self) -> Threshold:
         return self.provenance.threshold
+
+    @property
+    def reading(self) -> Reading:
+        return self.provenance.reading
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -161,6 +161,11 @@ class ScoreRule:
         maps_BSS, scores_B = self._score(fused_BF, finest, interest_SS)
         return maps_BSS.sqrt(), scores_B.sqrt()
 
+    def highest_score(self, interest_SS: torch.Tensor) -> float:
+        """The score of a map that is 1 all over `interest_SS`: less than 1 if that is too small for
+        the pixels that a score is taken over."""
+        return float(self._top(interest_SS[None])[0].sqrt())
+
     def score_patches(self, p_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps and scores from one value in 0..1 of each patch, wherever that comes from."""
         return self._score(p_BN, _square(p_BN.shape[1]), None)
@@ -171,7 +176,10 @@ class ScoreRule:
         maps_BSS = anomaly_maps(p_BF, grid, self.map_size)
         if interest_SS is not None:
             maps_BSS = maps_BSS * interest_SS
-        return maps_BSS, top_mean(maps_BSS.flatten(1), max(1, round(TOP_SHARE * self.map_size**2)))
+        return maps_BSS, self._top(maps_BSS)
+
+    def _top(self, maps_BSS: torch.Tensor) -> torch.Tensor:
+        return top_mean(maps_BSS.flatten(1), max(1, round(TOP_SHARE * self.map_size**2)))
 
 
 def _square(places: int) -> tuple[int, int]:

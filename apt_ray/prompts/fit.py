@@ -19,7 +19,8 @@ from apt_ray.detection.rule import RULE_VERSION, Scale, Scales, ScoreRule, anoma
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.protocol import Backbone
 from apt_ray.files import AnyPath, Location, location
-from apt_ray.images import read_image
+from apt_ray.images import find_reading, read_image
+from apt_ray.levels import Reading
 from apt_ray.prompts.lanes import Lane
 from apt_ray.prompts.remember import remember
 from apt_ray.prompts.trainer import PromptTrainer
@@ -39,6 +40,7 @@ def fit(
     backbone: Backbone,
     calibration: Sequence[AnyPath] = (),
     bank: SupportBank | None = None,
+    reading: Reading | None = None,
     progress: Progress | None = None,
 ) -> PromptSet:
     """Fit the prompt set of one category.
@@ -53,6 +55,7 @@ def fit(
         calibration: further normal images; with enough of them the false-alarm rate is certified.
             If all are copies the support images set the threshold, as without any.
         bank: the support set already encoded, where the caller has it.
+        reading: how image files are read, where the caller knows; else by `find_reading`.
         progress: called with (optimisation steps done, steps in all).
 
     Raises:
@@ -62,16 +65,18 @@ def fit(
     if not support:
         raise DataError(f"{category} has no support image: give at least one image of a good part")
     settings = settings or FitSettings()
+    if reading is None:
+        reading = find_reading(support, ground=settings.ground, white_level=settings.white_level)
     distinct = Distinct()
     shown: dict[Location, Image.Image] = {}
     for path in map(location, support):
-        if distinct.admit(path, pixel_digest(image := read_image(path))):
+        if distinct.admit(path, pixel_digest(image := read_image(path, reading))):
             shown[path] = image
     images = list(shown.values())
     further = [
         backbone.preprocess([image])
         for path in calibration
-        if distinct.admit(path, pixel_digest(image := read_image(path)))
+        if distinct.admit(path, pixel_digest(image := read_image(path, reading)))
     ]
     if bank is None:
         spec = BankSpec.of(settings, list(shown), fingerprint=backbone.fingerprint)
@@ -122,6 +127,7 @@ def fit(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             threshold=threshold,
             scales=scales,
+            reading=reading,
         ),
         text_features=text_PE.cpu(),
         contexts=trainer.contexts()[0].cpu(),

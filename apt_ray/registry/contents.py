@@ -35,6 +35,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError, SettingsError
 from apt_ray.files import Location, file_sha256
 from apt_ray.images import encode_png, read_image
+from apt_ray.levels import Reading
 from apt_ray.text import printable
 
 DIRECTORY = "version"
@@ -128,7 +129,7 @@ def write_version(
             table = csv.DictWriter(file, fieldnames=list(trials[0]))
             table.writeheader()
             table.writerows(trials)
-    data_hash = _write_data(home, support, held_out)
+    data_hash = _write_data(home, support, held_out, prompt_set.reading)
     _write_model(home)
     threshold = prompt_set.threshold
     rate = threshold.certified_false_alarm_rate
@@ -189,7 +190,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
 
 
 def _write_data(
-    home: Path, support: Sequence[Location], held_out: Sequence[Location]
+    home: Path, support: Sequence[Location], held_out: Sequence[Location], reading: Reading
 ) -> str | None:
     """Fingerprints of all images, small copies of some held-out ones; a hash of the whole."""
     if not support:
@@ -201,7 +202,7 @@ def _write_data(
     for path in (*support, *held_out):
         if kept == MAX_HELD_OUT:
             break
-        image, digest = read_image(path), digests[path]
+        image, digest = read_image(path, reading), digests[path]
         pixels[digest] = pixel_digest(image)
         if distinct.admit(path, pixels[digest]) and path not in support:
             (home / HELD_OUT).mkdir(exist_ok=True)

@@ -182,12 +182,19 @@ def _judge(
         return replace(promotion, verdict="uncomparable", why=f"the champion cannot score: {error}")
     reason = next((side.reason for side in sides if side.reason), None)
     images: list[Image.Image] = []
+    reading = sides[0].prompt_set.reading
+    other = sides[-1].prompt_set.reading
+    if (reading.white_level, reading.ground) != (other.white_level, other.ground):
+        reason = reason or (
+            f"they read files differently: white at {reading.white_level} on {reading.ground}, and"
+            f" at {other.white_level} on {other.ground}; promote one by hand"
+        )
     if reason is None:
         found = {file: image for side in sides for file, image in side.held_out.items()}
         pixels = {file: digest for side in sides for file, digest in side.pixels.items()}
         for path in normal:
             file = file_sha256(path)
-            found[file] = read_image(path)
+            found[file] = read_image(path, reading)
             pixels[file] = pixel_digest(found[file])
         # Of a file that only a version from before knows, its own digest stands for its pixels'.
         fitted = {pixels.get(file, file) for side in sides for file in side.support}

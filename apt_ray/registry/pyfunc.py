@@ -42,7 +42,10 @@ class PromptSetModel:
         """
         files: Iterable[bytes | str] = data.iloc[:, 0] if hasattr(data, "iloc") else data
         images = [
-            decode_image(_file(file), source=f"image {place}") for place, file in enumerate(files)
+            decode_image(
+                _file(file), source=f"image {place}", reading=self._detector.prompt_set.reading
+            )
+            for place, file in enumerate(files)
         ]
         return [
             {

@@ -26,7 +26,8 @@ from apt_ray.detection.rule import resize_map
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.files import Location
-from apt_ray.images import read_image, read_mask
+from apt_ray.images import find_reading, read_image, read_mask
+from apt_ray.levels import UNTOLD, Reading
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
 from apt_ray.text import printable
@@ -142,8 +143,14 @@ def evaluate(
         raise SettingsError(f"got the seeds {list(seeds)}: give at least one, and none twice")
     fits = {seed: FitSettings.parse({**settings.model_dump(), "seed": seed}) for seed in seeds}
     report = progress or (lambda _what, _done, _total: None)
-    test = TestSet.read(category)
     draws = {seed: category.draw(shots, seed, calibration=calibration) for seed in seeds}
+    # Test images are encoded once for all seeds, so all are read by what all support images say.
+    reading = find_reading(
+        list(dict.fromkeys(path for drawn in draws.values() for path in drawn.support)),
+        ground=settings.ground,
+        white_level=settings.white_level,
+    )
+    test = TestSet.read(category, reading)
     features = test.encode(backbone, report)
     results = []
     for seed, drawn in draws.items():
@@ -153,6 +160,7 @@ def evaluate(
             fits[seed],
             backbone=backbone,
             calibration=drawn.calibration,
+            reading=reading,
             progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]
         )
         detector = Detector(backbone, prompt_set)
@@ -194,6 +202,7 @@ class TestSet:
 
     Attributes:
         category: whose they are; `category.test` lists them.
+        reading: how their files are read.
         sizes: (width, height) of each.
         digests: of their pixels, by file.
         masks: ground truth of each, bool (H, W), unpacked when it is asked for; None unless every
@@ -203,12 +212,13 @@ class TestSet:
     __test__ = False
 
     category: Category
+    reading: Reading
     sizes: tuple[tuple[int, int], ...]
     digests: Mapping[Location, str]
     masks: Sequence[npt.NDArray[np.bool_]] | None
 
     @classmethod
-    def read(cls, category: Category) -> TestSet:
+    def read(cls, category: Category, reading: Reading = UNTOLD) -> TestSet:
         """Read sizes and masks; DataError if there are no test images of one kind."""
         if len({image.is_anomalous for image in category.test}) < 2:
             raise DataError(
@@ -218,18 +228,25 @@ class TestSet:
         sizes: list[tuple[int, int]] = []
         digests: dict[Location, str] = {}
         for tested in category.test:
-            image = read_image(tested.path)
+            image = read_image(tested.path, reading)
             sizes.append(image.size)
             digests[tested.path] = pixel_digest(image)
         masks = _read_masks(category, sizes) if category.has_masks else None
-        return cls(category=category, sizes=tuple(sizes), digests=digests, masks=masks)
+        return cls(
+            category=category,
+            reading=reading,
+            sizes=tuple(sizes),
+            digests=digests,
+            masks=masks,
+        )
 
     def held_out(self, used: Collection[Location]) -> tuple[list[int], Copies]:
         """The places of the images that are not among the used; of normal ones neither those that
         show what one of these shows, nor copies of one another, which are named."""
         distinct = Distinct()
         for path in used:
-            distinct.admit(path, self.digests.get(path) or pixel_digest(read_image(path)))
+            digest = self.digests.get(path) or pixel_digest(read_image(path, self.reading))
+            distinct.admit(path, digest)
         kept = [
             place
             for place, image in enumerate(self.category.test)
@@ -244,7 +261,9 @@ class TestSet:
         images = self.category.test
         for start in range(0, len(images), _BATCH):
             batch = images[start : start + _BATCH]
-            pixels = [backbone.preprocess([read_image(image.path)]) for image in batch]
+            pixels = [
+                backbone.preprocess([read_image(image.path, self.reading)]) for image in batch
+            ]
             features = backbone.encode_images(torch.cat(pixels))
             parts.append(features.to(torch.device("cpu")))
             progress("encode test images", start + len(batch), len(images))
@@ -323,6 +342,7 @@ class TestSet:
                     image=self.category.test[i],
                     score=float(scores_1[0]),
                     map_SS=maps_1SS[0].cpu(),
+                    reading=self.reading,
                 )
             )
         return tuple(shown)

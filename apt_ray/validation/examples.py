@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from apt_ray.data.folders import LabelledImage
+from apt_ray.levels import FORMER, Reading
 
 Kind = Literal["best", "worst", "borderline"]
 
@@ -26,12 +27,14 @@ class Example:
         kind: `best`: on the right side of the threshold, and farthest from it. `worst`: on the
             wrong side and farthest, or else nearest to it. `borderline`: nearest to it.
         map_SS: float32 in 0..1, as the detector scores it: not of the image's size.
+        reading: how the image's file was read.
     """
 
     kind: Kind
     image: LabelledImage
     score: float
     map_SS: torch.Tensor
+    reading: Reading = FORMER
 
 
 def choose(

@@ -72,6 +72,10 @@ class CategoryReport(BaseModel):
     fingerprint: str = Field(description="Digest of the backbone's weights and preprocessing.")
     threshold: float
     certified_false_alarm_rate: float | None
+    counted_share: float = Field(
+        default=1.0,
+        description="Share of an image that counts; below 1 with a region of interest.",
+    )
     shots: int = Field(description="How many normal images it was tuned on.")
     trained_at: str = Field(description="When, ISO 8601, UTC.")
     settings: dict[str, object] = Field(description="How it was tuned.")

@@ -231,6 +231,7 @@ class Controller:
             serving=tuple(sorted(versions)),
             replicas=sum(served.version is not None for served in serving.values()),
             from_cache=any(served.source == "cache" for served in serving.values()),
+            counted_share=entry.region_of_interest.share if entry.region_of_interest else 1.0,
             problem=next(iter(problems.values()), None),
             failing=tuple(sorted(problems)),
         )

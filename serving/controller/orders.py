@@ -97,6 +97,10 @@ class CategoryStatus(Settings):
     serving: tuple[int, ...] = Field(description="Versions that replicas serve.")
     replicas: int = Field(description="How many replicas serve it.")
     from_cache: bool = Field(description="Whether a replica serves it without the registry.")
+    counted_share: float = Field(
+        default=1.0,
+        description="Share of an image that counts; below 1 with a region of interest.",
+    )
     problem: str | None = None
     failing: tuple[PoolName, ...] = Field(
         default=(), description="Those of its pools that cannot serve it as they are told."

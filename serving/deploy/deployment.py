@@ -166,6 +166,7 @@ def _describe_category(status: CategoryStatus) -> str:
         f"version {', '.join(map(str, status.serving)) or '-'} of {status.wanted or '?'}",
         f"{status.replicas} replicas",
         f"pool {', '.join(status.pools)}",
+        f"{status.counted_share:.2%} of an image counts" if status.counted_share < 1 else "",
         "from the local cache" if status.from_cache else "",
         status.problem or "",
     ]

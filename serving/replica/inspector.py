@@ -186,7 +186,9 @@ class Inspector:
     def _decode(self, served: ServedCategory, data: bytes, keep_image: bool) -> _Job:
         started_at = time.monotonic()
         try:
-            image = decode_image(data, limits=self._limits)
+            image = decode_image(
+                data, limits=self._limits, reading=served.detector.prompt_set.reading
+            )
             pixels_1CHW = served.detector.backbone.preprocess([image])
         finally:
             ended_at = time.monotonic()
@@ -238,8 +240,9 @@ class Inspector:
 
     def _newest(self, job: _Job) -> ServedCategory:
         newest = self._served.get(job.served.about.category, job.served)
-        # Pixels were made for the size that the old version's backbone sees.
-        same = newest.detector.backbone is job.served.detector.backbone
+        # Pixels were made for the size that the old version's backbone sees, by its reading.
+        now, then = newest.detector, job.served.detector
+        same = now.backbone is then.backbone and now.prompt_set.reading == then.prompt_set.reading
         return newest if same else job.served
 
     def _conclude(

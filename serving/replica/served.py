@@ -1,11 +1,7 @@
 """One category as a replica serves it: the detector of one version, tested before it serves."""
 
-import base64
 import math
 from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from apt_ray.detection.calibration import Threshold, calibrate
 from apt_ray.detection.detector import Detector
@@ -14,8 +10,7 @@ from apt_ray.errors import FleetError
 from apt_ray.features.protocol import Backbone
 from serving.api.messages import CategoryReport
 from serving.controller.orders import Order
-from serving.regions import mask_of_box, mask_of_png
-from serving.settings import Decision, RegionOfInterest
+from serving.settings import Decision
 
 # What other processors, threads and batch sizes may change in a score. Damage of the text features
 # changes it by more; of the memory, not always.
@@ -42,13 +37,17 @@ def build(
 ) -> ServedCategory:
     """The category as ordered.
 
-    Raises PromptSetError if the prompt set is another backbone's, FleetError if the decision asks
+    Raises PromptSetError if the prompt set is another backbone's or its region of interest rules
+    out that any part is rejected, FleetError if the decision asks
     for what the version's calibration cannot give.
     """
     decided = decide(prompt_set, order.decision)
     interest = order.region_of_interest
-    detector = Detector(backbone, decided, region_of_interest=_mask(interest) if interest else None)
-    return ServedCategory(order=order, detector=detector, about=_describe(decided, version, run_id))
+    detector = Detector(
+        backbone, decided, region_of_interest=None if interest is None else interest.mask_HW
+    )
+    about = _describe(decided, version, run_id, counted_share=interest.share if interest else 1.0)
+    return ServedCategory(order=order, detector=detector, about=about)
 
 
 def self_test(served: ServedCategory, prompt_set: PromptSet) -> None:
@@ -95,14 +94,9 @@ def _recalibrate(prompt_set: PromptSet, false_alarm_rate: float) -> Threshold:
     )
 
 
-def _mask(interest: RegionOfInterest) -> NDArray[np.bool_]:
-    if interest.mask_png is not None:
-        return mask_of_png(base64.b64decode(interest.mask_png))
-    assert interest.box is not None
-    return mask_of_box(interest.box)
-
-
-def _describe(prompt_set: PromptSet, version: int, run_id: str) -> CategoryReport:
+def _describe(
+    prompt_set: PromptSet, version: int, run_id: str, *, counted_share: float
+) -> CategoryReport:
     return CategoryReport(
         category=prompt_set.category,
         version=version,
@@ -111,6 +105,7 @@ def _describe(prompt_set: PromptSet, version: int, run_id: str) -> CategoryRepor
         fingerprint=prompt_set.fingerprint,
         threshold=prompt_set.threshold.value,
         certified_false_alarm_rate=prompt_set.threshold.certified_false_alarm_rate,
+        counted_share=counted_share,
         shots=prompt_set.provenance.shots,
         trained_at=prompt_set.provenance.created,
         settings=prompt_set.settings.model_dump(mode="json"),

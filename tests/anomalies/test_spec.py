@@ -25,6 +25,8 @@ def test_a_digest_covers_every_field(category: Category, tmp_path: Path) -> None
         "strengths": (0.1,),
         "region": "everywhere",
         "object_mask": False,
+        "ground": "black",
+        "white_level": 4095,
         "judged": True,
     }
     assert set(changes) == set(BankSpec.model_fields)
@@ -39,7 +41,9 @@ def test_a_digest_covers_every_field(category: Category, tmp_path: Path) -> None
         file_digests([tmp_path / "missing.png"])
 
 
-@pytest.mark.parametrize("source", ["features/clip.py", "anomalies/noise.py", "images.py"])
+@pytest.mark.parametrize(
+    "source", ["features/clip.py", "anomalies/noise.py", "images.py", "levels.py"]
+)
 def test_a_change_of_the_code_that_encodes_makes_another_bank(source: str, tmp_path: Path) -> None:
     package = Path(apt_ray.__file__).parent
     shutil.copytree(package, tmp_path / "apt_ray", ignore=shutil.ignore_patterns("__pycache__"))

@@ -96,3 +96,21 @@ def test_no_more_regions_are_reported_than_a_person_reads() -> None:
     regions = find_regions(map_HW, 0.5)
     assert len(regions) == MAX_REGIONS
     assert regions[0].peak == pytest.approx(0.9)
+
+
+def test_a_thin_region_of_interest_counts_and_a_hopeless_one_is_refused(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category
+) -> None:
+    image = next(read_image(image.path) for image in category.test if image.is_anomalous)
+    low = _with_threshold(prompt_set, 0.2)
+    seam = np.zeros((1, 4096), np.bool_)
+    seam[0, 2009:2021] = True
+    (inspection,) = Detector(backbone, low, region_of_interest=seam).inspect([image])
+    assert inspection.anomaly_score > 0
+    dot = np.zeros((1000, 1000), np.bool_)
+    dot[500, 500] = True
+    for region in (dot, dot[:9, :9]):
+        with pytest.raises(PromptSetError, match="make the region larger"):
+            Detector(backbone, low, region_of_interest=region)
+    everywhere = np.ones((1, 1), np.bool_)
+    Detector(backbone, _with_threshold(low, 1.0), region_of_interest=everywhere)

@@ -117,7 +117,7 @@ def test_settings_that_do_not_suit_are_refused() -> None:
     PromptTrainer(FakeBackbone(), [_lane(bank, context_length=16)])
     with pytest.raises(SettingsError, match=r"not 0\.8"):
         PromptTrainer(FakeBackbone(), [_lane(bank, noise_strength=0.8)])
-    with pytest.raises(SettingsError, match=r"not 0\.3, 'everywhere' and True"):
+    with pytest.raises(SettingsError, match=r"not 0\.3, 'everywhere', True"):
         PromptTrainer(FakeBackbone(), [_lane(bank, region="everywhere")])
 
 

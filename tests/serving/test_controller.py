@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from ray.serve.schema import ServeInstanceDetails
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
@@ -12,7 +13,15 @@ from apt_ray.registry import CHAMPION
 from serving.api.access import Access
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
-from serving.controller.orders import Order, Orders, Plan, ReplicaReport, StoredVersion
+from serving.controller.orders import (
+    FleetStatus,
+    Order,
+    Orders,
+    Plan,
+    ReplicaReport,
+    StoredVersion,
+)
+from serving.deploy.deployment import describe_status
 from serving.replica.follower import Follower
 from serving.replica.inspector import Inspector
 from serving.settings import Auth, Batching, HttpLimits
@@ -62,6 +71,22 @@ def test_a_move_of_an_alias_reaches_those_who_wait(tmp_path: Path) -> None:
         assert "wake" in operations
 
     asyncio.run(run())
+
+
+def test_the_status_says_what_share_of_an_image_counts(tmp_path: Path) -> None:
+    seam = {"region_of_interest": {"box": [0.999, 0, 0.001, 1]}}
+    plan = Plan.parse({"pools": {"tail": {"nut": seam, "bolt": {}}}})
+
+    async def run() -> FleetStatus:
+        return await (await started(stocked(), tmp_path, plan=plan)).status()
+
+    status = asyncio.run(run())
+    assert status.categories["nut"].counted_share == 1 / 256
+    details = ServeInstanceDetails.model_validate(ServeInstanceDetails.get_empty_schema_dict())
+    lines = describe_status(details, status)
+    nut, bolt = (next(line for line in lines if line.startswith(name)) for name in ("nut", "bolt"))
+    assert "0.39% of an image counts" in nut
+    assert "counts" not in bolt
 
 
 def test_without_the_registry_the_last_news_holds(tmp_path: Path) -> None:

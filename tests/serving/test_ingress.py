@@ -507,6 +507,7 @@ def test_a_region_of_interest_leaves_only_what_lies_in_it(
             region_of_interest=RegionOfInterest(box=box),
         )
         inspecting.load("blister", order, stored)
+        assert asyncio.run(inspecting.describe("blister")).counted_share == box[2]
         found = asyncio.run(ask_for(inspecting, data, picture="png"))
         assert found.picture_png is not None
         map_HW = np.asarray(Image.open(io.BytesIO(found.picture_png)))

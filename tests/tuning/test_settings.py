@@ -24,6 +24,8 @@ SEARCH_FLAGS: dict[str, tuple[str, Any]] = {
     "time_budget_s": ("--time-budget 2.5", 2.5),
     "seed": ("--seed 7", 7),
     "promote": ("--promote never", "never"),
+    "ground": ("--ground black", "black"),
+    "white_level": ("--white-level 4095", 4095),
     "space": ("--space FOLDER/space.yaml", {"smgs_weight": Axis(low=0, high=1)}),
     "backbone": ("--backbone ViT-B-16 --tiles 2", BackboneSpec(name="ViT-B-16", tiles=2)),
 }

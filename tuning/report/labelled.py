@@ -27,7 +27,7 @@ def report_labelled(
     """Metrics `test.*` in 0..1, and images; nothing unless some are normal, some anomalous."""
     if len({image.is_anomalous for image in category.test}) < 2:
         return {}, {}
-    test = TestSet.read(category)
+    test = TestSet.read(category, prompt_set.reading)
     places, _ = test.held_out(support)
     if len({category.test[place].is_anomalous for place in places}) < 2:
         return {}, {}
@@ -80,7 +80,9 @@ def _draw_extremes(
         "good, but": good[: -_SHOWN - 1 : -1],
     }
     images = {
-        f"{label} {scores.names[place]}": read_image(category.root / scores.names[place])
+        f"{label} {scores.names[place]}": read_image(
+            category.root / scores.names[place], prompt_set.reading
+        )
         for label, places in chosen.items()
         for place in places
     }

@@ -212,7 +212,7 @@ def _examples(result: Result) -> str:
 
 
 def _card(example: Example, threshold: Threshold) -> str:
-    image = read_image(example.image.path)
+    image = read_image(example.image.path, example.reading)
     map_HW = resize_map(example.map_SS, image.size).numpy()
     overlay = draw_overlay(image, map_HW, threshold=threshold.value)
     if example.image.mask is not None and example.image.is_anomalous:
