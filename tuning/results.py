@@ -220,6 +220,7 @@ class TunedCategory:
             "importances": {name: asdict(one) for name, one in self.importances.items()},
             "threshold": threshold.value,
             "certified_false_alarm_rate": threshold.certified_false_alarm_rate,
+            "copies": self.prompt_set.provenance.copies,
             "support_hash": self.prompt_set.support_hash,
             "trials": [trial.row() for trial in self.trials],
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},

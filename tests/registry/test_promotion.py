@@ -130,6 +130,7 @@ def test_without_pictures_in_neither_support_set_a_person_decides(
     registry: Registry,
     prompt_set: PromptSet,
     pictures: tuple[tuple[Path, ...], tuple[Path, ...]],
+    tmp_path: Path,
 ) -> None:
     support, others = pictures
     for _ in range(2):
@@ -141,6 +142,10 @@ def test_without_pictures_in_neither_support_set_a_person_decides(
     # Images of the support set do not count, others do.
     assert promote(registry, "bare", normal=support).verdict == "uncomparable"
     assert promote(registry, "bare", normal=(*support, *others)).verdict == "kept"
+    copies = tuple(tmp_path / f"{path.stem}.bmp" for path in support)
+    for path, copy in zip(support, copies, strict=True):
+        Image.open(path).convert("RGB").save(copy)
+    assert promote(registry, "bare", normal=copies).verdict == "uncomparable"
     register(registry, prompt_set.with_category("bare"))
     promotion = promote(registry, "bare", normal=others)
     assert promotion.verdict == "uncomparable"
