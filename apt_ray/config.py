@@ -31,6 +31,10 @@ MAX_DAYS = 36_500
 
 BUILTIN = "builtin"
 
+TRUNK_STAGES, TRUNK_INPUT_SIZE, TRUNK_POOL = (2, 4), 320, 1
+"""What the trunk is read at by default: 40 channels at an eighth of the size and 112 at a
+sixteenth, of an image of so many pixels a side, averaged over so many places."""
+
 BACKBONE, TRUNK, TIMM = "backbone", "trunk", "timm:"
 """What the name of a model of timm follows, where it is the reference encoder."""
 
@@ -143,6 +147,11 @@ class BackboneSpec(Settings):
         description="Blocks of a ViT, or stages of a CNN (from 0), whose features the reference"
         " memory holds; None is the encoder's default.",
     )
+    reference_lengths: bool = Field(
+        default=True,
+        description="Whether the memory of a CNN also compares how strongly places answer in its"
+        " last stage, beside directions.",
+    )
     reference_input_size: int | None = Field(
         default=None,
         gt=0,
@@ -160,6 +169,12 @@ class BackboneSpec(Settings):
     @classmethod
     def _file_name(cls, value: object) -> object:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("reference_layers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """A search space and a trial's record say "2,4"."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _of_another_encoder(self) -> "BackboneSpec":
@@ -184,7 +199,7 @@ class BackboneSpec(Settings):
 
 
 class FitSettings(Settings):
-    """How one prompt set is fitted. The defaults need no tuning; a search varies four of them.
+    """How one prompt set is fitted. The defaults need no tuning; a search varies some of them.
 
     Why each default is what it is stands in docs/method.md.
     """

@@ -3,10 +3,12 @@
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any
 
 import optuna
 import psutil
@@ -22,7 +24,7 @@ from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.features.torchvision_guard import import_open_clip
 from apt_ray.images import read_image
-from tuning.space import DEFAULT_SPACE, distributions
+from tuning.space import PROMPT_SPACE, Space, distributions
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -125,10 +127,16 @@ def sample_bank(
 
 
 def searched_settings(count: int, *, steps: int) -> list[FitSettings]:
-    """Settings as a random search draws them."""
+    """Settings of prompts as a random search draws them."""
+    return [FitSettings.parse({"steps": steps, **point}) for point in drawn(PROMPT_SPACE, count)]
+
+
+def drawn(
+    space: Space, count: int, *, first: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Points of a space as a random search draws them, behind the first where it is given."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    known = distributions(DEFAULT_SPACE)
-    return [
-        FitSettings.parse({"steps": steps, **study.ask(fixed_distributions=known).params})
-        for _ in range(count)
-    ]
+    if first:
+        study.enqueue_trial(dict(first))
+    known = distributions(space)
+    return [study.ask(fixed_distributions=known).params for _ in range(count)]

@@ -32,12 +32,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from apt_ray.cli.flags import add_backbone_flags, given_backbone, integers
-from apt_ray.config import TRUNK, BackboneSpec, FitSettings
+from apt_ray.config import (
+    TRUNK,
+    TRUNK_INPUT_SIZE,
+    TRUNK_STAGES,
+    BackboneSpec,
+    FitSettings,
+)
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.detection.detector import Detector
 from apt_ray.errors import AptError
 from apt_ray.features.clip import load_backbone
-from apt_ray.features.trunk import INPUT_SIZE, STAGES
 from apt_ray.files import Location, location
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
@@ -237,8 +242,8 @@ def _run(options: argparse.Namespace) -> int:
     of_trunk = spec.reads == TRUNK
     setup = Setup(
         backbone=spec,
-        stages=(of_trunk and spec.reference_layers) or STAGES,
-        size=options.size or spec.reference_input_size or INPUT_SIZE,
+        stages=(of_trunk and spec.reference_layers) or TRUNK_STAGES,
+        size=options.size or spec.reference_input_size or TRUNK_INPUT_SIZE,
         threads=options.threads,
     )
     backbone = load_backbone(spec)
@@ -299,7 +304,8 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         type=int,
         metavar="PIXELS",
-        help=f"pixels a side of anomalib's models (those of --reference-input-size, {INPUT_SIZE})",
+        help="pixels a side of anomalib's models (those of --reference-input-size,"
+        f" {TRUNK_INPUT_SIZE})",
     )
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="CPU threads of torch (all)"

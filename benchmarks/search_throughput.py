@@ -29,7 +29,7 @@ import torch
 from ray import tune
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
-from apt_ray.anomalies.spec import BankSpec
+from apt_ray.anomalies.spec import BankSpec, JudgeSpec, file_digests
 from apt_ray.config import NOISE_LADDER, BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.data.samples.factory import write_samples
@@ -38,14 +38,16 @@ from apt_ray.files import Location
 from apt_ray.images import read_image
 from apt_ray.prompts.lanes import fold
 from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.validation.judge import Judge, encode_judge
 from apt_ray.validation.synthetic import judge_folds
-from benchmarks.common import CpuMeter, random_weights, searched_settings
+from benchmarks.common import CpuMeter, drawn, random_weights
 from benchmarks.rows import Row, compared, write_rows
-from tuning.actors import start_encoding, start_engines
+from tuning.actors import start_engines
+from tuning.outcome import Outcome
 from tuning.progress import say
 from tuning.records import SearchPlan, SearchStore
-from tuning.results import choose_winner
-from tuning.runner import run_trials
+from tuning.results import best_trial
+from tuning.runner import encode_categories, run_trials
 from tuning.searcher import CategoriesSearcher
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
 from tuning.trial import TrialPlan
@@ -132,23 +134,30 @@ def _search(
     """The trials of a search; the best validation value."""
     store = SearchStore(str(folder), "search")
     store.create(SearchPlan(data="", categories=(category.name,), settings=settings))
-    engine = EngineSettings.parse({"mode": mode, "threads": options.engine_threads})
+    engine = EngineSettings.parse(
+        {"mode": mode, "threads": options.engine_threads, "bank_cache": ""}
+    )
     engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
-    supports = [category.support_set(settings.shots, seed) for seed in settings.support_seeds]
-    specs = settings.bank_specs(supports, fingerprint=engines.fingerprint)
-    banks, shots = start_encoding(*zip(*specs, strict=True), backbone=settings.backbone, cache=None)
+    fingerprints = engines.fingerprints(settings.judging())
+    outcome = Outcome()
+    encoding, banks = encode_categories(
+        [category], settings, engine, engines.fingerprint, fingerprints, outcome
+    )
     plan = TrialPlan(
         store=store,
         settings=settings,
-        banks={category.name: banks},
+        banks=banks,
+        fingerprints=fingerprints,
         engines=engines.actors if engines.are_shared else (),
         threads=options.engine_threads or 1,
         began=time.time(),
     )
-    ray.get(list(shots))
-    searcher = CategoriesSearcher(settings, {category.name: []}, lambda name: "ready")
+    while encoding.is_waiting:
+        encoding.poll()
+        time.sleep(0.05)
+    searcher = CategoriesSearcher(settings, {category.name: []}, encoding.state)
     run_trials(plan, searcher, trials=settings.trials)
-    return choose_winner(store.trials(category.name)).validation[-1]
+    return best_trial(store.trials(category.name)).validation[-1]
 
 
 def _idle(settings: SearchSettings, folder: Path) -> None:
@@ -166,7 +175,7 @@ def _arithmetic(
 ) -> dict[str, float]:
     """Seconds of encoding all banks, and of training all lanes: a process a core, a thread each,
     which load the backbone before the clock runs."""
-    drawn = searched_settings(settings.trials, steps=settings.steps)
+    points = [settings.fit_settings(point) for point in drawn(settings.space, settings.trials)]
     seeds = settings.support_seeds
     supports = [category.support_set(settings.shots, seed) for seed in seeds]
     with ProcessPoolExecutor(
@@ -176,10 +185,16 @@ def _arithmetic(
         list(pool.map(time.sleep, [2.0] * options.threads))
         with CpuMeter() as encoding:
             started = time.perf_counter()
-            banks = list(pool.map(partial(_encode, settings.backbone), supports, seeds))
+            banks = list(pool.map(partial(_encode, settings), supports, seeds))
+            judges = [
+                (support, seed, seen)
+                for seen in settings.judging()
+                for support, seed in zip(supports, seeds, strict=True)
+            ]
+            list(pool.map(partial(_encode_judge, settings), *zip(*judges, strict=True)))
             encoded = time.perf_counter()
         with CpuMeter() as training:
-            parts = [drawn[part :: options.threads] for part in range(options.threads)]
+            parts = [points[part :: options.threads] for part in range(options.threads)]
             list(pool.map(partial(_train, settings.backbone, banks), parts))
             trained = time.perf_counter()
     return {
@@ -190,33 +205,39 @@ def _arithmetic(
     }
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _load_once(spec: BackboneSpec) -> FrozenCLIP:
     torch.set_num_threads(1)
     return load_backbone(spec)
 
 
-def _encode(spec: BackboneSpec, support: Sequence[Location], seed: int) -> SupportBank:
-    backbone = _load_once(spec)
+def _encode(settings: SearchSettings, support: Sequence[Location], seed: int) -> SupportBank:
+    backbone = _load_once(settings.backbone)
     made_from = BankSpec.of(
         FitSettings(),
         support,
         fingerprint=backbone.fingerprint,
         seed=seed,
         strengths=NOISE_LADDER,
-        judged=True,
     )
     return encode_support(backbone, [read_image(path) for path in support], made_from)
+
+
+def _encode_judge(
+    settings: SearchSettings, support: Sequence[Location], seed: int, seen: BackboneSpec
+) -> Judge:
+    backbone = _load_once(seen)
+    spec = JudgeSpec.of(
+        settings.fit_settings(), file_digests(support), fingerprint=backbone.fingerprint, seed=seed
+    )
+    return encode_judge(backbone, [read_image(path) for path in support], spec)
 
 
 def _train(
     spec: BackboneSpec, banks: Sequence[SupportBank], settings: Sequence[FitSettings]
 ) -> None:
     lanes = [
-        fold(bank, image, drawn)
-        for drawn in settings
-        for bank in banks
-        for image in range(bank.shots)
+        fold(bank, image, one) for one in settings for bank in banks for image in range(bank.shots)
     ]
     PromptTrainer(_load_once(spec), lanes).advance(settings[0].steps)
 
@@ -225,10 +246,9 @@ def _ordinary(
     options: argparse.Namespace, settings: SearchSettings, category: Category, folder: Path
 ) -> None:
     supports = {seed: category.support_set(settings.shots, seed) for seed in settings.support_seeds}
-    drawn = searched_settings(options.ordinary_trials, steps=settings.steps)
     configs = [
-        {"settings": one.model_dump(), "supports": supports, "backbone": settings.backbone}
-        for one in drawn
+        {"settings": settings, "point": point, "supports": supports}
+        for point in drawn(settings.space, options.ordinary_trials)
     ]
     # As many at a time as there are cores, one thread each: the fastest of those tried.
     _tune(_ordinary_trial, configs, options.threads, 1.0, folder, is_reused=False)
@@ -237,14 +257,17 @@ def _ordinary(
 def _ordinary_trial(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
     given = config["trial"]
-    spec: BackboneSpec = given["backbone"]
-    backbone, settings = load_backbone(spec), FitSettings.parse(given["settings"])
-    lanes = []
+    search: SearchSettings = given["settings"]
+    backbone = load_backbone(search.backbone_of(given["point"]))
+    settings = search.fit_settings(given["point"])
+    lanes, judges = [], []
     for seed, support in given["supports"].items():
         images = [read_image(path) for path in support]
-        made_from = BankSpec.of(
-            settings, support, fingerprint=backbone.fingerprint, seed=seed, judged=True
+        made_from = BankSpec.of(settings, support, fingerprint=backbone.fingerprint, seed=seed)
+        judged_by = JudgeSpec.of(
+            settings, made_from.support, fingerprint=backbone.fingerprint, seed=seed
         )
+        judges.append(encode_judge(backbone, images, judged_by))
         bank = encode_support(backbone, images, made_from)
         lanes += [fold(bank, image, settings) for image in range(bank.shots)]
     trainers = [PromptTrainer(backbone, [lane]) for lane in lanes]
@@ -252,7 +275,8 @@ def _ordinary_trial(config: Mapping[str, Any]) -> None:
         for trainer in trainers:
             trainer.advance(settings.steps * rung // RUNGS - trainer.steps_done)
         text_TPE = torch.cat([trainer.text_features() for trainer in trainers])
-        tune.report({"rung": rung, "validation": judge_folds(backbone, lanes, text_TPE).value})
+        value = judge_folds(backbone, lanes, text_TPE, judges)
+        tune.report({"rung": rung, "validation": value.value})
 
 
 def _tune(

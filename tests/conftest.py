@@ -15,7 +15,8 @@ from apt_ray.devtools.local_stack import free_ports, launch_mlflow
 from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
-from tests.fakes import bank_spec
+from apt_ray.validation.judge import Judge, encode_judge
+from tests.fakes import bank_spec, judge_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,6 +95,13 @@ def bank(backbone: FrozenCLIP, category: Category) -> SupportBank:
     """Its first three support images, encoded at two noise strengths."""
     images = [read_image(path) for path in category.support_set(3, seed=0)]
     return encode_support(backbone, images, bank_spec(backbone, 3, strengths=(0.1, 0.3)))
+
+
+@pytest.fixture(scope="session")
+def judge(backbone: FrozenCLIP, category: Category) -> Judge:
+    """What judges the trials that learn from that bank."""
+    images = [read_image(path) for path in category.support_set(3, seed=0)]
+    return encode_judge(backbone, images, judge_spec(backbone, 3))
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from apt_ray.anomalies.spec import BankSpec
-from apt_ray.config import BackboneSpec
+from apt_ray.anomalies.spec import BankSpec, JudgeSpec
+from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.features.constants import BackboneConstants
 from apt_ray.features.pixels import to_pixels
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
@@ -81,6 +81,13 @@ class FakeBackbone:
 
 
 def bank_spec(encoder: ImageEncoder, images: int, **fields: Any) -> BankSpec:
-    """The spec of a bank of so many images that lie in no file, all that judges trials included."""
-    known = {"seed": 0, "judged": True, "support": [f"image {place}" for place in range(images)]}
+    """The spec of a bank of so many images that lie in no file."""
+    known = {"seed": 0, "support": [f"image {place}" for place in range(images)]}
     return BankSpec.parse({"fingerprint": encoder.fingerprint, **known, **fields})
+
+
+def judge_spec(encoder: ImageEncoder, images: int, **fields: Any) -> JudgeSpec:
+    """The spec of the judge of the trials that learn from such a bank."""
+    spec = bank_spec(encoder, images)
+    settings = FitSettings.parse({"reference_rotations": 1, **fields})
+    return JudgeSpec.of(settings, spec.support, fingerprint=spec.fingerprint, seed=spec.seed)

@@ -80,7 +80,6 @@ def _functions() -> Iterator[tuple[str, Callable[..., object]]]:
 PATHS = {
     "location": {"path"},
     "find_categories": {"root"},
-    "Category.held_out": {"support"},
     "Category.name_of": {"path"},
     "fit": {"support", "calibration"},
     "read_image": {"path"},
@@ -128,7 +127,6 @@ def test_paths_may_be_text_or_any_path(
     assert apt_ray.read_image(kind(first)) == apt_ray.read_image(category.good[0])
     assert category.name_of(kind(first)) == category.name_of(category.good[0])
     tested = category.test[0].path.relative_to(sample_data)
-    assert category.held_out([kind(tested)]) == category.test[1:]
 
     backbone = FakeBackbone(patches=8)
     learn, keep = [kind(first), kind(second)], [kind(tested)]

@@ -1,4 +1,4 @@
-"""What runs PyTorch on the cluster: engines, one a GPU or a node, and tasks that encode banks."""
+"""What runs PyTorch on the cluster: engines, one a GPU or a node, and tasks that encode."""
 
 import itertools
 import threading
@@ -17,8 +17,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from apt_ray.anomalies.bank import BankCache, SupportBank, encode_support
-from apt_ray.anomalies.spec import BankSpec
+from apt_ray.anomalies.bank import SupportBank, encode_support
+from apt_ray.anomalies.cache import EncodedCache, Some, SomeSpec
+from apt_ray.anomalies.spec import BankSpec, JudgeSpec
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
@@ -28,8 +29,9 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.files import Location
 from apt_ray.images import find_reading, read_image
 from apt_ray.prompts.fit import fit
+from apt_ray.validation.judge import Judge, encode_judge
 from apt_ray.validation.versions import VersionComparison, compare_prompt_sets
-from tuning.banks import BankRefs, CategoryBanks
+from tuning.banks import CategoryBanks, EncodedRefs
 from tuning.calls import RungCall, RungResult
 from tuning.engine import Engine
 from tuning.report.labelled import report_labelled
@@ -48,6 +50,7 @@ class FitJob:
         category: Its name.
         support: Files of the support images.
         calibration: Files of further normal images.
+        backbone: What the winner sees images with.
         settings: Of the winner.
         metrics: Figures kept with the prompt set.
         labelled: Whose labelled images are reported on, where there are any; they choose nothing.
@@ -56,6 +59,7 @@ class FitJob:
     category: str
     support: Sequence[Location]
     calibration: Sequence[Location]
+    backbone: BackboneSpec
     settings: FitSettings
     metrics: Mapping[str, float]
     labelled: Category | None = None
@@ -66,7 +70,7 @@ class EngineActor:
 
     def __init__(self, backbone: BackboneSpec, *, device: str, threads: int) -> None:
         self._threads = threads
-        self._refs: dict[str, ObjectRef[SupportBank]] = {}
+        self._refs: dict[str, ObjectRef[SupportBank | Judge]] = {}
         self._engine = Engine(
             load_backbone(backbone, device=device),
             lambda digest: ray.get(self._refs[digest]),
@@ -77,8 +81,12 @@ class EngineActor:
         """The backbone's; answers once the engine is ready."""
         return self._engine.backbone.fingerprint
 
-    def submit(self, call: RungCall, banks: BankRefs) -> None:
-        self._refs.update(banks)
+    def fingerprints(self, backbones: Sequence[BackboneSpec]) -> list[str]:
+        """Those of others, which are loaded for it."""
+        return [self._loaded(backbone).fingerprint for backbone in backbones]
+
+    def submit(self, call: RungCall, encoded: EncodedRefs) -> None:
+        self._refs.update(encoded)
         self._engine.submit(call)
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
@@ -90,21 +98,22 @@ class EngineActor:
     def drain(self) -> None:
         self._engine.drain()
 
-    def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
+    def fit(self, job: FitJob, banks: EncodedRefs) -> tuple[bytes, dict[str, Image.Image]]:
         """The prompt set of the best settings, as its file, and images of what it sees.
 
         The first of `banks` is that of the job's support set.
         """
         torch.set_num_threads(self._threads)
         self._refs.update(banks)
-        backbone = self._engine.backbone
+        backbone = self._loaded(job.backbone)
+        is_own = backbone is self._engine.backbone
         prompt_set = fit(
             job.category,
             job.support,
             job.settings,
             backbone=backbone,
             calibration=job.calibration,
-            bank=self._engine.bank(next(iter(banks))),
+            bank=self._engine.bank(next(iter(banks))) if is_own else None,
         ).with_metrics(job.metrics)
         images = [read_image(path, prompt_set.reading) for path in job.support]
         pictures = {
@@ -115,6 +124,11 @@ class EngineActor:
             return prompt_set.to_bytes(), pictures
         metrics, drawn = report_labelled(backbone, prompt_set, job.labelled, support=job.support)
         return prompt_set.with_metrics(metrics).to_bytes(), pictures | drawn
+
+    def _loaded(self, backbone: BackboneSpec) -> Backbone:
+        """The engine's, where it is that one."""
+        own = self._engine.backbone
+        return own if backbone == own.spec else load_backbone(backbone, device=own.device.type)
 
     def compare(
         self, candidate: bytes, champion: bytes, images: Sequence[Image.Image]
@@ -149,7 +163,7 @@ class Engines:
     fingerprint: str
     _turns: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
-    def fit(self, job: FitJob, banks: BankRefs) -> tuple[bytes, dict[str, Image.Image]]:
+    def fit(self, job: FitJob, banks: EncodedRefs) -> tuple[bytes, dict[str, Image.Image]]:
         """The prompt set of the best settings, as its file, and images of what it sees."""
         fit: Any = self._next().fit.options(max_task_retries=-1)
         fitted: tuple[bytes, dict[str, Image.Image]] = ray.get(fit.remote(job, dict(banks)))
@@ -163,6 +177,12 @@ class Engines:
         compare: Any = self._next().compare.options(max_task_retries=-1)
         comparison: VersionComparison = ray.get(compare.remote(*files, list(images)))
         return comparison
+
+    def fingerprints(self, backbones: Sequence[BackboneSpec]) -> dict[BackboneSpec, str]:
+        """Of what judges see images with; BackboneError if one cannot be loaded."""
+        fingerprints: Any = self._next().fingerprints.options(max_task_retries=-1)
+        found: list[str] = ray.get(fingerprints.remote(list(backbones)))
+        return dict(zip(backbones, found, strict=True))
 
     def drain(self, timeout_s: float) -> None:
         """Have them drop all calls of trials; a lost one is not waited for any longer."""
@@ -241,29 +261,33 @@ def _when_loaded(fingerprint: "ObjectRef[str]", check: Callable[[], None]) -> st
         ) from error
 
 
+Made = tuple[BankSpec | JudgeSpec, Sequence[Location], BackboneSpec]
+"""A spec, the files of its support images, and what encodes them."""
+
+
 def start_encoding(
-    specs: Sequence[BankSpec],
-    supports: Sequence[Sequence[Location]],
-    *,
-    backbone: BackboneSpec,
-    cache: Path | None,
+    banks: Sequence[Made], judges: Sequence[Made], *, cache: Path | None
 ) -> "tuple[CategoryBanks, tuple[ObjectRef[int], ...]]":
-    """Banks on their way, and small objects that tell when they are there.
+    """Banks and judges on their way, and small objects that tell when they are there.
 
     Args:
-        specs: what they are made from.
-        supports: files of the support images of each.
-        backbone: what encodes.
-        cache: folder of banks on each node; None for none.
+        banks: those of a category.
+        judges: those of a category.
+        cache: folder on each node where they are kept; None for none.
     """
-    task: Any = _as_task(encode_bank)
+    task: Any = _as_task(encode)
+    made = [*banks, *judges]
     started = [
         task.remote(spec, support, backbone=backbone, cache=cache)
-        for spec, support in zip(specs, supports, strict=True)
+        for spec, support, backbone in made
     ]
     refs, shots = zip(*started, strict=True)
-    digests = [spec.digest for spec in specs]
-    return CategoryBanks(specs=tuple(specs), refs=dict(zip(digests, refs, strict=True))), shots
+    digests = [spec.digest for spec, _, _ in made]
+    return CategoryBanks(
+        specs=tuple(spec for spec, _, _ in banks if isinstance(spec, BankSpec)),
+        judges=tuple(spec for spec, _, _ in judges if isinstance(spec, JudgeSpec)),
+        refs=dict(zip(digests, refs, strict=True)),
+    ), shots
 
 
 def are_encoded(shots: "Sequence[ObjectRef[int]]") -> bool:
@@ -281,20 +305,38 @@ def _as_task(function: Callable[..., tuple[object, object]]) -> Any:
     return ray.remote(num_cpus=1, num_returns=2)(function)
 
 
-def encode_bank(
-    spec: BankSpec, support: Sequence[Location], *, backbone: BackboneSpec, cache: Path | None
-) -> tuple[SupportBank, int]:
-    """The bank of a spec and its shots; DataError if an image cannot be read."""
-    kept = None if cache is None else BankCache(cache)
-    bank = None if kept is None else kept.load(spec)
-    if bank is None:
+def encode(
+    spec: BankSpec | JudgeSpec,
+    support: Sequence[Location],
+    *,
+    backbone: BackboneSpec,
+    cache: Path | None,
+) -> tuple[SupportBank | Judge, int]:
+    """The bank or the judge of a spec and its shots; DataError if an image cannot be read."""
+    if isinstance(spec, BankSpec):
+        banks = None if cache is None else EncodedCache(cache, SupportBank.restore)
+        bank = _encode(spec, support, encode_support, banks, backbone)
+        return bank, len(support)
+    judges = None if cache is None else EncodedCache(cache, Judge.restore)
+    return _encode(spec, support, encode_judge, judges, backbone), len(support)
+
+
+def _encode(
+    spec: SomeSpec,
+    support: Sequence[Location],
+    make: Callable[[Backbone, Sequence[Image.Image], SomeSpec], Some],
+    kept: EncodedCache[SomeSpec, Some] | None,
+    backbone: BackboneSpec,
+) -> Some:
+    encoded = None if kept is None else kept.load(spec)
+    if encoded is None:
         reading = find_reading(support, ground=spec.ground, white_level=spec.white_level)
         images = [read_image(path, reading) for path in support]
         with _resident.lent(backbone) as loaded:
-            bank = encode_support(loaded, images, spec)
+            encoded = make(loaded, images, spec)
         if kept is not None:
-            kept.save(bank)
-    return bank, bank.shots
+            kept.save(encoded)
+    return encoded
 
 
 class _Resident:

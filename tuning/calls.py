@@ -17,6 +17,8 @@ class RungCall:
     Attributes:
         id: The same for every repetition of the same call, and for no other.
         banks: Digests of the banks that the lanes learn from, one for each support seed.
+        judges: Digests of the judges of these, in the same order.
+        layers: The judges' reference layers that the memory has; None is all of them.
         settings: Values of FitSettings; `steps` is the length of the schedule.
         steps: The step to stop at.
         state: Where the lanes stand; None is their start.
@@ -24,6 +26,8 @@ class RungCall:
 
     id: str
     banks: tuple[str, ...]
+    judges: tuple[str, ...]
+    layers: tuple[int, ...] | None
     settings: Mapping[str, Any]
     steps: int
     state: bytes | None
@@ -36,11 +40,11 @@ class RungResult:
     Attributes:
         state: Where the lanes stand now.
         steps: Steps that the trial has taken in all.
-        validation: Validation value (AUROC, 0..1), mean over the lanes.
-        validation_sd: Its standard deviation over the lanes.
-        patch: Its part that ranks patches.
-        image: Its part that ranks images.
+        validation: Validation value (AUROC, 0..1), mean over the judged images.
+        validation_sd: Its standard deviation over them.
+        patch: AUROC of ranking patches by the map.
         families: The value of each perturbation family.
+        images: The value of each judged image.
         error: What was wrong with the call, if it was not served; the other values are void then.
     """
 
@@ -49,8 +53,8 @@ class RungResult:
     validation: float = 0.0
     validation_sd: float = 0.0
     patch: float = 0.0
-    image: float = 0.0
     families: Mapping[str, float] = field(default_factory=dict)
+    images: tuple[float, ...] = ()
     error: str | None = None
 
 

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load, save
@@ -20,11 +21,14 @@ from apt_ray.errors import AptError, SettingsError
 from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.lanes import Lane, LaneState, folds
 from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.validation.judge import Judge
 from apt_ray.validation.synthetic import judge_folds
 from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
 
-LoadBank = Callable[[str], SupportBank]
-"""The bank whose spec has a digest."""
+LoadEncoded = Callable[[str], SupportBank | Judge]
+"""The bank or the judge whose spec has a digest."""
+
+Held = TypeVar("Held", SupportBank, Judge)
 
 _MIB = 2**20
 
@@ -36,7 +40,7 @@ class EngineLimits:
     Attributes:
         lanes: Lanes in training; a call that does not fit waits for others to leave.
         calls: Calls in training, waiting or not yet collected; further ones are refused.
-        bank_mib: Anomaly banks in MiB; those used least recently make room.
+        bank_mib: Banks and judges in MiB; those used least recently make room.
         lease_s: A call whose caller has not asked for this long is dropped.
     """
 
@@ -78,7 +82,7 @@ class Engine:
 
     Args:
         backbone: The frozen model, on the device that computes.
-        load_bank: Called from the engine's thread for a bank that it does not hold;
+        load: Called from the engine's thread for a bank or a judge that it does not hold;
             an AptError from it is the result of the calls that needed them.
         limits: What the engine may hold.
         threads: PyTorch's threads on a CPU; None leaves PyTorch's own choice. It is a setting of
@@ -88,7 +92,7 @@ class Engine:
     def __init__(
         self,
         backbone: Backbone,
-        load_bank: LoadBank,
+        load: LoadEncoded,
         *,
         limits: EngineLimits | None = None,
         threads: int | None = None,
@@ -96,8 +100,8 @@ class Engine:
         self._threads = threads
         self.backbone = backbone
         self._limits = limits or EngineLimits()
-        self._load_bank = load_bank
-        self._banks: OrderedDict[str, SupportBank] = OrderedDict()
+        self._load = load
+        self._held: OrderedDict[str, SupportBank | Judge] = OrderedDict()
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._trainer = PromptTrainer(backbone)
         self._training: list[_Slot] = []
@@ -152,16 +156,22 @@ class Engine:
 
     def bank(self, digest: str) -> SupportBank:
         """The bank whose spec has this digest, on the backbone's device."""
+        return self._get(digest, SupportBank)
+
+    def _get(self, digest: str, kind: type[Held]) -> Held:
         with self._changed:
-            if digest in self._banks:
-                self._banks.move_to_end(digest)
-                return self._banks[digest]
-        loaded = self._load_bank(digest).to(self.backbone.device)
-        with self._changed:
-            self._banks[digest] = loaded
-            while len(self._banks) > 1 and self._banks_mib() > self._limits.bank_mib:
-                self._banks.popitem(last=False)
-        return loaded
+            held = self._held.get(digest)
+            if held is not None:
+                self._held.move_to_end(digest)
+        if held is None:
+            held = self._load(digest).to(self.backbone.device)
+            with self._changed:
+                self._held[digest] = held
+                while len(self._held) > 1 and self._held_mib() > self._limits.bank_mib:
+                    self._held.popitem(last=False)
+        if not isinstance(held, kind):
+            raise TypeError(f"{digest} is a {type(held).__name__}, not a {kind.__name__}")
+        return held
 
     def drain(self) -> None:
         """Drop all calls and refuse further ones, so that the machine is free for other work."""
@@ -232,9 +242,7 @@ class Engine:
                     return
                 self._join(slot, banks)
             except Exception as error:  # one call's trouble is not to end the others
-                is_expected = isinstance(error, AptError)
-                reason = str(error) if is_expected else f"{type(error).__name__}: {error}"
-                self._settle(slot, RungResult(error=reason))
+                self._settle(slot, RungResult(error=_reason(error)))
 
     def _fits(self, lanes: int) -> bool:
         return len(self._trainer.lanes) + lanes <= self._limits.lanes
@@ -271,19 +279,26 @@ class Engine:
             self._finish(slot)
 
     def _finish(self, slot: _Slot) -> None:
-        value = judge_folds(self.backbone, slot.lanes, self._trainer.text_features(slot.lanes))
-        states = self._trainer.leave(slot.lanes)
+        text_TPE = self._trainer.text_features(slot.lanes)
+        lanes, call = slot.lanes, slot.call
+        states = self._trainer.leave(lanes)
         self._training.remove(slot)
+        try:
+            judges = [self._get(digest, Judge) for digest in call.judges]
+            value = judge_folds(self.backbone, lanes, text_TPE, judges, call.layers)
+        except Exception as error:  # one call's trouble is not to end the others
+            self._settle(slot, RungResult(error=_reason(error)))
+            return
         self._settle(
             slot,
             RungResult(
                 state=pack(states),
-                steps=slot.call.steps,
+                steps=call.steps,
                 validation=value.value,
                 validation_sd=value.sd,
                 patch=value.patch,
-                image=value.image,
                 families=value.families,
+                images=value.images,
             ),
         )
 
@@ -292,8 +307,12 @@ class Engine:
         slot.lanes = ()
         slot.done.set()
 
-    def _banks_mib(self) -> float:
-        return sum(bank.nbytes for bank in self._banks.values()) / _MIB
+    def _held_mib(self) -> float:
+        return sum(held.nbytes for held in self._held.values()) / _MIB
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
 
 
 def pack(states: Sequence[LaneState]) -> bytes:

@@ -20,7 +20,7 @@ from tuning.outcome import Outcome
 from tuning.progress import say
 from tuning.records import SearchStore, TrialRecord
 from tuning.report.plots import draw_plots
-from tuning.results import TunedCategory, choose_winner, importances
+from tuning.results import Importance, TunedCategory, choose_winner, importances, say_what_was_found
 from tuning.settings import SearchSettings
 
 _REGISTRY_PATIENCE_S = 600.0
@@ -91,7 +91,8 @@ class Finisher:
     def _fit_and_register(self, category: Category, status: SearchStatus) -> TunedCategory:
         name, settings, started = category.name, self._settings, time.monotonic()
         trials = self._store.trials(name)
-        winner = choose_winner(trials)
+        winner, verdict = choose_winner(trials), say_what_was_found(trials)
+        say(f"{name}: {verdict}")
         shares = importances(trials, settings.space)
         plots = draw_plots(trials, winner, settings.space, shares)
         for plot, picture in plots.items():
@@ -107,6 +108,7 @@ class Finisher:
                 category=name,
                 support=support,
                 calibration=others,
+                backbone=settings.backbone_of(winner.settings),
                 settings=fit_settings,
                 metrics=winner.metrics(),
                 labelled=category if status == "complete" else None,
@@ -115,13 +117,21 @@ class Finisher:
         self._store.write(f"{name}/prompt_set.safetensors", content)
         prompt_set, fitted = PromptSet.from_bytes(content), time.monotonic()
         version = self._register(
-            prompt_set, pictures | plots, trials, shares, status, support=support, others=others
+            prompt_set,
+            pictures | plots,
+            trials,
+            shares,
+            status,
+            {"search_verdict": verdict},
+            support=support,
+            others=others,
         )
         if self._settings.promote == "auto" and status == "complete":
             version = self._promote(version, others)
         return TunedCategory(
             trials=trials,
             winner=winner,
+            verdict=verdict,
             importances=shares,
             prompt_set=prompt_set,
             version=version,
@@ -137,8 +147,9 @@ class Finisher:
         prompt_set: PromptSet,
         pictures: Mapping[str, Image.Image],
         trials: Sequence[TrialRecord],
-        shares: Mapping[str, float],
+        shares: Mapping[str, Importance],
         status: SearchStatus,
+        found: Mapping[str, str],
         *,
         support: Sequence[Location],
         others: Sequence[Location],
@@ -147,9 +158,10 @@ class Finisher:
         one."""
         tags = {
             **self._provenance,
+            **found,
             "search_status": status,
             "support_seeds": ",".join(map(str, self._settings.support_seeds)),
-            **{f"importance.{setting}": f"{share:.3f}" for setting, share in shares.items()},
+            **{f"importance.{setting}": str(share) for setting, share in shares.items()},
         }
         reports = sum(len(trial.steps) for trial in trials)
         deadline = time.monotonic() + _REGISTRY_PATIENCE_S

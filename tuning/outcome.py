@@ -4,6 +4,7 @@ import traceback
 
 from ray.exceptions import RayTaskError
 
+from apt_ray.data.distinct import describe_copies
 from apt_ray.errors import AptError
 from tuning.progress import say
 from tuning.results import TunedCategory
@@ -26,6 +27,8 @@ class Outcome:
         self.tuned.append(tuned)
         version = tuned.version
         say(f"{version.category}: version {version.version} is {' and '.join(version.aliases)}")
+        if copies := tuned.prompt_set.provenance.copies:
+            say(f"{version.category}: {describe_copies(copies)}")
 
     def fail(self, category: str, error: Exception) -> None:
         """Note why a category is not registered; the log has the traceback of what is a bug."""

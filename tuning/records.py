@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
-from pydantic import model_validator
 
 from apt_ray.config import Settings
 from apt_ray.errors import SettingsError, WriteError
@@ -29,7 +28,6 @@ from tuning.settings import SearchSettings
 
 Status = Literal["running", "finished", "stopped early", "failed"]
 
-_OLDER_NAMES = {"held_out": "validation", "held_out_sd": "validation_sd", "pixel": "patch"}
 _SEARCH = "search.json"
 _PROBE = "writable"
 _ROOM_MIB = 256
@@ -58,11 +56,11 @@ class TrialRecord(Settings):
         settings: Searched setting -> value.
         steps: Optimisation steps done at each rung.
         validation: Validation value (AUROC, 0..1) at each rung.
-        validation_sd: Its standard deviation over support seeds and folds.
-        patch: The part of the value that ranks patches.
-        image: The part of the value that ranks images.
+        validation_sd: Its standard deviation over the judged images.
+        patch: AUROC of ranking patches by the map, at each rung.
         seconds: Seconds since the search began, of each report.
         families: Validation value of each perturbation family at the last rung.
+        images: Validation value of each judged image at the last rung.
         status: What has become of it.
         error: Why it failed, if it did.
     """
@@ -74,19 +72,11 @@ class TrialRecord(Settings):
     validation: tuple[float, ...] = ()
     validation_sd: tuple[float, ...] = ()
     patch: tuple[float, ...] = ()
-    image: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
     families: dict[str, float] = {}  # noqa: RUF012 - pydantic copies it
+    images: tuple[float, ...] = ()
     status: Status = "running"
     error: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_names(cls, values: Any) -> Any:
-        """Searches of version 0.1 called the value held_out, and its part for patches pixel."""
-        if isinstance(values, dict):
-            return {_OLDER_NAMES.get(name, name): value for name, value in values.items()}
-        return values
 
     @property
     def has_ended(self) -> bool:
@@ -102,9 +92,9 @@ class TrialRecord(Settings):
                 "validation": (*self.validation, result.validation),
                 "validation_sd": (*self.validation_sd, result.validation_sd),
                 "patch": (*self.patch, result.patch),
-                "image": (*self.image, result.image),
                 "seconds": (*self.seconds, round(seconds, 2)),
                 "families": dict(result.families),
+                "images": result.images,
                 "status": "finished" if is_last else "running",
             }
         )
@@ -117,7 +107,6 @@ class TrialRecord(Settings):
             "validation": self.validation[rung - 1],
             "validation_sd": self.validation_sd[rung - 1],
             "patch": self.patch[rung - 1],
-            "image": self.image[rung - 1],
         }
 
     def metrics(self) -> dict[str, float]:
@@ -196,7 +185,13 @@ class SearchStore:
                 f"{self._others()}: on a cluster the storage must be a folder that all nodes share,"
                 " or s3://"
             )
-        return SearchPlan.parse(json.loads(content))
+        try:
+            return SearchPlan.parse(json.loads(content))
+        except SettingsError as error:
+            raise SettingsError(
+                f"{self.name} was planned by another version of apt-ray, whose trials do not"
+                f" compare with new ones: search anew ({error})"
+            ) from error
 
     def trial(self, category: str, number: int) -> TrialRecord | None:
         """The record of a trial that has reported or ended."""

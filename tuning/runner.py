@@ -17,7 +17,8 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from apt_ray.anomalies.bank import default_cache_folder
+from apt_ray.anomalies.cache import default_cache_folder
+from apt_ray.config import BackboneSpec
 from apt_ray.data.folders import Category
 from apt_ray.errors import AptError
 from apt_ray.registry import Registry
@@ -107,11 +108,15 @@ def run_search(
             if engines.are_shared
             else "each trial has a backbone of its own"
         )
-        encoding, banks = _start_encoding(categories, settings, engine, engines, outcome)
+        fingerprints = engines.fingerprints(settings.judging())
+        encoding, banks = encode_categories(
+            categories, settings, engine, engines.fingerprint, fingerprints, outcome
+        )
         plan = TrialPlan(
             store=store,
             settings=settings,
             banks=banks,
+            fingerprints=fingerprints,
             engines=engines.actors if engines.are_shared else (),
             threads=engine.threads or 1,
             began=began,
@@ -140,14 +145,15 @@ def run_search(
         raise
 
 
-def _start_encoding(
+def encode_categories(
     categories: Sequence[Category],
     settings: SearchSettings,
     engine: EngineSettings,
-    engines: Engines,
+    fingerprint: str,
+    judging: Mapping[BackboneSpec, str],
     outcome: Outcome,
 ) -> tuple[Encoding, dict[str, CategoryBanks]]:
-    """The banks of all categories on their way; one without enough images fails."""
+    """The banks and judges of all categories on their way; one without enough images fails."""
     folder = engine.bank_cache
     cache = default_cache_folder() if folder is None else Path(folder) if folder else None
     banks: dict[str, CategoryBanks] = {}
@@ -157,13 +163,19 @@ def _start_encoding(
             supports = [
                 category.support_set(settings.shots, seed) for seed in settings.support_seeds
             ]
-            specs = settings.bank_specs(supports, fingerprint=engines.fingerprint)
+            made = [
+                (spec, support, settings.backbone)
+                for spec, support in settings.bank_specs(supports, fingerprint=fingerprint)
+            ]
+            judges = [
+                (spec, support, backbone)
+                for backbone, seen in judging.items()
+                for spec, support in settings.judge_specs(supports, fingerprint=seen)
+            ]
         except AptError as error:
             outcome.fail(category.name, error)
             continue
-        banks[category.name], encoded = start_encoding(
-            *zip(*specs, strict=True), backbone=settings.backbone, cache=cache
-        )
+        banks[category.name], encoded = start_encoding(made, judges, cache=cache)
         tasks[category.name] = partial(are_encoded, encoded)
     return Encoding(tasks), banks
 

@@ -31,7 +31,7 @@ from apt_ray.files import check_writable, keep, location, write_json
 from apt_ray.machine import settle
 from apt_ray.optional import require
 from tuning.settings import EngineSettings, SearchSettings
-from tuning.space import DEFAULT_SPACE, read_space
+from tuning.space import read_space
 
 if TYPE_CHECKING:
     from tuning.records import SearchPlan, SearchStore
@@ -74,8 +74,8 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
             options,
             SearchSettings,
             prefix="search_",
-            space=read_space(options.space) if options.space else DEFAULT_SPACE,
             backbone=given_backbone(options),
+            **({"space": read_space(options.space)} if options.space else {}),
         )
         engine = given(options, EngineSettings, prefix="engine_")
     except SettingsError as error:

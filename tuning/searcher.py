@@ -75,7 +75,7 @@ class CategoriesSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Let Optuna know the value of a rung."""
-        if self._settings.objective == "mean" and trial_id in self._asked:
+        if self._settings.objective == "image" and trial_id in self._asked:
             self._asked[trial_id][1].report(result["validation"], result["rung"])
 
     def on_trial_complete(
@@ -89,7 +89,7 @@ class CategoriesSearcher(Searcher):
         if not result or "validation" not in result:
             study.tell(trial, state=TrialState.FAIL)
         elif self._settings.objective == "pareto":
-            study.tell(trial, [result["image"], result["patch"]])
+            study.tell(trial, [result["validation"], result["patch"]])
         elif result["rung"] < RUNGS:
             study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -116,7 +116,7 @@ class CategoriesSearcher(Searcher):
         study = self._studies[category]
         point = self._recorded[category].get(number)
         if point is None and number == 0:
-            point = starting_point(self._settings.space)
+            point = starting_point(self._settings.space, self._settings.backbone)
         if point is not None:
             within = {
                 name: point[name]
@@ -159,7 +159,8 @@ class CategoriesScheduler(FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision: str = self._scheduler(trial).on_trial_result(controller, trial, result)
-        return decision
+        # The first trial is what all others are held against, to the end.
+        return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         # ASHA wants a value, which a trial that failed at once does not have.

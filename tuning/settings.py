@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from apt_ray.anomalies.spec import BankSpec, file_digests
-from apt_ray.config import BackboneSpec, FitSettings, Flag, Ground, Settings
+from apt_ray.anomalies.spec import BankSpec, JudgeSpec, file_digests
+from apt_ray.config import BACKBONE, BackboneSpec, FitSettings, Flag, Ground, Settings
 from apt_ray.files import Location
-from tuning.space import DEFAULT_SPACE, Space
+from tuning.space import REFERENCE, REMEMBERED, Space, default_space, starting_point
 
 RUNGS = 4
 """How often a trial reports its validation value, at equal distances; ASHA stops trials there."""
@@ -43,11 +43,11 @@ class SearchSettings(Settings):
         description=f"asha stops the worse half of the trials after 1/{RUNGS} and after 2/{RUNGS}"
         " of the steps, none stops nothing.",
     )
-    objective: Literal["mean", "pareto"] = Field(
-        default="mean",
-        description="The mean of the validation values of images and of patches, or both as two"
-        " objectives (with --searcher optuna --scheduler none); the mean chooses the winner either"
-        " way.",
+    objective: Literal["image", "pareto"] = Field(
+        default="image",
+        description="How well whole images are told apart, or that and how well anomalies are"
+        " located as two objectives (with --searcher optuna --scheduler none); the first chooses"
+        " the winner either way.",
     )
     steps: Annotated[int, Flag(names=("--max-steps", "--steps"))] = Field(
         default=FitSettings().steps,
@@ -77,11 +77,12 @@ class SearchSettings(Settings):
         le=65535,
         description=FitSettings.model_fields["white_level"].description,
     )
-    space: Space = Field(
-        default_factory=lambda: dict(DEFAULT_SPACE), description="What the trials vary."
-    )
     backbone: BackboneSpec = Field(
         default=BackboneSpec(), description="What trials and fits see images with."
+    )
+    space: Space = Field(
+        default_factory=lambda known: default_space(known.get("backbone", BackboneSpec())),
+        description="What the trials vary.",
     )
 
     @field_validator("support_seeds")
@@ -95,19 +96,62 @@ class SearchSettings(Settings):
     def _consistent(self) -> "SearchSettings":
         if self.objective == "pareto" and (self.searcher, self.scheduler) != ("optuna", "none"):
             raise ValueError("two objectives need --searcher optuna and --scheduler none")
+        for name in set(self.space) & set(REFERENCE):
+            for value in self.space[name].choices or ():
+                self.backbone_of({name: value})
+        unknown = [k for k, v in starting_point(self.space, self.backbone).items() if v is None]
+        if unknown:
+            raise ValueError(
+                f"the first trial takes what holds without a search, which is not known of"
+                f" {', '.join(unknown)}: give --{unknown[0].replace('_', '-')}"
+            )
         return self
 
     def fit_settings(self, searched: Mapping[str, Any] = MappingProxyType({})) -> FitSettings:
         """The settings of a fit to the first support set, with searched values in place."""
-        return FitSettings.parse(
-            {
-                "steps": self.steps,
-                "seed": self.support_seeds[0],
-                "ground": self.ground,
-                "white_level": self.white_level,
-                **searched,
-            }
-        )
+        own = {name: value for name, value in searched.items() if name not in REFERENCE}
+        return self._fit_settings({"steps": self.steps, "seed": self.support_seeds[0], **own})
+
+    def _fit_settings(self, known: Mapping[str, Any]) -> FitSettings:
+        read = {"ground": self.ground, "white_level": self.white_level}
+        return FitSettings.parse({**read, **known})
+
+    def backbone_of(self, searched: Mapping[str, Any] = MappingProxyType({})) -> BackboneSpec:
+        """What a fit sees images with, with searched values in place."""
+        read = {name: value for name, value in searched.items() if name in REFERENCE}
+        return BackboneSpec.parse({**self.backbone.model_dump(), **read}) if read else self.backbone
+
+    def judged_by(
+        self, searched: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[BackboneSpec, tuple[int, ...] | None]:
+        """What the judge of a trial sees images with, and which of its reference layers count.
+
+        Layers do not depend on which others are read, so one judge serves all trials that differ in
+        them alone; only the lengths are those of the last one. None is all layers.
+        """
+        spec = self.backbone_of(searched)
+        if spec.reference_layers is None or not {"reference_layers", "reference_lengths"} & set(
+            self.space
+        ):
+            return spec, None
+        tried = [
+            self.backbone_of({"reference_layers": value}).reference_layers or ()
+            for value in self._values("reference_layers")
+        ] or [spec.reference_layers]
+        last = spec.reference_layers[-1]
+        layers = sorted({layer for one in tried if one[-1] == last for layer in one})
+        counted = [layers.index(layer) for layer in spec.reference_layers]
+        if spec.reference_lengths and spec.reads != BACKBONE:
+            counted.append(len(layers))
+        wide = {"reference_layers": tuple(layers), "reference_lengths": True}
+        return spec.model_copy(update=wide), tuple(counted)
+
+    def judging(self) -> list[BackboneSpec]:
+        """All that judges of trials see images with, each once."""
+        read = [name for name in REFERENCE if name in self.space]
+        points = product(*(self._values(name) for name in read))
+        specs = (self.judged_by(dict(zip(read, values, strict=True)))[0] for values in points)
+        return list(dict.fromkeys(specs))
 
     def bank_specs(
         self, supports: Sequence[Sequence[Location]], *, fingerprint: str
@@ -121,11 +165,6 @@ class SearchSettings(Settings):
         Raises:
             DataError: a file cannot be read.
         """
-        searched = [name for name in ("region", "object_mask") if name in self.space]
-        places = [
-            FitSettings.parse(dict(zip(searched, values, strict=True)))
-            for values in product(*(self.space[name].ends for name in searched))
-        ]
         digests = [file_digests(support) for support in supports]
         return [
             (
@@ -135,15 +174,38 @@ class SearchSettings(Settings):
                     seed=seed,
                     region=place.region,
                     object_mask=place.object_mask,
-                    ground=self.ground,
-                    white_level=self.white_level,
-                    judged=True,
+                    ground=place.ground,
+                    white_level=place.white_level,
                 ),
                 support,
             )
-            for place in places
+            for place in self._points("region", "object_mask")
             for seed, support, digest in zip(self.support_seeds, supports, digests, strict=True)
         ]
+
+    def judge_specs(
+        self, supports: Sequence[Sequence[Location]], *, fingerprint: str
+    ) -> list[tuple[JudgeSpec, Sequence[Location]]]:
+        """The judges that trials of a category may ask for, of one of `judging`; as `bank_specs`.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        digests = [file_digests(support) for support in supports]
+        return [
+            (JudgeSpec.of(settings, digest, fingerprint=fingerprint, seed=seed), support)
+            for settings in self._points(*REMEMBERED)
+            for seed, support, digest in zip(self.support_seeds, supports, digests, strict=True)
+        ]
+
+    def _points(self, *names: str) -> list[FitSettings]:
+        """Settings with all values of some axes, those that are searched."""
+        searched = [name for name in names if name in self.space]
+        points = product(*(self._values(name) for name in searched))
+        return [self._fit_settings(dict(zip(searched, values, strict=True))) for values in points]
+
+    def _values(self, name: str) -> tuple[Any, ...]:
+        return tuple(self.space[name].choices or ()) if name in self.space else ()
 
     def rung_steps(self, rung: int) -> int:
         """The step at which a rung, from 1 to RUNGS, reports."""

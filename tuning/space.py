@@ -1,10 +1,11 @@
-"""What the search varies: settings of FitSettings, with their ranges.
+"""What the search varies: settings of FitSettings and of the reference encoder, with their ranges.
 
 A file with another space is YAML, one setting a line:
 
     context_length: {low: 2, high: 16}
     noise_strength: {choices: [0.1, 0.3, 0.6]}
-    learning_rate: {low: 0.003, high: 0.3, log: true}
+    reference_input_size: {choices: [256, 320, 448]}
+    reference_layers: {choices: ["2,4", "3,4"]}
 """
 
 from collections.abc import Mapping
@@ -14,14 +15,36 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from apt_ray.config import NOISE_LADDER, FitSettings, Settings
+from apt_ray.config import (
+    NOISE_LADDER,
+    TRUNK,
+    TRUNK_INPUT_SIZE,
+    TRUNK_POOL,
+    TRUNK_STAGES,
+    BackboneSpec,
+    FitSettings,
+    Settings,
+)
 from apt_ray.errors import SettingsError
 from apt_ray.settings_file import read_settings
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-_NOT_SEARCHED = {"steps", "seed"}
+_NOT_SEARCHED = {
+    "steps": "the search has a flag for it",
+    "seed": "the search has a flag for it",
+    "ground": "the search has a flag for it",
+    "white_level": "the search has a flag for it",
+    "false_alarm_rate": "a threshold changes no ranking, which is what trials are judged by",
+}
+
+REFERENCE = ("reference_input_size", "reference_layers", "reference_lengths", "reference_pool")
+"""Settings of the backbone that can be searched: what the memory reads. Prompts and their banks
+are the same whatever they are."""
+
+REMEMBERED = ("reference_copies", "reference_rotations", "reference_size")
+"""Settings of a fit that make another memory."""
 
 
 class Axis(Settings):
@@ -68,7 +91,7 @@ class Axis(Settings):
 
 Space = Mapping[str, Axis]
 
-DEFAULT_SPACE: Space = MappingProxyType(
+PROMPT_SPACE: Space = MappingProxyType(
     {
         "context_length": Axis(low=2, high=16),
         "noise_strength": Axis(choices=NOISE_LADDER),
@@ -76,6 +99,22 @@ DEFAULT_SPACE: Space = MappingProxyType(
         "learning_rate": Axis(low=0.003, high=0.3, log=True),
     }
 )
+"""What is searched by default whatever the memory reads."""
+
+TRUNK_SPACE: Space = MappingProxyType(
+    {
+        "reference_input_size": Axis(choices=(256, 320, 384, 448)),
+        "reference_layers": Axis(choices=("2,4", "3,4", "4")),
+        "reference_lengths": Axis(choices=(True, False)),
+        "reference_weight": Axis(choices=(0.7, 0.85, 1.0)),
+    }
+)
+"""What is searched by default beside it where the memory reads the trunk."""
+
+
+def default_space(backbone: BackboneSpec) -> Space:
+    """What is searched unless told otherwise."""
+    return {**PROMPT_SPACE, **(TRUNK_SPACE if backbone.reads == TRUNK else {})}
 
 
 def read_space(path: Path) -> Space:
@@ -91,25 +130,46 @@ def read_space(path: Path) -> Space:
 
 
 def check_space(space: Space) -> None:
-    """SettingsError if a setting does not exist or cannot take the values."""
-    searchable = sorted(set(FitSettings.model_fields) - _NOT_SEARCHED)
+    """SettingsError if a setting does not exist, cannot take the values, or cannot matter."""
+    searchable = sorted(set(FitSettings.model_fields) - set(_NOT_SEARCHED)) + list(REFERENCE)
     for name, axis in space.items():
         if name not in searchable:
-            raise SettingsError(f"{name} cannot be searched: choose among {', '.join(searchable)}")
+            why = f" ({_NOT_SEARCHED[name]})" if name in _NOT_SEARCHED else ""
+            raise SettingsError(
+                f"{name} cannot be searched{why}: choose among {', '.join(searchable)}"
+            )
+        if not axis.choices and name in (*REFERENCE, *REMEMBERED):
+            raise SettingsError(
+                f"each value of {name} is encoded anew: list those to try, as {{choices: [...]}}"
+            )
         if not axis.choices and FitSettings.model_fields[name].annotation not in (int, float):
             raise SettingsError(f"{name} is no number: list its values, as {{choices: [...]}}")
         for value in axis.probes:
-            FitSettings.parse({name: value})
+            (BackboneSpec if name in REFERENCE else FitSettings).parse({name: value})
 
 
 def distributions(space: Space) -> "dict[str, BaseDistribution]":
     """Setting -> Optuna's distribution."""
-    return {
-        name: axis.distribution(is_integer=FitSettings.model_fields[name].annotation is int)
-        for name, axis in space.items()
-    }
+    return {name: axis.distribution(is_integer=_is_integer(name)) for name, axis in space.items()}
 
 
-def starting_point(space: Space) -> dict[str, Any]:
-    """The default settings: the first trial, so that no search ends below them unknowingly."""
-    return FitSettings().model_dump(include=set(space))
+def _is_integer(name: str) -> bool:
+    return name in FitSettings.model_fields and FitSettings.model_fields[name].annotation is int
+
+
+def starting_point(space: Space, backbone: BackboneSpec) -> dict[str, Any]:
+    """The settings that hold where nothing is searched: the first trial, which all others are held
+    against."""
+    point = FitSettings().model_dump(include=set(space))
+    known: dict[str, Any] = {"reference_lengths": backbone.reference_lengths}
+    if backbone.reads == TRUNK:
+        layers = backbone.reference_layers or TRUNK_STAGES
+        known |= {
+            "reference_input_size": backbone.reference_input_size or TRUNK_INPUT_SIZE,
+            "reference_layers": ",".join(map(str, layers)),
+            "reference_pool": backbone.reference_pool or TRUNK_POOL,
+        }
+    for name in set(space) & set(REFERENCE):
+        value = known.get(name, getattr(backbone, name))
+        point[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return point

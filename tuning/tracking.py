@@ -79,7 +79,7 @@ def _logged(trial: TrialRecord) -> LoggedTrial:
         settings=trial.settings,
         metrics={
             name: tuple(zip(trial.steps, getattr(trial, name), strict=True))
-            for name in ("validation", "validation_sd", "patch", "image")
+            for name in ("validation", "validation_sd", "patch")
         },
         status=trial.status,
     )

@@ -17,13 +17,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from apt_ray.config import BackboneSpec
-from tuning.banks import BankRefs, CategoryBanks
+from tuning.banks import CategoryBanks, EncodedRefs
 from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
 from tuning.records import SearchStore, TrialRecord
 from tuning.settings import RUNGS, SearchSettings
 
 if TYPE_CHECKING:
     from apt_ray.anomalies.bank import SupportBank
+    from apt_ray.validation.judge import Judge
 
 _ASK_S = 5.0
 _PATIENCE_S = 600.0
@@ -44,7 +45,8 @@ class TrialPlan:
     Attributes:
         store: Where they report.
         settings: Of the search.
-        banks: Category -> all banks that its trials may ask for.
+        banks: Category -> all banks and judges that its trials may ask for.
+        fingerprints: Of all that judges see images with.
         engines: Those that may be asked; without any a trial has one of its own.
         threads: PyTorch's threads of an engine of its own.
         began: Time of the search's start, in seconds since the epoch.
@@ -53,6 +55,7 @@ class TrialPlan:
     store: SearchStore
     settings: SearchSettings
     banks: Mapping[str, CategoryBanks]
+    fingerprints: Mapping[BackboneSpec, str]
     engines: tuple["ActorHandle[Any]", ...]
     threads: int
     began: float
@@ -72,15 +75,20 @@ def run_trial(config: Mapping[str, Any], *, plan: TrialPlan) -> None:
     while not record.has_ended:
         rung = len(record.steps) + 1
         fit_settings = settings.fit_settings(record.settings)
-        banks = plan.banks[category].of(fit_settings)
+        judged_by, layers = settings.judged_by(record.settings)
+        encoded = plan.banks[category]
+        banks = encoded.of(fit_settings)
+        judges = encoded.judging(fit_settings, plan.fingerprints[judged_by])
         call = RungCall(
             id=f"{store.name}/{category}/{number}/{rung}",
             banks=tuple(banks),
+            judges=tuple(judges),
+            layers=layers,
             settings=fit_settings.model_dump(),
             steps=settings.rung_steps(rung),
             state=state,
         )
-        result = _ask(_engines(plan, banks, number), call)
+        result = _ask(_engines(plan, {**banks, **judges}, number), call)
         state = result.state
         elapsed = time.time() - plan.began
         record = record.reported(result, elapsed, is_last=rung == RUNGS)
@@ -113,22 +121,22 @@ def _ask(engines: Sequence[SomeEngine], call: RungCall) -> RungResult:
             time.sleep(min(2.0, 0.1 * 2 ** min(attempt, 10)))
 
 
-def _engines(plan: TrialPlan, banks: BankRefs, number: int) -> list[SomeEngine]:
+def _engines(plan: TrialPlan, encoded: EncodedRefs, number: int) -> list[SomeEngine]:
     """All engines that a trial may ask, its first choice first."""
     if not plan.engines:
-        return [_OwnEngine(plan.settings.backbone, banks, plan.threads)]
+        return [_OwnEngine(plan.settings.backbone, encoded, plan.threads)]
     first = number % len(plan.engines)
-    return [_RemoteEngine(actor, banks) for actor in plan.engines[first:] + plan.engines[:first]]
+    return [_RemoteEngine(actor, encoded) for actor in plan.engines[first:] + plan.engines[:first]]
 
 
 class _RemoteEngine:
     """An engine in an actor."""
 
-    def __init__(self, actor: "ActorHandle[Any]", banks: BankRefs) -> None:
-        self._actor, self._banks = actor, banks
+    def __init__(self, actor: "ActorHandle[Any]", encoded: EncodedRefs) -> None:
+        self._actor, self._encoded = actor, encoded
 
     def submit(self, call: RungCall) -> None:
-        ray.get(self._actor.submit.remote(call, dict(self._banks)))
+        ray.get(self._actor.submit.remote(call, dict(self._encoded)))
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
         answer: Any = self._actor.collect.remote(call_id, timeout_s)
@@ -142,12 +150,12 @@ class _RemoteEngine:
 class _OwnEngine:
     """An engine in this process, which then does import PyTorch."""
 
-    def __init__(self, backbone: BackboneSpec, banks: BankRefs, threads: int) -> None:
+    def __init__(self, backbone: BackboneSpec, encoded: EncodedRefs, threads: int) -> None:
         self._engine, self._refs = _engine_of_this_process(backbone, threads)
-        self._banks = banks
+        self._encoded = encoded
 
     def submit(self, call: RungCall) -> None:
-        self._refs.update(self._banks)
+        self._refs.update(self._encoded)
         self._engine.submit(call)
 
     def collect(self, call_id: str, timeout_s: float) -> RungResult | None:
@@ -160,13 +168,13 @@ class _OwnEngine:
 @lru_cache(maxsize=1)
 def _engine_of_this_process(
     backbone: BackboneSpec, threads: int
-) -> "tuple[SomeEngine, dict[str, ObjectRef[SupportBank]]]":
+) -> "tuple[SomeEngine, dict[str, ObjectRef[SupportBank | Judge]]]":
     from apt_ray.features.clip import load_backbone
     from tuning.engine import Engine
 
-    refs: dict[str, ObjectRef[SupportBank]] = {}
+    refs: dict[str, ObjectRef[SupportBank | Judge]] = {}
     model = load_backbone(backbone)
-    model.drop_vision()  # banks are encoded elsewhere
+    model.drop_vision()  # images are encoded elsewhere
     engine = Engine(
         model,
         lambda digest: ray.get(refs[digest]),

@@ -1,4 +1,4 @@
-"""The banks of one support set: all that its trials learn from or are judged on, encoded once.
+"""The bank of one support set: all that prompts learn from, encoded once.
 
 The backbone is frozen, so the patch tokens of a perturbed image never change: all trials share
 them.
@@ -8,31 +8,22 @@ S support images, D draws, F families, V clean views of an image, N patch tokens
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from apt_ray.anomalies.families import GUIDANCE, SELECTION, Family, harmless_copies
+from apt_ray.anomalies.cache import below
+from apt_ray.anomalies.families import GUIDANCE
 from apt_ray.anomalies.noise import add_noise, patch_labels
 from apt_ray.anomalies.object_mask import object_masks
 from apt_ray.anomalies.regions import move_onto, random_regions
 from apt_ray.anomalies.spec import BankSpec
-from apt_ray.errors import SettingsError, WriteError
+from apt_ray.errors import SettingsError
 from apt_ray.features.pixels import resize_pixels
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
-from apt_ray.files import writing
-from apt_ray.machine import expanded
-from apt_ray.tensors import seal, unseal
 
 VIEWS = 4
 """Clean views of each support image: itself and its mirror images."""
@@ -40,10 +31,8 @@ VIEWS = 4
 DRAWS = 4
 """Noisy draws of each support image on each rung of the noise ladder."""
 
-GUIDANCE_DRAWS, SELECTION_DRAWS = 1, 2
+GUIDANCE_DRAWS = 1
 """Perturbed draws of each support image in each family."""
-
-_JUDGING_SEED = 2**32
 
 Progress = Callable[[int, int], None]
 
@@ -82,8 +71,6 @@ class SupportBank:
         noisy_labels_SDN: their patch labels, int8; the regions are the same at all strengths.
         noisy_views_SD: which clean view each draw was made from.
         guidance: judges whether the meta-prompt may move.
-        selection: judges a trial; None in a bank that is only fitted to.
-        judged_clean_SVNE: the unperturbed images that `selection` was made from.
     """
 
     spec: BankSpec
@@ -94,8 +81,6 @@ class SupportBank:
     noisy_labels_SDN: torch.Tensor
     noisy_views_SD: torch.Tensor
     guidance: FamilyBank
-    selection: FamilyBank | None
-    judged_clean_SVNE: torch.Tensor
 
     @property
     def shots(self) -> int:
@@ -105,10 +90,10 @@ class SupportBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in _flatten(self).values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def to(self, device: torch.device) -> SupportBank:
-        """The same bank, what is trained and judged on moved to another device."""
+        """The same bank, what is trained on moved to another device."""
         return replace(
             self,
             clean_SVNE=self.clean_SVNE.to(device),
@@ -116,8 +101,43 @@ class SupportBank:
             noisy_labels_SDN=self.noisy_labels_SDN.to(device),
             noisy_views_SD=self.noisy_views_SD.to(device),
             guidance=self.guidance.to(device),
-            selection=None if self.selection is None else self.selection.to(device),
-            judged_clean_SVNE=self.judged_clean_SVNE.to(device),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, as a cache keeps them."""
+        return {
+            "support.tokens": self.support.tokens_BNE,
+            "support.cls": self.support.cls_BE,
+            **{f"support.layers.{layer}": x for layer, x in self.support.layers.items()},
+            "clean": self.clean_SVNE,
+            **{f"noisy.{strength!r}": x for strength, x in self.noisy_SDNE.items()},
+            "objects": self.objects_SN,
+            "noisy_labels": self.noisy_labels_SDN,
+            "noisy_views": self.noisy_views_SD,
+            "guidance.tokens": self.guidance.tokens_FSDNE,
+            "guidance.labels": self.guidance.labels_FSDN,
+        }
+
+    @classmethod
+    def restore(cls, spec: BankSpec, tensors: Mapping[str, torch.Tensor]) -> SupportBank:
+        """The bank of these `tensors`; KeyError or ValueError if they are of something else."""
+        return cls(
+            spec=spec,
+            support=ImageFeatures(
+                tokens_BNE=tensors["support.tokens"],
+                cls_BE=tensors["support.cls"],
+                layers={int(layer): x for layer, x in below("support.layers.", tensors)},
+            ),
+            objects_SN=tensors["objects"],
+            clean_SVNE=tensors["clean"],
+            noisy_SDNE={float(strength): x for strength, x in below("noisy.", tensors)},
+            noisy_labels_SDN=tensors["noisy_labels"],
+            noisy_views_SD=tensors["noisy_views"],
+            guidance=FamilyBank(
+                names=tuple(GUIDANCE),
+                tokens_FSDNE=tensors["guidance.tokens"],
+                labels_FSDN=tensors["guidance.labels"],
+            ),
         )
 
 
@@ -149,11 +169,7 @@ def encode_support(
     whole = encoder.preprocess(images)
     pixels = resize_pixels(whole, encoder.prompt_size)
     shots, _, height, width = pixels.shape
-    # With one image there is none to leave out: trials are judged on other crops and turns of it.
-    source = pixels if shots > 1 else harmless_copies(pixels, 1, g)
-    judged_views = 0 if shots > 1 or not spec.judged else VIEWS
-    family_draws = GUIDANCE_DRAWS * len(GUIDANCE) + spec.judged * SELECTION_DRAWS * len(SELECTION)
-    total = shots * (VIEWS + judged_views + len(spec.strengths) * DRAWS + family_draws)
+    total = shots * (VIEWS + len(spec.strengths) * DRAWS + GUIDANCE_DRAWS * len(GUIDANCE))
     done = 0
 
     def count(images: int) -> None:
@@ -170,14 +186,12 @@ def encode_support(
         count(len(batch))
         return by_image(tokens_BNE)
 
-    def encode_families(
-        families: Mapping[str, Family], source: torch.Tensor, draws: int, g: torch.Generator
-    ) -> FamilyBank:
-        repeated = source.repeat_interleave(draws, 0)
-        perturbed = [family(repeated, g) for family in families.values()]
+    def encode_guidance() -> FamilyBank:
+        repeated = pixels.repeat_interleave(GUIDANCE_DRAWS, 0)
+        perturbed = [family(repeated, g) for family in GUIDANCE.values()]
         labels = [patch_labels(mask, encoder.grid) for _, mask in perturbed]
         return FamilyBank(
-            names=tuple(families),
+            names=tuple(GUIDANCE),
             tokens_FSDNE=torch.stack([tokens(batch) for batch, _ in perturbed]),
             labels_FSDN=torch.stack([by_image(label) for label in labels]),
         )
@@ -202,8 +216,6 @@ def encode_support(
         mask = move_onto(random_regions(len(drawn), (height, width), g), mask, g)
     noise = torch.randn(drawn.shape, generator=g)
 
-    # Seeded apart: wherever noise falls, trials are judged on the same pixels.
-    judging = torch.Generator().manual_seed(_JUDGING_SEED + spec.seed)
     return SupportBank(
         spec=spec,
         support=support,
@@ -214,131 +226,7 @@ def encode_support(
         },
         noisy_labels_SDN=by_image(patch_labels(mask, encoder.grid)),
         noisy_views_SD=view_SD,
-        guidance=encode_families(GUIDANCE, pixels, GUIDANCE_DRAWS, g),
-        selection=encode_families(SELECTION, source, SELECTION_DRAWS, judging)
-        if spec.judged
-        else None,
-        judged_clean_SVNE=tokens(_views(source).flatten(0, 1)) if judged_views else clean_tokens,
-    )
-
-
-class BankCache:
-    """Banks on disk, each under the digest of its spec.
-
-    A file that is damaged or cannot be written is as good as none: the bank is encoded again.
-
-    Args:
-        folder: Where they lie; it is created when first written to.
-        limit_bytes: Those used least recently are removed where there would be more.
-    """
-
-    def __init__(self, folder: Path, *, limit_bytes: int = 8 * 2**30) -> None:
-        self._folder = folder
-        self._limit_bytes = limit_bytes
-
-    def load(self, spec: BankSpec) -> SupportBank | None:
-        """The bank of a spec, if it is there and whole."""
-        path = self._path(spec)
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                header = unseal(file.metadata() or {}, tensors)
-            bank = _restore(tensors, json.loads(header))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, SettingsError):
-            return None
-        if bank.spec != spec:
-            return None
-        with suppress(OSError):
-            os.utime(path)
-        return bank
-
-    def save(self, bank: SupportBank) -> None:
-        """Write a bank, whole or not at all."""
-        metadata = {
-            "spec": bank.spec.model_dump(mode="json"),
-            "guidance": bank.guidance.names,
-            "selection": bank.selection and bank.selection.names,
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in _flatten(bank).items()}
-        with suppress(OSError, WriteError, SafetensorError):
-            with writing(self._path(bank.spec)) as place:
-                save_file(tensors, place, seal(json.dumps(metadata), tensors))
-            self._make_room()
-
-    def _path(self, spec: BankSpec) -> Path:
-        return self._folder / f"{spec.digest}.safetensors"
-
-    def _make_room(self) -> None:
-        newest_first = sorted(
-            ((file.stat(), file) for file in self._folder.glob("*.safetensors")),
-            key=lambda entry: -entry[0].st_mtime,
-        )
-        total = 0
-        for status, file in newest_first:
-            total += status.st_size
-            if total > self._limit_bytes:
-                file.unlink(missing_ok=True)
-
-
-def default_cache_folder() -> Path:
-    """Where banks are cached unless told otherwise: $XDG_CACHE_HOME/apt-ray, or ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or expanded(Path("~/.cache"))
-    return Path(cache) / "apt-ray" / "banks"
-
-
-def _flatten(bank: SupportBank) -> dict[str, torch.Tensor]:
-    return {
-        "support.tokens": bank.support.tokens_BNE,
-        "support.cls": bank.support.cls_BE,
-        **{f"support.layers.{layer}": x for layer, x in bank.support.layers.items()},
-        "clean": bank.clean_SVNE,
-        **{f"noisy.{strength!r}": x for strength, x in bank.noisy_SDNE.items()},
-        "objects": bank.objects_SN,
-        "noisy_labels": bank.noisy_labels_SDN,
-        "noisy_views": bank.noisy_views_SD,
-        "guidance.tokens": bank.guidance.tokens_FSDNE,
-        "guidance.labels": bank.guidance.labels_FSDN,
-        **(
-            {}
-            if bank.selection is None
-            else {
-                "selection.tokens": bank.selection.tokens_FSDNE,
-                "selection.labels": bank.selection.labels_FSDN,
-            }
-        ),
-        # Of several images the judged ones are the clean ones.
-        **({} if bank.shots > 1 else {"judged_clean": bank.judged_clean_SVNE}),
-    }
-
-
-def _restore(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any]) -> SupportBank:
-    def under(prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors.items():
-            if name.startswith(prefix):
-                yield name.removeprefix(prefix), tensor
-
-    def families(kind: str) -> FamilyBank:
-        return FamilyBank(
-            names=tuple(metadata[kind]),
-            tokens_FSDNE=tensors[f"{kind}.tokens"],
-            labels_FSDN=tensors[f"{kind}.labels"],
-        )
-
-    return SupportBank(
-        spec=BankSpec.parse(metadata["spec"]),
-        support=ImageFeatures(
-            tokens_BNE=tensors["support.tokens"],
-            cls_BE=tensors["support.cls"],
-            layers={int(layer): x for layer, x in under("support.layers.")},
-        ),
-        objects_SN=tensors["objects"],
-        clean_SVNE=tensors["clean"],
-        noisy_SDNE={float(strength): x for strength, x in under("noisy.")},
-        noisy_labels_SDN=tensors["noisy_labels"],
-        noisy_views_SD=tensors["noisy_views"],
-        guidance=families("guidance"),
-        selection=families("selection") if metadata["selection"] else None,
-        judged_clean_SVNE=tensors.get("judged_clean", tensors["clean"]),
+        guidance=encode_guidance(),
     )
 
 

@@ -23,7 +23,13 @@ def coordinates(size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.arange(height)[:, None] + 0.5) / height, (torch.arange(width) + 0.5) / width
 
 
-def _areas(batch: int, g: torch.Generator, low: float = 0.006, high: float = 0.12) -> torch.Tensor:
+Range = tuple[float, float]
+
+_AREAS: Range = (0.006, 0.12)
+
+
+def _areas(batch: int, g: torch.Generator, areas: Range = _AREAS) -> torch.Tensor:
+    low, high = areas
     return torch.exp(uniform(math.log(low), math.log(high), (batch,), g))
 
 
@@ -33,8 +39,11 @@ def smooth_noise(batch: int, size: tuple[int, int], cells: int, g: torch.Generat
     return F.interpolate(coarse_B1hw, size=size, mode="bicubic", align_corners=False)[:, 0]
 
 
-def blob(batch: int, size: tuple[int, int], g: torch.Generator) -> torch.Tensor:
-    """One ragged spot: smooth noise that is higher near a random centre, cut at its area."""
+def blob(
+    batch: int, size: tuple[int, int], g: torch.Generator, areas: Range = _AREAS
+) -> torch.Tensor:
+    """One ragged spot: smooth noise that is higher near a random centre, cut at its area, whose
+    share of the image lies in a range."""
     y_H1, x_W = coordinates(size)
     centre_2B11 = uniform(0.1, 0.9, (2, batch, 1, 1), g)
     distance_BHW = torch.hypot(y_H1 - centre_2B11[0], x_W - centre_2B11[1])
@@ -42,7 +51,7 @@ def blob(batch: int, size: tuple[int, int], g: torch.Generator) -> torch.Tensor:
     threshold_B = torch.stack(
         [
             torch.quantile(field_HW, 1 - area)
-            for field_HW, area in zip(field_BHW, _areas(batch, g), strict=True)
+            for field_HW, area in zip(field_BHW, _areas(batch, g, areas), strict=True)
         ]
     )
     return field_BHW > threshold_B[:, None, None]
@@ -63,14 +72,34 @@ def ellipse(batch: int, size: tuple[int, int], g: torch.Generator) -> torch.Tens
 
 def polyline(batch: int, size: tuple[int, int], g: torch.Generator) -> torch.Tensor:
     """One bent line of 3 segments, about 1 to 4 percent of the image wide."""
+    return walk(batch, size, g, width=(0.006, 0.02), turn=0.7, length=(0.08, 0.25), segments=3)
+
+
+def walk(
+    batch: int,
+    size: tuple[int, int],
+    g: torch.Generator,
+    *,
+    width: Range,
+    turn: float,
+    length: Range,
+    segments: int = 6,
+) -> torch.Tensor:
+    """One line of straight segments.
+
+    Args:
+        width: half of it, as a share of the image's side.
+        turn: between segments at most, in radians.
+        length: of a segment, as a share of the image's side.
+    """
     y_H1, x_W = coordinates(size)
     start_2B = uniform(0.15, 0.85, (2, batch), g)
     heading_B = uniform(0, 2 * math.pi, (batch,), g)
-    half_width_B11 = uniform(0.006, 0.02, (batch, 1, 1), g)
+    half_width_B11 = uniform(*width, (batch, 1, 1), g)
     nearest_BHW = torch.full((batch, *size), torch.inf)
-    for _ in range(3):
-        heading_B = heading_B + uniform(-0.7, 0.7, (batch,), g)
-        length_B = uniform(0.08, 0.25, (batch,), g)
+    for _ in range(segments):
+        heading_B = heading_B + uniform(-turn, turn, (batch,), g)
+        length_B = uniform(*length, (batch,), g)
         step_2B = length_B * torch.stack([heading_B.sin(), heading_B.cos()])
         dy_BHW, dx_BHW = y_H1 - start_2B[0, :, None, None], x_W - start_2B[1, :, None, None]
         step_y_B11, step_x_B11 = step_2B[0, :, None, None], step_2B[1, :, None, None]

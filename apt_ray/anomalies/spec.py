@@ -13,22 +13,77 @@ from apt_ray.errors import SettingsError
 from apt_ray.files import AnyPath, file_sha256
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_CODE = ("anomalies/*.py", "features/**/*.py", "images.py", "levels.py")
+_CODE = (
+    "anomalies/*.py",
+    "features/**/*.py",
+    "images.py",
+    "levels.py",
+    "detection/reference.py",
+    "prompts/remember.py",
+    "validation/judge.py",
+)
 _LIBRARIES = ("torch", "pillow", "numpy")
 
 
-class BankSpec(Settings):
-    """All that a bank depends on: banks of equal specs are equal, down to the last bit.
+class EncodedSpec(Settings):
+    """All that something encoded of a support set depends on: of equal specs it is equal, down to
+    the last bit.
 
-    A change of any field, of the code that perturbs or encodes, or of the libraries under it makes
-    another `digest`, and so another bank.
+    A change of any field, of the code that perturbs, encodes or remembers, or of the libraries
+    under it makes another `digest`.
     """
 
     fingerprint: str = Field(description="Of the encoder.")
     support: tuple[str, ...] = Field(
         min_length=1, description="A digest of each support image, in order."
     )
-    seed: int = Field(ge=0, description="Of all noise, regions and perturbations.")
+    seed: int = Field(ge=0, description="Of all noise, regions, perturbations and copies.")
+    ground: Ground = Field(default="white", description="What transparency is laid on.")
+    white_level: int | None = Field(
+        default=None, description="Of 16-bit files that do not say theirs; None: as support has it."
+    )
+
+    @property
+    def digest(self) -> str:
+        """40 hex digits: its name on disk, in an object store and in a call."""
+        content = f"{_code_digest()} {type(self).__name__} {self.model_dump_json()}"
+        return hashlib.sha256(content.encode()).hexdigest()[:40]
+
+
+class JudgeSpec(EncodedSpec):
+    """What a judge of trials is made from (`validation.judge`)."""
+
+    reference_copies: int = Field(ge=0, description="As in the settings of a fit.")
+    reference_rotations: int = Field(ge=1, description="As in the settings of a fit.")
+    reference_size: int = Field(ge=1, description="As in the settings of a fit.")
+
+    @classmethod
+    def of(
+        cls, settings: FitSettings, support: Sequence[str], *, fingerprint: str, seed: int
+    ) -> "JudgeSpec":
+        """The spec of the judge of trials with these settings.
+
+        Args:
+            settings: of the trial.
+            support: a digest of each support image.
+            fingerprint: of the encoder.
+            seed: of the judge.
+        """
+        return cls(
+            fingerprint=fingerprint,
+            support=tuple(support),
+            seed=seed,
+            ground=settings.ground,
+            white_level=settings.white_level,
+            reference_copies=settings.reference_copies,
+            reference_rotations=settings.reference_rotations,
+            reference_size=settings.reference_size,
+        )
+
+
+class BankSpec(EncodedSpec):
+    """What a bank is made from (`anomalies.bank`)."""
+
     strengths: tuple[float, ...] = Field(
         default=NOISE_LADDER, description="Rungs of the noise ladder that lanes may ask for."
     )
@@ -36,13 +91,6 @@ class BankSpec(Settings):
     object_mask: bool = Field(
         default=True,
         description="Keep noise on the part, where the encoder tells it from its ground.",
-    )
-    ground: Ground = Field(default="white", description="What transparency is laid on.")
-    white_level: int | None = Field(
-        default=None, description="Of 16-bit files that do not say theirs; None: as support has it."
-    )
-    judged: bool = Field(
-        default=False, description="Whether what judges trials is encoded as well."
     )
 
     @classmethod
@@ -54,7 +102,6 @@ class BankSpec(Settings):
         fingerprint: str,
         seed: int | None = None,
         strengths: Sequence[float] | None = None,
-        judged: bool = False,
     ) -> "BankSpec":
         """The spec of the bank that a lane with these settings learns from.
 
@@ -64,7 +111,6 @@ class BankSpec(Settings):
             fingerprint: of the encoder.
             seed: of the bank; None is that of the settings.
             strengths: None is that of the settings alone.
-            judged: whether trials are judged on it.
 
         Raises:
             DataError: a file cannot be read.
@@ -78,14 +124,7 @@ class BankSpec(Settings):
             object_mask=settings.object_mask,
             ground=settings.ground,
             white_level=settings.white_level,
-            judged=judged,
         )
-
-    @property
-    def digest(self) -> str:
-        """40 hex digits: the bank's name on disk, in an object store and in a call."""
-        content = f"{_code_digest()} {self.model_dump_json()}"
-        return hashlib.sha256(content.encode()).hexdigest()[:40]
 
     def suits(self, settings: FitSettings) -> bool:
         """Whether a lane with these settings can learn from the bank."""

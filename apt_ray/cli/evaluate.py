@@ -76,6 +76,7 @@ def _run(options: argparse.Namespace) -> int:
     for file in (options.json, options.scores):
         check_writable(file)
     check_writable(options.report, is_folder=True)
+    from apt_ray.data.distinct import describe_copies
     from apt_ray.data.folders import find_categories
     from apt_ray.validation.evaluation import evaluate
 
@@ -98,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
                         bar.total, bar.n = total, done
                         bar.refresh()
 
-                    results += evaluate(
+                    found = evaluate(
                         category,
                         backbone=loaded,
                         shots=options.shots,
@@ -108,6 +109,11 @@ def _run(options: argparse.Namespace) -> int:
                         examples=_EXAMPLES if options.report is not None else 0,
                         progress=show,
                     )
+                results += found
+                copies = tuple(dict.fromkeys(copy for result in found for copy in result.copies))
+                if copies:
+                    said = describe_copies(copies)
+                    print(f"warning: {category.name}: {said}", file=sys.stderr)
             except AptError as error:
                 # The other categories are still worth their figures.
                 failed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from apt_ray.cli.common import add_backbone, add_command, add_settings, backbone, bar
@@ -34,6 +35,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def _run(options: argparse.Namespace) -> int:
     check_writable(options.out)
+    from apt_ray.data.distinct import describe_copies
     from apt_ray.data.folders import find_categories
     from apt_ray.errors import DataError
     from apt_ray.levels import FULL
@@ -48,26 +50,25 @@ def _run(options: argparse.Namespace) -> int:
     (category,) = categories
     print(category.contents)
     settings = given_settings(options)
-    support = category.support_set(options.shots, settings.seed)
-    others = tuple(path for path in category.good if path not in support)
-    if options.calibrate and not others:
-        raise DataError(
-            f"no normal image of {category.name} is left for calibration: use fewer --shots, or"
-            f" leave out --calibrate"
-        )
+    # One is enough to calibrate on; all that are left are read by the fit.
+    drawn = category.draw(options.shots, settings.seed, calibration=1 if options.calibrate else 0)
+    others = tuple(path for path in category.good if path not in drawn.support)
     with bar(f"fitting {category.name}") as progress:
         prompt_set = fit(
             category.name,
-            support,
+            drawn.support,
             settings,
             backbone=backbone(options),
             calibration=others if options.calibrate else (),
             progress=progress,
         )
     keep(options.out, prompt_set.save)
+    copies = prompt_set.provenance.copies if options.calibrate else drawn.copies
+    if copies:
+        print(f"warning: {describe_copies(copies)}", file=sys.stderr)
     threshold = prompt_set.threshold
     rate = threshold.certified_false_alarm_rate
-    print(f"{options.out}: {category.name}, {len(support)} shots")
+    print(f"{options.out}: {category.name}, {len(drawn.support)} shots")
     print(
         f"threshold {threshold.value:.4f} from {len(threshold.scores)} {threshold.source}, "
         + ("uncertified" if rate is None else f"false-alarm rate certified at {rate:.1%}")

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
 from apt_ray.config import CATEGORY_NAME
+from apt_ray.data.distinct import Copies, Distinct, pixel_digest
 from apt_ray.errors import DataError
 from apt_ray.files import (
     AnyPath,
@@ -22,7 +23,7 @@ from apt_ray.files import (
     read_file,
     visible,
 )
-from apt_ray.images import IMAGE_SUFFIXES, is_image_file
+from apt_ray.images import IMAGE_SUFFIXES, find_reading, is_image_file, read_image
 
 GOOD = "good"
 _NORMAL = frozenset({GOOD, "ok", "normal"})
@@ -76,6 +77,21 @@ class LabelledImage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """Normal images drawn from a category, no two of which show the same.
+
+    Attributes:
+        support: those to learn from.
+        calibration: those to set a threshold from.
+        copies: what was met on the way and left out.
+    """
+
+    support: tuple[Location, ...]
+    calibration: tuple[Location, ...]
+    copies: Copies
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Category:
     """The images of one product class; all paths are absolute and sorted by name."""
 
@@ -90,30 +106,38 @@ class Category:
         anomalous = [image for image in self.test if image.is_anomalous]
         return bool(anomalous) and all(image.mask is not None for image in anomalous)
 
+    def draw(self, shots: int, seed: int, *, calibration: int = 0) -> Draw:
+        """`shots` normal images drawn by `seed`, and `calibration` further ones.
+
+        Copies of one another count once. Fewer images are a part of what more would be. DataError
+        if there are too few, or one cannot be read.
+        """
+        distinct = Distinct()
+        drawn: list[Location] = []
+        for path in random.Random(seed).sample(self.good, len(self.good)):
+            if len(drawn) >= shots + calibration:
+                break
+            # Each by its own range: that of the category is found from what is drawn here.
+            image = read_image(path, find_reading([path], ground="gray"))
+            if distinct.admit(path, pixel_digest(image)):
+                drawn.append(path)
+        if min(shots - 1, calibration, len(drawn) - shots - calibration) < 0:
+            copies = f" and {len(distinct.copies)} copies of these" if distinct.copies else ""
+            further = f" and {calibration} more to calibrate" if calibration else ""
+            raise DataError(
+                f"category {self.name} has {len(self.good) - len(distinct.copies)} normal images"
+                f"{copies} in {self.root}, {shots} shots{further} were asked for: add normal images"
+                f" or ask for fewer"
+            )
+        return Draw(
+            support=tuple(drawn[:shots]),
+            calibration=tuple(drawn[shots:]),
+            copies=distinct.copies,
+        )
+
     def support_set(self, shots: int, seed: int) -> tuple[Location, ...]:
-        """`shots` normal images drawn by `seed`; fewer shots draw a part of what more would."""
-        if not 1 <= shots <= len(self.good):
-            raise DataError(
-                f"category {self.name} has {len(self.good)} normal images in {self.root}, "
-                f"{shots} shots were asked for: add normal images or ask for fewer shots"
-            )
-        return tuple(random.Random(seed).sample(self.good, len(self.good))[:shots])
-
-    def calibration_set(self, count: int, *, shots: int, seed: int) -> tuple[Location, ...]:
-        """`count` further normal images: those drawn next after the support set."""
-        left = len(self.good) - len(self.support_set(shots, seed))
-        if not 0 <= count <= left:
-            raise DataError(
-                f"category {self.name} has {left} normal images in {self.root} beside the {shots}"
-                f" of the support set, {count} were asked for to calibrate: add normal images, or"
-                f" ask for fewer"
-            )
-        return self.support_set(shots + count, seed)[shots:]
-
-    def held_out(self, support: Collection[AnyPath]) -> tuple[LabelledImage, ...]:
-        """The test images that are not in the support set."""
-        seen = {absolute(path) for path in support}
-        return tuple(image for image in self.test if image.path not in seen)
+        """What `draw` gives to learn from."""
+        return self.draw(shots, seed).support
 
     def name_of(self, path: AnyPath) -> str:
         """Where an image lies below the category's folder: the same on disk and in S3."""

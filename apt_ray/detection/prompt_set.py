@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from apt_ray.config import BackboneSpec, FitSettings, Settings
+from apt_ray.data.distinct import Copies
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import RULE_VERSION, Scales
@@ -50,6 +51,10 @@ class Provenance(Settings):
     shots: int = Field(ge=1)
     support_hash: str = Field(description="SHA-256 over the files of the support images.")
     support_names: tuple[str, ...]
+    copies: Copies = Field(
+        default=(),
+        description="Files that were given and left out, each with the one whose pixels it has.",
+    )
     created: str = Field(description="Time of the fit, ISO 8601 in UTC.")
     threshold: Threshold
     scales: Scales = Field(description="What its evidence is measured in.")

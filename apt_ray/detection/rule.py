@@ -1,9 +1,8 @@
 """The score rule: from an image's features to its anomaly map and its anomaly score.
 
-Fits, evaluation, comparisons of versions, replicas, pyfunc and benchmarks all score by `ScoreRule`;
-trials are judged by its parts, on the patches of the prompts alone (`validation.synthetic`). A
-prompt set carries `RULE_VERSION`, since its threshold means something under the rule that set it
-alone.
+Fits, trials, evaluation, comparisons of versions, replicas, pyfunc and benchmarks all score by
+`ScoreRule`. A prompt set carries `RULE_VERSION`, since its threshold means something under the rule
+that set it alone.
 
 B images (or any leading dimensions), N patch tokens, M_l places of reference layer l, E joint
 width, P prompts: row 0 the normal one, the others anomalous; S pixels a side of a map.

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import torch
 
-from apt_ray.config import BACKBONE, TIMM, BackboneSpec
-from apt_ray.features import trunk
+from apt_ray.config import (
+    BACKBONE,
+    TIMM,
+    TRUNK_INPUT_SIZE,
+    TRUNK_POOL,
+    TRUNK_STAGES,
+    BackboneSpec,
+)
 from apt_ray.features.protocol import ReferenceEncoder
 from apt_ray.features.timm_encoder import TimmEncoder
 from apt_ray.features.trunk import Trunk
@@ -25,13 +31,15 @@ def load_reference_encoder(spec: BackboneSpec, *, device: str) -> ReferenceEncod
             layers=spec.reference_layers,
             input_size=spec.reference_input_size,
             pool=spec.reference_pool,
+            lengths=spec.reference_lengths,
             device=device,
             precision=precision,
         )
     return Trunk(
-        stages=spec.reference_layers or trunk.STAGES,
-        input_size=spec.reference_input_size or trunk.INPUT_SIZE,
-        pool=spec.reference_pool or trunk.POOL,
+        stages=spec.reference_layers or TRUNK_STAGES,
+        input_size=spec.reference_input_size or TRUNK_INPUT_SIZE,
+        pool=spec.reference_pool or TRUNK_POOL,
+        lengths=spec.reference_lengths,
         device=device,
         precision=precision,
     )

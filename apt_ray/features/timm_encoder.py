@@ -39,6 +39,8 @@ class TimmEncoder:
         input_size: pixels a side; None is one that the model takes: 448 or near it for blocks, 320
             for stages, its own where that is fixed.
         pool: side, odd, of the window over which features are averaged; None is 1.
+        lengths: whether the last stage of a CNN follows once more as it is, as of `describe`;
+            blocks end in a normalisation, so that the lengths of what they give say nothing.
         device: of torch.
         precision: of the arithmetic.
 
@@ -60,6 +62,7 @@ class TimmEncoder:
         layers: tuple[int, ...] | None = None,
         input_size: int | None = None,
         pool: int | None = None,
+        lengths: bool = True,
         device: str = "cpu",
         precision: torch.dtype = torch.float32,
     ) -> None:
@@ -76,6 +79,7 @@ class TimmEncoder:
         self.input_size = _size(name, model, reductions, input_size)
         self._pool = pool or _POOL
         self._has_blocks = has_blocks
+        self._lengths = lengths and not has_blocks
         self._layers = model.prune_intermediate_layers(list(layers), prune_norm=not has_blocks)
         self._device, self._dtype = torch.device(device), precision
         description = {
@@ -86,6 +90,7 @@ class TimmEncoder:
             "input_size": self.input_size,
             "pool": self._pool,
             "precision": str(precision),
+            **({} if lengths else {"lengths": False}),
         }
         # Before position embeddings are resized, whose last bits may differ between machines.
         self.fingerprint = fingerprint(description, model)
@@ -107,11 +112,8 @@ class TimmEncoder:
         self.grid = (rows, columns)
 
     def encode(self, pixels_B3HW: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Pixels in 0..1 of `input_size` -> reference layers as of `describe`.
-
-        Blocks end in a normalisation, so that the lengths of what they give say nothing.
-        """
-        return describe(self._read(pixels_B3HW), pool=self._pool, lengths=not self._has_blocks)
+        """Pixels in 0..1 of `input_size` -> reference layers as of `describe`."""
+        return describe(self._read(pixels_B3HW), pool=self._pool, lengths=self._lengths)
 
     @torch.no_grad()
     def _read(self, pixels_B3HW: torch.Tensor) -> list[torch.Tensor]:

@@ -20,18 +20,10 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from apt_ray.config import TRUNK_INPUT_SIZE, TRUNK_POOL, TRUNK_STAGES
 from apt_ray.errors import BackboneError
 from apt_ray.features.descriptors import describe
 from apt_ray.features.torchvision_guard import import_timm
-
-STAGES = (2, 4)
-"""Read by default: 40 channels at an eighth of the size, 112 at a sixteenth."""
-
-INPUT_SIZE = 320
-"""Pixels a side by default."""
-
-POOL = 1
-"""Places a side over which features are averaged by default."""
 
 _CPU_IMAGES_PER_PASS = 2
 """What the caches of a core hold: activations of more images travel to memory and back at every
@@ -56,6 +48,7 @@ class Trunk:
         stages: counted from 0, in ascending order.
         input_size: pixels a side, a multiple of 32.
         pool: side, odd, of the window over which features are averaged before they are compared.
+        lengths: whether the last stage follows once more as it is, as of `describe`.
         device: of torch.
         precision: of the arithmetic.
         weights: their file; None is that of the package.
@@ -71,9 +64,10 @@ class Trunk:
     def __init__(
         self,
         *,
-        stages: tuple[int, ...] = STAGES,
-        input_size: int = INPUT_SIZE,
-        pool: int = POOL,
+        stages: tuple[int, ...] = TRUNK_STAGES,
+        input_size: int = TRUNK_INPUT_SIZE,
+        pool: int = TRUNK_POOL,
+        lengths: bool = True,
         device: str = "cpu",
         precision: torch.dtype = torch.float32,
         weights: Path | None = None,
@@ -91,10 +85,12 @@ class Trunk:
         side = input_size // _STRIDES[stages[0]]
         self.grid = (side, side)
         self.input_size = input_size
-        self._stages, self._pool, self._dtype = stages, pool, precision
+        self._stages, self._pool, self._lengths, self._dtype = stages, pool, lengths, precision
         self._device = torch.device(device)
         model, digest = _load(weights or _file_of_package())
         settings = {"stages": stages, "input_size": input_size, "pool": pool}
+        if not lengths:
+            settings["lengths"] = False
         described = f"{digest} {json.dumps(settings)} {precision}"
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:32]
         self._stem = nn.Sequential(fuse_conv_bn_eval(model.conv_stem, model.bn1), model.bn1.act)
@@ -124,7 +120,7 @@ class Trunk:
             x_BDHW = blocks(x_BDHW)
             if stage in self._stages:
                 maps.append(x_BDHW)
-        return describe(maps, pool=self._pool, lengths=True)
+        return describe(maps, pool=self._pool, lengths=self._lengths)
 
 
 def _file_of_package() -> Path:

@@ -40,6 +40,80 @@ class HeldOut:
     source: Literal["left-out support images", "copies of the support image"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """All that a reference memory of S support images is made from.
+
+    Attributes:
+        parts: features of the support images, and of what is made of them, S images each.
+        views: of a single support image, the seven other ways in which it can lie.
+        size: places that a layer of a memory holds at most.
+    """
+
+    parts: tuple[ImageFeatures, ...]
+    views: tuple[ImageFeatures, ...]
+    size: int
+
+    def memory(self, *, without: int | None = None) -> ReferenceMemory:
+        """The memory of all support images, or of all but one."""
+        shots = len(self.parts[0])
+        kept = [place for place in range(shots) if place != without]
+        shown = [part[kept] for part in (*self.parts, *self.views)]
+        return ReferenceMemory.of(ImageFeatures.concatenate(shown), self.size)
+
+    @property
+    def widened(self) -> float:
+        """By how much deviations among views fall short of those among images."""
+        return _WIDENED if self.views else 1.0
+
+    def smallest(self) -> dict[int, float]:
+        """Reference layer -> standard deviation of its distances that is believed at least."""
+        layers = self.parts[0].layers
+        return {layer: _SMALLEST_SD * float(x.norm(dim=-1).mean()) for layer, x in layers.items()}
+
+
+def distance_scale(distances: torch.Tensor, *, smallest: float, widened: float) -> Scale:
+    """What the distances of a layer are measured in, by those of normal images that the memory was
+    made without, of any shape."""
+    scale = Scale.of(distances, smallest=smallest)
+    return scale.model_copy(update={"sd": widened * scale.sd})
+
+
+def show(
+    support: ImageFeatures,
+    pixels_S3HW: torch.Tensor,
+    encoder: ImageEncoder,
+    *,
+    copies: int,
+    rotations: int,
+    size: int,
+    seed: int,
+) -> Shown:
+    """What memories of the support images are made from.
+
+    Args:
+        support: features of the support images.
+        pixels_S3HW: the support images, preprocessed.
+        encoder: of both.
+        copies: altered copies of each.
+        rotations: turns of each; 1 is none.
+        size: places that a layer holds at most.
+        seed: of the copies.
+    """
+    g = torch.Generator().manual_seed(seed)
+    altered = [harmless_copies(pixels_S3HW, 1, g) for _ in range(copies)]
+    views = _turned_and_mirrored(pixels_S3HW) if len(support) == 1 else []
+    return Shown(
+        parts=(
+            support,
+            *(encoder.encode_in_batches(copy) for copy in altered),
+            *encode_turns(pixels_S3HW, rotations, encoder),
+        ),
+        views=tuple(encoder.encode_in_batches(view) for view in views),
+        size=size,
+    )
+
+
 def remember(
     support: ImageFeatures,
     pixels_S3HW: torch.Tensor,
@@ -48,62 +122,44 @@ def remember(
 ) -> tuple[ReferenceMemory, HeldOut]:
     """The memory of the support images and of altered copies, and the same leaving one out.
 
+    With one support image there is none to leave out: then it is turned by 90, 180 and 270 degrees
+    and mirrored, which all joins the memory, and measured against these views of itself alone.
+
     Args:
         support: features of the support images.
         pixels_S3HW: the support images, preprocessed.
         settings: which copies, and how many places a layer.
-
-    With one support image there is none to leave out: then it is turned by 90, 180 and 270 degrees
-    and mirrored, which all joins the memory, and measured against these views of itself alone.
     """
-    shots = len(support)
-    g = torch.Generator().manual_seed(settings.seed)
-    copies = [harmless_copies(pixels_S3HW, 1, g) for _ in range(settings.reference_copies)]
-    shown = [
+    shown = show(
         support,
-        *(encoder.encode_in_batches(copy) for copy in copies),
-        *encode_turns(pixels_S3HW, settings.reference_rotations, encoder),
-    ]
-
-    def memory_of(kept: list[int], shown: list[ImageFeatures]) -> ReferenceMemory:
-        images = ImageFeatures.concatenate([features[kept] for features in shown])
-        return ReferenceMemory.of(images, settings.reference_size)
-
-    def held_out(
-        distances: dict[int, torch.Tensor],
-        source: Literal["left-out support images", "copies of the support image"],
-        widened: float,
-    ) -> HeldOut:
-        scales = {
-            layer: Scale.of(
-                distance, smallest=_SMALLEST_SD * float(support.layers[layer].norm(dim=-1).mean())
-            )
+        pixels_S3HW,
+        encoder,
+        copies=settings.reference_copies,
+        rotations=settings.reference_rotations,
+        size=settings.reference_size,
+        seed=settings.seed,
+    )
+    source: Literal["left-out support images", "copies of the support image"]
+    if shown.views:
+        source = "copies of the support image"
+        views = ImageFeatures.concatenate(shown.views)
+        distances = ReferenceMemory.of(views, shown.size).distances(support)
+    else:
+        source = "left-out support images"
+        left_out = [
+            shown.memory(without=place).distances(support[place : place + 1])
+            for place in range(len(support))
+        ]
+        distances = {layer: torch.cat([one[layer] for one in left_out]) for layer in left_out[0]}
+    return shown.memory(), HeldOut(
+        tokens_BNE=support.tokens_BNE,
+        distances=distances,
+        scales={
+            layer: distance_scale(distance, smallest=shown.smallest()[layer], widened=shown.widened)
             for layer, distance in distances.items()
-        }
-        return HeldOut(
-            tokens_BNE=support.tokens_BNE,
-            distances=distances,
-            scales={
-                layer: scale.model_copy(update={"sd": widened * scale.sd})
-                for layer, scale in scales.items()
-            },
-            source=source,
-        )
-
-    if shots == 1:
-        views = [encoder.encode_in_batches(view) for view in _turned_and_mirrored(pixels_S3HW)]
-        distances = memory_of([0], views).distances(support)
-        return memory_of([0], shown + views), held_out(
-            distances, "copies of the support image", _WIDENED
-        )
-    left_out = [
-        memory_of([other for other in range(shots) if other != place], shown).distances(
-            support[place : place + 1]
-        )
-        for place in range(shots)
-    ]
-    distances = {layer: torch.cat([one[layer] for one in left_out]) for layer in left_out[0]}
-    return memory_of(list(range(shots)), shown), held_out(distances, "left-out support images", 1.0)
+        },
+        source=source,
+    )
 
 
 def _turned_and_mirrored(pixels_B3HW: torch.Tensor) -> list[torch.Tensor]:

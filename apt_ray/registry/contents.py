@@ -7,7 +7,8 @@ again, without the process that made it:
     version/MLmodel                 makes it an MLflow pyfunc, with its signature
     version/prompt_set.safetensors
     version/trials.csv              the trials of its search
-    version/data.json               SHA-256 of every image that it was made from
+    version/data.json               SHA-256 of every file that it was made from, of the pixels too
+                                    for the support set and what is held out
     version/held_out/*.png          normal images outside the support set, for promotions
     version/pictures/*.png          what is drawn for people
 """
@@ -29,6 +30,7 @@ import yaml
 from PIL import Image
 
 from apt_ray.config import CATEGORY_NAME
+from apt_ray.data.distinct import Distinct, pixel_digest
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryError, SettingsError
 from apt_ray.files import Location, file_sha256
@@ -194,19 +196,25 @@ def _write_data(
     if not support:
         return None
     digests = {path: file_sha256(path) for path in (*support, *held_out)}
+    pixels: dict[str, str] = {}
+    distinct = Distinct()
+    kept = 0
+    for path in (*support, *held_out):
+        if kept == MAX_HELD_OUT:
+            break
+        image, digest = read_image(path, reading), digests[path]
+        pixels[digest] = pixel_digest(image)
+        if distinct.admit(path, pixels[digest]) and path not in support:
+            (home / HELD_OUT).mkdir(exist_ok=True)
+            image.thumbnail((_HELD_OUT_SIDE, _HELD_OUT_SIDE), Image.Resampling.BICUBIC)
+            (home / HELD_OUT / f"{digest}.png").write_bytes(encode_png(image))
+            kept += 1
     fingerprints = {
         "support": {printable(path.name): digests[path] for path in support},
         "held_out": {printable(path.name): digests[path] for path in held_out},
+        "pixels": pixels,
     }
     (home / DATA).write_text(json.dumps(fingerprints, indent=2))
-    used = {digests[path] for path in support}
-    kept = {digests[path]: path for path in held_out if digests[path] not in used}
-    if kept:
-        (home / HELD_OUT).mkdir()
-    for digest, path in list(kept.items())[:MAX_HELD_OUT]:
-        image = read_image(path, reading)
-        image.thumbnail((_HELD_OUT_SIDE, _HELD_OUT_SIDE), Image.Resampling.BICUBIC)
-        (home / HELD_OUT / f"{digest}.png").write_bytes(encode_png(image))
     return sha256("".join(sorted(digests.values())).encode())
 
 

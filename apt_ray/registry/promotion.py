@@ -9,6 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
+from apt_ray.data.distinct import pixel_digest
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import PromptSetError, RegistryError
 from apt_ray.files import AnyPath, file_sha256
@@ -189,10 +190,19 @@ def _judge(
             f" at {other.white_level} on {other.ground}; promote one by hand"
         )
     if reason is None:
-        fitted = {digest for side in sides for digest in side.support}
-        found = {digest: image for side in sides for digest, image in side.held_out.items()}
-        found |= {file_sha256(path): read_image(path, reading) for path in normal}
-        images = [image for digest, image in sorted(found.items()) if digest not in fitted]
+        found = {file: image for side in sides for file, image in side.held_out.items()}
+        pixels = {file: digest for side in sides for file, digest in side.pixels.items()}
+        for path in normal:
+            file = file_sha256(path)
+            found[file] = read_image(path, reading)
+            pixels[file] = pixel_digest(found[file])
+        # Of a file that only a version from before knows, its own digest stands for its pixels'.
+        fitted = {pixels.get(file, file) for side in sides for file in side.support}
+        fitted |= {file for side in sides for file in side.support}
+        distinct = {
+            pixels.get(file, file): image for file, image in found.items() if file not in fitted
+        }
+        images = [image for digest, image in sorted(distinct.items()) if digest not in fitted]
         if not images:
             reason = (
                 "there is no normal image that is in neither support set: name a folder with"
@@ -227,14 +237,16 @@ class _Side:
     """One of two versions that are compared.
 
     Attributes:
-        support: digests of the images that it was fitted to.
-        held_out: digest -> normal image that it was not fitted to.
+        support: digests of the files that it was fitted to.
+        held_out: digest of a file -> normal image that it was not fitted to.
+        pixels: digest of a file -> of its pixels; empty in versions from before these were kept.
         reason: why it cannot be compared, if so.
     """
 
     prompt_set: PromptSet
     support: frozenset[str]
     held_out: dict[str, Image.Image]
+    pixels: dict[str, str]
     reason: str | None
 
     @classmethod
@@ -242,17 +254,25 @@ class _Side:
         prompt_set, _ = registry.load(registered.category, str(registered.version))
         support: frozenset[str] = frozenset()
         held_out: dict[str, Image.Image] = {}
+        pixels: dict[str, str] = {}
         reason = None
         with tempfile.TemporaryDirectory(prefix="apt-ray-") as name:
             data = registry.download(registered, DATA, Path(name))
             if data is None:
                 reason = f"version {registered.version} does not say which images it was fitted to"
             else:
-                support = frozenset(json.loads(data.read_text())["support"].values())
+                said = json.loads(data.read_text())
+                support, pixels = frozenset(said["support"].values()), said.get("pixels", {})
                 folder = registry.download(registered, HELD_OUT, Path(name))
                 files = sorted(folder.glob("*.png")) if folder else []
                 held_out = {path.stem: read_image(path) for path in files}
-        return cls(prompt_set=prompt_set, support=support, held_out=held_out, reason=reason)
+        return cls(
+            prompt_set=prompt_set,
+            support=support,
+            held_out=held_out,
+            pixels=pixels,
+            reason=reason,
+        )
 
 
 def explain(comparison: VersionComparison) -> str:

@@ -8,7 +8,7 @@ takes the same memory whatever the size of the images.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from apt_ray.config import FitSettings
+from apt_ray.data.distinct import Copies, Distinct, pixel_digest
 from apt_ray.data.folders import Category
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.detector import Detector
@@ -60,6 +61,7 @@ class Result:
     """One fit, scored in one way. Metrics are in 0..1, None where the data do not define them.
 
     Attributes:
+        copies: normal images that were left out, since they show what another one shows.
         threshold: of the prompt set, None for a way of scoring that it does not belong to.
         examples: telling test images, where they were asked for.
     """
@@ -71,6 +73,7 @@ class Result:
     image_auroc: float | None
     pixel_auroc: float | None
     aupro: float | None
+    copies: Copies = ()
     scores: ImageScores = field(repr=False, compare=False)
     threshold: Threshold | None = field(default=None, repr=False, compare=False)
     examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
@@ -140,26 +143,23 @@ def evaluate(
         raise SettingsError(f"got the seeds {list(seeds)}: give at least one, and none twice")
     fits = {seed: FitSettings.parse({**settings.model_dump(), "seed": seed}) for seed in seeds}
     report = progress or (lambda _what, _done, _total: None)
-    supports = {seed: category.support_set(shots, seed) for seed in seeds}
-    further = {
-        seed: category.calibration_set(calibration, shots=shots, seed=seed) for seed in seeds
-    }
+    draws = {seed: category.draw(shots, seed, calibration=calibration) for seed in seeds}
     # Test images are encoded once for all seeds, so all are read by what all support images say.
     reading = find_reading(
-        list(dict.fromkeys(path for support in supports.values() for path in support)),
+        list(dict.fromkeys(path for drawn in draws.values() for path in drawn.support)),
         ground=settings.ground,
         white_level=settings.white_level,
     )
     test = TestSet.read(category, reading)
     features = test.encode(backbone, report)
     results = []
-    for seed, support in supports.items():
+    for seed, drawn in draws.items():
         prompt_set = fit(
             category.name,
-            support,
+            drawn.support,
             fits[seed],
             backbone=backbone,
-            calibration=further[seed],
+            calibration=drawn.calibration,
             reading=reading,
             progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]
         )
@@ -179,11 +179,12 @@ def evaluate(
             result = test.result(
                 score,
                 variant=variant,
-                support=support,
-                calibration=further[seed],
+                support=drawn.support,
+                calibration=drawn.calibration,
                 seed=seed,
                 threshold=threshold,
             )
+            result = replace(result, copies=tuple(dict.fromkeys((*drawn.copies, *result.copies))))
             if threshold is not None and seed == seeds[0]:
                 shown = test.examples(score, result, threshold.value, examples)
                 result = replace(result, examples=shown)
@@ -203,6 +204,7 @@ class TestSet:
         category: whose they are; `category.test` lists them.
         reading: how their files are read.
         sizes: (width, height) of each.
+        digests: of their pixels, by file.
         masks: ground truth of each, bool (H, W), unpacked when it is asked for; None unless every
             anomalous one has a mask.
     """
@@ -212,6 +214,7 @@ class TestSet:
     category: Category
     reading: Reading
     sizes: tuple[tuple[int, int], ...]
+    digests: Mapping[Location, str]
     masks: Sequence[npt.NDArray[np.bool_]] | None
 
     @classmethod
@@ -222,9 +225,35 @@ class TestSet:
                 f"category {category.name} in {category.root} needs good and defective test images"
                 f" to be evaluated: add the missing kind"
             )
-        sizes = tuple(read_image(image.path, reading).size for image in category.test)
+        sizes: list[tuple[int, int]] = []
+        digests: dict[Location, str] = {}
+        for tested in category.test:
+            image = read_image(tested.path, reading)
+            sizes.append(image.size)
+            digests[tested.path] = pixel_digest(image)
         masks = _read_masks(category, sizes) if category.has_masks else None
-        return cls(category=category, reading=reading, sizes=sizes, masks=masks)
+        return cls(
+            category=category,
+            reading=reading,
+            sizes=tuple(sizes),
+            digests=digests,
+            masks=masks,
+        )
+
+    def held_out(self, used: Collection[Location]) -> tuple[list[int], Copies]:
+        """The places of the images that are not among the used; of normal ones neither those that
+        show what one of these shows, nor copies of one another, which are named."""
+        distinct = Distinct()
+        for path in used:
+            digest = self.digests.get(path) or pixel_digest(read_image(path, self.reading))
+            distinct.admit(path, digest)
+        kept = [
+            place
+            for place, image in enumerate(self.category.test)
+            if image.path not in used
+            and (image.is_anomalous or distinct.admit(image.path, self.digests[image.path]))
+        ]
+        return kept, distinct.copies
 
     def encode(self, backbone: Backbone, progress: Progress) -> ImageFeatures:
         """Features of all of them, in order, on the CPU."""
@@ -250,9 +279,8 @@ class TestSet:
         seed: int,
         threshold: Threshold | None = None,
     ) -> Result:
-        """Score every test image outside the support and the calibration set, and measure."""
-        seen = {*support, *calibration}
-        kept = [i for i, image in enumerate(self.category.test) if image.path not in seen]
+        """Score what is held out from the support and the calibration set, and measure."""
+        kept, copies = self.held_out({*support, *calibration})
         small_SS: list[torch.Tensor] = []
         scores: list[float] = []
         for start in range(0, len(kept), _BATCH):
@@ -281,6 +309,7 @@ class TestSet:
             image_auroc=image_auroc(scores, is_anomalous),
             pixel_auroc=pixel,
             aupro=overlap,
+            copies=copies,
             scores=ImageScores(
                 variant=variant,
                 category=self.category.name,

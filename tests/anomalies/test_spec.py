@@ -2,17 +2,26 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import apt_ray
 from apt_ray.anomalies.bank import encode_support
-from apt_ray.anomalies.spec import BankSpec, file_digests
+from apt_ray.anomalies.spec import BankSpec, EncodedSpec, JudgeSpec, file_digests
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.images import read_image
-from tests.fakes import FakeBackbone, bank_spec
+from apt_ray.validation.judge import encode_judge
+from tests.fakes import FakeBackbone, bank_spec, judge_spec
+
+
+def differ(first: EncodedSpec, changes: dict[str, Any]) -> bool:
+    """Whether each of these changes, which are all that there can be, makes another digest."""
+    assert set(changes) == set(type(first).model_fields)
+    others = [first.model_copy(update={name: value}) for name, value in changes.items()]
+    return len({spec.digest for spec in (first, *others)}) == 1 + len(others)
 
 
 def test_a_digest_covers_every_field(category: Category, tmp_path: Path) -> None:
@@ -27,11 +36,20 @@ def test_a_digest_covers_every_field(category: Category, tmp_path: Path) -> None
         "object_mask": False,
         "ground": "black",
         "white_level": 4095,
-        "judged": True,
     }
-    assert set(changes) == set(BankSpec.model_fields)
-    others = [first.model_copy(update={name: value}) for name, value in changes.items()]
-    assert len({spec.digest for spec in (first, *others)}) == 1 + len(others)
+    assert differ(first, changes)
+    judge = JudgeSpec.of(FitSettings(), first.support, fingerprint="f", seed=0)
+    changes = {
+        "fingerprint": "g",
+        "support": first.support[::-1],
+        "seed": 1,
+        "ground": "black",
+        "white_level": 4095,
+        "reference_copies": 7,
+        "reference_rotations": 2,
+        "reference_size": 11,
+    }
+    assert differ(judge, changes)
 
     copies = [tmp_path / "x.png", tmp_path / "y.png"]
     for copy, image in zip(copies, images, strict=True):
@@ -69,7 +87,7 @@ def test_a_change_of_the_code_that_encodes_makes_another_bank(source: str, tmp_p
     assert digest() != before
 
 
-def test_a_bank_is_made_by_the_encoder_and_from_the_images_that_its_spec_names(
+def test_banks_and_judges_are_made_by_the_encoder_and_from_the_images_that_their_spec_names(
     category: Category,
 ) -> None:
     encoder = FakeBackbone()
@@ -78,6 +96,8 @@ def test_a_bank_is_made_by_the_encoder_and_from_the_images_that_its_spec_names(
         encode_support(encoder, [image], bank_spec(encoder, 2))
     with pytest.raises(SettingsError, match="make its spec"):
         encode_support(encoder, [image], bank_spec(FakeBackbone(fingerprint="other"), 1))
+    with pytest.raises(SettingsError, match="make its spec"):
+        encode_judge(encoder, [image], judge_spec(encoder, 2))
 
 
 def test_a_lane_is_refused_a_bank_of_other_noise() -> None:

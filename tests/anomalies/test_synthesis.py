@@ -17,7 +17,7 @@ def _images(batch: int = 6) -> torch.Tensor:
 
 def test_the_three_sets_of_families_are_disjoint() -> None:
     assert len(GUIDANCE) == 5
-    assert len(SELECTION) == 7
+    assert len(SELECTION) == 12
     assert not {id(family) for family in GUIDANCE.values()} & {
         id(family) for family in SELECTION.values()
     }

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,31 @@ def test_calibration_uses_the_other_good_pictures(
     assert "certified at 20.0%" in capsys.readouterr().out
 
 
+def test_copies_certify_nothing_and_are_named(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = sorted((min(sample_data.iterdir()) / "train/good").iterdir())[:4]
+    (tmp_path / "nut/good").mkdir(parents=True)
+    for image in images:
+        for copy in range(6):
+            shutil.copy(image, tmp_path / f"nut/good/{image.stem} ({copy}).png")
+    file = tmp_path / "set.safetensors"
+    fit = ["fit", "--data", str(tmp_path / "nut"), "--out", str(file), "--steps", "1"]
+    assert main([*fit, "--calibrate", "--shots", "2"]) == 0
+    said = capsys.readouterr()
+    assert "from 2 calibration images, uncertified" in said.out
+    assert "warning: 20 images are copies by the pixels and left out" in said.err
+    assert len(PromptSet.load(file).provenance.copies) == 20
+    assert main([*fit, "--calibrate"]) == 1
+    error = capsys.readouterr().err
+    assert "4 normal images and 20 copies of these" in error
+    assert "add normal images or ask for fewer" in error
+    # All four are found among 24 files.
+    assert main(fit) == 0
+    assert "4 left-out support images" in capsys.readouterr().out
+    assert len(set(PromptSet.load(file).provenance.support_names)) == 4
+
+
 def test_compare_reads_what_evaluate_kept(
     sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +144,7 @@ def test_evaluate_prints_a_table_and_writes_every_result(
         "image_auroc",
         "pixel_auroc",
         "aupro",
+        "copies",
         "good_rejected",
         "good_rejected_interval",
         "defects_found",

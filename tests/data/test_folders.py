@@ -1,11 +1,14 @@
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from apt_ray.data.folders import Category, find_categories, support_hash
 from apt_ray.errors import DataError
+from apt_ray.images import read_image
 
 
 def touch(root: Path, *names: str) -> None:
@@ -254,10 +257,6 @@ def test_plain_layout(tmp_path: Path) -> None:
     assert names(cup.good) == ["0.png", "1.png", "2.png", "3.png"]
     assert [image.defect_type for image in cup.test] == ["chip"] + ["good"] * 4
     assert cup.has_masks
-    support = cup.support_set(2, seed=0)
-    held_out = [image.path for image in cup.held_out(support)]
-    assert len(held_out) == 3
-    assert not set(held_out) & set(support)
     assert only(tmp_path / "cup") == cup
 
 
@@ -266,7 +265,6 @@ def test_pictures_alone_are_all_good(tmp_path: Path) -> None:
     cup = only(tmp_path)
     assert names(cup.good) == ["0.png", "1.webp"]
     assert not any(image.is_anomalous for image in cup.test)
-    assert len(cup.held_out(cup.good[:1])) == 1
     assert only(tmp_path / "cup") == cup
 
 
@@ -289,8 +287,15 @@ def test_relative_roots_become_absolute(mvtec: Path, monkeypatch: pytest.MonkeyP
     assert category.good[0].is_absolute()
 
 
+def draw_images(folder: Path, levels: Sequence[int]) -> None:
+    """So many images, 00.png and so on, each of one level of gray."""
+    folder.mkdir(parents=True)
+    for place, level in enumerate(levels):
+        Image.new("L", (4, 4), level).save(folder / f"{place:02d}.png")
+
+
 def test_support_sets_are_seeded_and_nested(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"cup/good/{index:02d}.png" for index in range(30)))
+    draw_images(tmp_path / "cup/good", range(30))
     cup = only(tmp_path)
     four = cup.support_set(4, seed=1)
     assert len(set(four)) == 4
@@ -301,25 +306,40 @@ def test_support_sets_are_seeded_and_nested(tmp_path: Path) -> None:
 
 
 def test_calibration_sets_are_seeded_nested_and_apart_from_the_support_set(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"cup/train/good/{index:02d}.png" for index in range(30)))
+    draw_images(tmp_path / "cup/train/good", range(30))
     cup = only(tmp_path)
-    ten = cup.calibration_set(10, shots=4, seed=1)
-    assert len(set(ten)) == 10
-    assert not set(ten) & set(cup.support_set(4, seed=1))
-    assert ten != cup.calibration_set(10, shots=4, seed=2)
-    assert ten[:3] == cup.calibration_set(3, shots=4, seed=1)
-    assert cup.calibration_set(0, shots=4, seed=1) == ()
-    assert {*cup.calibration_set(26, shots=4, seed=0), *cup.support_set(4, seed=0)} == {*cup.good}
+    ten = cup.draw(4, seed=1, calibration=10)
+    assert ten.support == cup.support_set(4, seed=1)
+    assert len({*ten.support, *ten.calibration}) == 14
+    assert ten.copies == ()
+    assert ten.calibration != cup.draw(4, seed=2, calibration=10).calibration
+    assert ten.calibration[:3] == cup.draw(4, seed=1, calibration=3).calibration
+    assert cup.draw(4, seed=1).calibration == ()
+    everything = cup.draw(4, seed=0, calibration=26)
+    assert {*everything.support, *everything.calibration} == {*cup.good}
     for count in (27, -1):
-        with pytest.raises(DataError, match=r"cup has 26 normal images .* were asked for"):
-            cup.calibration_set(count, shots=4, seed=0)
+        with pytest.raises(DataError, match=rf"cup has 30 normal images .* and {count} more to"):
+            cup.draw(4, seed=0, calibration=count)
 
 
 @pytest.mark.parametrize("shots", [0, 3])
 def test_too_many_shots(tmp_path: Path, shots: int) -> None:
-    touch(tmp_path, "cup/good/0.png", "cup/good/1.png")
+    draw_images(tmp_path / "cup/good", range(2))
     with pytest.raises(DataError, match=f"cup has 2 normal images .* {shots} shots were asked for"):
         only(tmp_path).support_set(shots, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draw_leaves_copies_out(tmp_path: Path, seed: int) -> None:
+    draw_images(tmp_path / "cup/good", [level for level in range(4) for _ in range(6)])
+    cup = only(tmp_path)
+    drawn = cup.draw(2, seed, calibration=2)
+    shown = {read_image(path).getpixel((0, 0)) for path in (*drawn.support, *drawn.calibration)}
+    assert len(shown) == 4
+    for copy, first in drawn.copies:
+        assert int(copy[:2]) // 6 == int(first[:2]) // 6
+    with pytest.raises(DataError, match=r"4 normal images and 20 copies of these .* 5 shots were"):
+        cup.support_set(5, seed)
 
 
 def test_missing_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,11 +436,11 @@ def test_visa_layout(visa: Path) -> None:
     assert only(visa / "candle") == candle
 
 
-def test_visa_without_its_list_is_split_by_the_support_set(visa: Path) -> None:
+def test_visa_without_its_list_is_not_split(visa: Path) -> None:
     (visa / "split_csv" / "1cls.csv").unlink()
     (candle,) = find_categories(visa)
     assert len(candle.good) == 5
-    assert len(candle.held_out(candle.support_set(2, seed=0))) == 2 + 3
+    assert len(candle.test) == 2 + 5
 
 
 def test_visa_lists_as_spreadsheets_save_them(visa: Path) -> None:

@@ -50,8 +50,6 @@ def random_bank(
         noisy_labels_SDN=labels_SDN,
         noisy_views_SD=torch.randint(VIEWS, (shots, DRAWS), generator=g),
         guidance=guidance or family_bank([([normal, anomalous], [0, 1])] * shots),
-        selection=None,
-        judged_clean_SVNE=clean_SVNE,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from apt_ray.anomalies.families import SELECTION
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryConflictError, RegistryError
@@ -56,7 +57,7 @@ def test_a_better_candidate_becomes_champion_and_a_worse_one_does_not(
     assert promotion.comparison is not None
     assert promotion.comparison.difference > 0.1
     assert promotion.comparison.images == 2
-    assert parts[-1] == (14, 14)
+    assert parts[-1] == (2 * len(SELECTION), 2 * len(SELECTION))
     champion = registry.resolve("contest")
     assert champion.version == 2
     assert champion.tags["verdict"] == "promoted"
@@ -129,6 +130,7 @@ def test_without_pictures_in_neither_support_set_a_person_decides(
     registry: Registry,
     prompt_set: PromptSet,
     pictures: tuple[tuple[Path, ...], tuple[Path, ...]],
+    tmp_path: Path,
 ) -> None:
     support, others = pictures
     for _ in range(2):
@@ -140,6 +142,10 @@ def test_without_pictures_in_neither_support_set_a_person_decides(
     # Images of the support set do not count, others do.
     assert promote(registry, "bare", normal=support).verdict == "uncomparable"
     assert promote(registry, "bare", normal=(*support, *others)).verdict == "kept"
+    copies = tuple(tmp_path / f"{path.stem}.bmp" for path in support)
+    for path, copy in zip(support, copies, strict=True):
+        Image.open(path).convert("RGB").save(copy)
+    assert promote(registry, "bare", normal=copies).verdict == "uncomparable"
     register(registry, prompt_set.with_category("bare"))
     promotion = promote(registry, "bare", normal=others)
     assert promotion.verdict == "uncomparable"

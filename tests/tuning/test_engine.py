@@ -14,6 +14,7 @@ from apt_ray.errors import DataError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.prompts.lanes import folds
 from apt_ray.prompts.trainer import PromptTrainer
+from apt_ray.validation.judge import Judge
 from apt_ray.validation.synthetic import judge_folds
 from tuning.calls import EngineBusyError, RungCall, RungResult, UnknownCallError
 from tuning.engine import Engine, EngineLimits
@@ -23,16 +24,27 @@ STEPS = 8
 
 def call(call_id: str = "a", **changes: Any) -> RungCall:
     settings = {"steps": STEPS, "noise_strength": 0.3} | changes.pop("settings", {})
-    values = {"banks": ("washer",), "settings": settings, "steps": STEPS, "state": None}
+    banks = changes.get("banks", ("washer",))
+    values = {
+        "banks": banks,
+        "judges": tuple(f"judge of {bank}" for bank in banks),
+        "layers": None,
+        "settings": settings,
+        "steps": STEPS,
+        "state": None,
+    }
     return RungCall(id=call_id, **(values | changes))
 
 
 @contextmanager
-def running(backbone: FrozenCLIP, banks: dict[str, SupportBank], **limits: Any) -> Iterator[Engine]:
-    def load(digest: str) -> SupportBank:
-        if digest not in banks:
-            raise DataError(f"no bank {digest}")
-        return banks[digest]
+def running(
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge, **limits: Any
+) -> Iterator[Engine]:
+    def load(digest: str) -> SupportBank | Judge:
+        name = digest.removeprefix("judge of ")
+        if name not in ("washer", "textile"):
+            raise DataError(f"no bank {name}")
+        return bank if digest == name else judge
 
     engine = Engine(backbone, load, limits=EngineLimits(**limits))
     try:
@@ -48,7 +60,7 @@ def result(engine: Engine, call_id: str) -> RungResult:
 
 
 def test_calls_of_all_lengths_and_categories_equal_trials_alone(
-    backbone: FrozenCLIP, bank: SupportBank
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
 ) -> None:
     calls = [
         call(
@@ -58,7 +70,7 @@ def test_calls_of_all_lengths_and_categories_equal_trials_alone(
         )
         for i in range(3)
     ]
-    with running(backbone, {"washer": bank, "textile": bank}, lanes=8) as engine:
+    with running(backbone, bank, judge, lanes=8) as engine:
         for each in calls:
             engine.submit(each)
             time.sleep(0.05)  # so that they stand at different steps
@@ -66,18 +78,21 @@ def test_calls_of_all_lengths_and_categories_equal_trials_alone(
             lanes = folds([bank] * len(each.banks), FitSettings.parse(each.settings))
             trainer = PromptTrainer(backbone, lanes)
             trainer.advance(STEPS)
-            alone = judge_folds(backbone, trainer.lanes, trainer.text_features())
+            alone = judge_folds(
+                backbone, trainer.lanes, trainer.text_features(), [judge] * len(each.banks)
+            )
             found = result(engine, each.id)
             assert found.error is None
             assert found.validation == pytest.approx(alone.value, abs=1e-4)
             assert found.validation_sd == pytest.approx(alone.sd, abs=1e-4)
+            assert found.images == pytest.approx(alone.images, abs=1e-3)
             assert found.families == pytest.approx(alone.families, abs=1e-3)
 
 
 def test_rung_by_rung_on_two_engines_equals_one_call(
-    backbone: FrozenCLIP, bank: SupportBank
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
 ) -> None:
-    with running(backbone, {"washer": bank}) as one, running(backbone, {"washer": bank}) as two:
+    with running(backbone, bank, judge) as one, running(backbone, bank, judge) as two:
         one.submit(call("whole"))
         one.submit(call("first", steps=3))
         two.submit(call("second", state=result(one, "first").state))
@@ -86,8 +101,10 @@ def test_rung_by_rung_on_two_engines_equals_one_call(
         )
 
 
-def test_a_call_made_twice_is_served_once(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": bank}) as engine:
+def test_a_call_made_twice_is_served_once(
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
+) -> None:
+    with running(backbone, bank, judge) as engine:
         engine.submit(call())
         engine.submit(call())
         first = result(engine, "a")
@@ -96,8 +113,8 @@ def test_a_call_made_twice_is_served_once(backbone: FrozenCLIP, bank: SupportBan
         assert engine.status().lane_steps == STEPS * bank.shots
 
 
-def test_an_abandoned_call_expires(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": bank}, lease_s=0.2) as engine:
+def test_an_abandoned_call_expires(backbone: FrozenCLIP, bank: SupportBank, judge: Judge) -> None:
+    with running(backbone, bank, judge, lease_s=0.2) as engine:
         engine.submit(call(settings={"steps": 100_000}, steps=100_000))
         deadline = time.monotonic() + 20
         while engine.status().training == 0 and time.monotonic() < deadline:
@@ -109,16 +126,20 @@ def test_an_abandoned_call_expires(backbone: FrozenCLIP, bank: SupportBank) -> N
             engine.collect("a", 0)
 
 
-def test_a_call_that_is_asked_for_does_not_expire(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": bank}, lease_s=0.5) as engine:
+def test_a_call_that_is_asked_for_does_not_expire(
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
+) -> None:
+    with running(backbone, bank, judge, lease_s=0.5) as engine:
         engine.submit(call(settings={"steps": 100_000}, steps=100_000))
         for _ in range(15):
             assert engine.collect("a", 0.1) is None
         engine.forget("a")
 
 
-def test_a_full_engine_refuses_and_says_so(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": bank}, calls=1) as engine:
+def test_a_full_engine_refuses_and_says_so(
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
+) -> None:
+    with running(backbone, bank, judge, calls=1) as engine:
         engine.submit(call("a"))
         with pytest.raises(EngineBusyError, match="live trials"):
             engine.submit(call("b"))
@@ -128,8 +149,8 @@ def test_a_full_engine_refuses_and_says_so(backbone: FrozenCLIP, bank: SupportBa
         assert result(engine, "b").error is None
 
 
-def test_lanes_beyond_the_limit_wait(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": bank}, lanes=bank.shots) as engine:
+def test_lanes_beyond_the_limit_wait(backbone: FrozenCLIP, bank: SupportBank, judge: Judge) -> None:
+    with running(backbone, bank, judge, lanes=bank.shots) as engine:
         long = {"settings": {"steps": 100_000}, "steps": 100_000}
         engine.submit(call("a", **long))
         engine.submit(call("b", **long))
@@ -143,15 +164,16 @@ def test_lanes_beyond_the_limit_wait(backbone: FrozenCLIP, bank: SupportBank) ->
     ("changes", "complaint"),
     [
         ({"banks": ("blister",)}, "no bank blister"),
+        ({"judges": ("judge of blister",)}, "no bank blister"),
         ({"settings": {"context_length": 31}}, "at most 30"),
         ({"settings": {"noise_strength": 0.17}}, "noise_strength"),
         ({"steps": STEPS + 1}, "cannot go on"),
     ],
 )
 def test_a_bad_call_is_answered_and_harms_no_other(
-    backbone: FrozenCLIP, bank: SupportBank, changes: dict[str, Any], complaint: str
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge, changes: dict[str, Any], complaint: str
 ) -> None:
-    with running(backbone, {"washer": bank}) as engine:
+    with running(backbone, bank, judge) as engine:
         engine.submit(call("good"))
         engine.submit(call("bad", **changes))
         assert complaint in (result(engine, "bad").error or "")
@@ -173,7 +195,9 @@ def test_banks_make_room_for_one_another(backbone: FrozenCLIP, bank: SupportBank
     assert loads == ["a", "b", "a"]
 
 
-def test_a_closed_engine_leaves_no_thread(backbone: FrozenCLIP, bank: SupportBank) -> None:
-    with running(backbone, {"washer": bank}) as engine:
+def test_a_closed_engine_leaves_no_thread(
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
+) -> None:
+    with running(backbone, bank, judge) as engine:
         engine.submit(call())
     assert "engine" not in [thread.name for thread in threading.enumerate()]

@@ -20,7 +20,7 @@ from tuning.finishing import Finisher
 from tuning.outcome import Outcome
 from tuning.records import SearchStore, TrialRecord
 from tuning.settings import SearchSettings
-from tuning.space import DEFAULT_SPACE, starting_point
+from tuning.space import starting_point
 
 SETTINGS = SearchSettings(shots=2, support_seeds=(0,), trials=2, scheduler="none", steps=8)
 
@@ -54,12 +54,11 @@ class Search:
             trial = TrialRecord(
                 category="washer",
                 number=number,
-                settings=starting_point(DEFAULT_SPACE),
+                settings=starting_point(SETTINGS.space, SETTINGS.backbone),
                 steps=(2, 4, 6),
                 validation=(0.5, 0.6, value),
                 validation_sd=(0.1, 0.1, 0.1),
                 patch=(0.5, 0.6, value),
-                image=(0.5, 0.6, value),
                 seconds=(1.0, 2.0, 3.0),
                 status="stopped early",
             )
@@ -125,6 +124,7 @@ def test_the_winner_is_fitted_and_registered_with_its_provenance(
     assert search.store.read("washer/prompt_set.safetensors") == prompt_set.to_bytes()
     assert version.tags["search"] == "one"
     assert version.tags["search_status"] == "complete"
+    assert version.tags["search_verdict"] == tuned.verdict
     assert version.tags["git_commit"] == "c0ffee"
     pictures = registry.download(version, "pictures", tmp_path)
     assert pictures is not None

@@ -19,7 +19,7 @@ WRITTEN_PLAN = """{
     "live_trials": 8,
     "searcher": "random",
     "scheduler": "asha",
-    "objective": "mean",
+    "objective": "image",
     "steps": 100,
     "time_budget_s": null,
     "seed": 0,
@@ -94,6 +94,14 @@ def test_a_plan_on_disk_is_resumed_as_it_was_written(tmp_path: Path) -> None:
     )
 
 
+def test_a_search_whose_trials_were_judged_otherwise_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "monday").mkdir()
+    older = WRITTEN_PLAN.replace('"image"', '"mean"')
+    (tmp_path / "monday" / "search.json").write_text(older)
+    with pytest.raises(SettingsError, match=r"another version.*search anew \(.*objective"):
+        SearchStore(str(tmp_path), "monday").plan()
+
+
 def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     folder = tmp_path / "a b%20c#d?e"
     store = SearchStore(str(folder), "name")
@@ -118,13 +126,3 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_options_of_an_address_stay_behind_the_name() -> None:
     store = SearchStore("s3://bucket/searches?scheme=http", "monday")
     assert store.uri == "s3://bucket/searches/monday?scheme=http"
-
-
-def test_a_record_that_an_earlier_version_kept_is_read() -> None:
-    kept = (
-        '{"category": "washer", "number": 3, "settings": {}, "steps": [25], "held_out": [0.7],'
-        ' "held_out_sd": [0.1], "pixel": [0.8], "image": [0.6], "seconds": [1.5]}'
-    )
-    record = TrialRecord.model_validate_json(kept)
-    assert (record.validation, record.validation_sd, record.patch) == ((0.7,), (0.1,), (0.8,))
-    assert TrialRecord.model_validate_json(record.model_dump_json()) == record

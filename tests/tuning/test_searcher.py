@@ -3,12 +3,11 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from apt_ray.config import FitSettings
 from tuning.encoding import BankState
 from tuning.records import TrialRecord
 from tuning.searcher import CategoriesSearcher
 from tuning.settings import SearchSettings
-from tuning.space import DEFAULT_SPACE, starting_point
+from tuning.space import starting_point
 
 
 def settings(**changes: Any) -> SearchSettings:
@@ -30,9 +29,11 @@ def test_categories_take_turns_from_the_defaults_on() -> None:
     assert [(each["category"], each["number"]) for each in drawn] == [
         (name, number) for number in range(4) for name in "ab"
     ]
-    assert drawn[0]["settings"] == starting_point(DEFAULT_SPACE)
+    searched = settings()
+    assert drawn[0]["settings"] == starting_point(searched.space, searched.backbone)
     for each in drawn:
-        FitSettings.parse(each["settings"])
+        searched.fit_settings(each["settings"])
+        searched.backbone_of(each["settings"])
     assert len({str(each["settings"]) for each in drawn}) == 4  # the same in both
     assert searcher.suggest("further") == Searcher.FINISHED
 
@@ -68,7 +69,7 @@ def test_optuna_learns_from_both_objectives() -> None:
         drawn = searcher.suggest(str(number))
         weight = drawn["settings"]["smgs_weight"]
         weights.append(weight)
-        result = {"rung": 4, "validation": weight, "image": weight, "patch": weight}
+        result = {"rung": 4, "validation": weight, "patch": weight}
         searcher.on_trial_complete(str(number), result)
     assert sum(weights[20:]) / 10 > sum(weights[1:11]) / 10
 

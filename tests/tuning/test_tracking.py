@@ -17,7 +17,6 @@ TRIAL = TrialRecord(
     validation=(0.5, 0.75),
     validation_sd=(0.1, 0.1),
     patch=(0.5, 0.75),
-    image=(0.5, 0.75),
     status="finished",
 )
 

@@ -97,15 +97,39 @@ def test_thresholds_can_be_set_from_images_that_are_neither_learned_from_nor_tes
     assert both.threshold is not None
     assert both.threshold.source == "calibration images"
     assert both.threshold.certified_false_alarm_rate == 0.5
-    (used,) = plain.calibration_set(1, shots=2, seed=0)
+    (used,) = plain.draw(2, seed=0, calibration=1).calibration
     assert set(without.scores.names) - set(both.scores.names) == {plain.name_of(used)}
     # The same prompts and memory: it scores here what it scored as a test image.
     score = dict(zip(without.scores.names, without.scores.score_I, strict=True))
     assert both.threshold.scores == pytest.approx([score[plain.name_of(used)]], abs=1e-5)
     for name, value in zip(both.scores.names, both.scores.score_I, strict=True):
         assert value == pytest.approx(score[name], abs=1e-5)
-    with pytest.raises(DataError, match=r"2 normal images .* support set, 3 were"):
+    with pytest.raises(DataError, match=r"4 normal images .* 2 shots and 3 more"):
         evaluate(plain, backbone=backbone, shots=2, seeds=(0,), settings=settings, calibration=3)
+
+
+def test_copies_of_good_images_are_neither_learned_from_nor_tested(
+    backbone: FrozenCLIP, category: Category, tmp_path: Path
+) -> None:
+    plain = _plain_category(tmp_path, category)
+    for path in plain.good:
+        for copy in range(3):
+            Image.open(path).save(path.with_name(f"{path.stem} ({copy}).bmp"))
+    (found,) = find_categories(tmp_path)
+    assert len(found.good) == 16
+    settings = QUICK.model_copy(update={"false_alarm_rate": 0.3})
+    *_, both = evaluate(
+        found, backbone=backbone, shots=2, seeds=(0,), settings=settings, calibration=1
+    )
+    assert both.threshold is not None
+    assert len(both.threshold.scores) == 1
+    assert not both.threshold.certified
+    assert both.scores.defect_types.count("good") == 1
+    assert len(both.scores.names) == 3
+    copies = both.as_dict()["copies"]
+    assert isinstance(copies, tuple)
+    assert copies
+    assert all(copy.split(".")[0][:3] == first[:3] for copy, first in copies)
 
 
 def test_large_images_take_no_more_memory_than_a_few_of_them(tmp_path: Path) -> None:
@@ -115,7 +139,9 @@ def test_large_images_take_no_more_memory_than_a_few_of_them(tmp_path: Path) -> 
     mask = Image.new("L", (side, side))
     mask.paste(255, (100, 200, 300, 230))
     for i in range(images):
-        Image.new("L", (side, side)).save(tmp_path / "test" / ("good", "hole")[i % 2] / f"{i}.png")
+        Image.new("L", (side, side), i).save(
+            tmp_path / "test" / ("good", "hole")[i % 2] / f"{i}.png"
+        )
         mask.save(tmp_path / "ground_truth/hole" / f"{i}.png")
     Image.new("L", (side, side)).save(tmp_path / "train/good/0.png")
     (category,) = find_categories(tmp_path)

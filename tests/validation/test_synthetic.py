@@ -1,23 +1,28 @@
+import math
+from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean, stdev
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from apt_ray.anomalies.bank import FamilyBank, SupportBank, encode_support
+from apt_ray.anomalies.bank import SupportBank, encode_support
 from apt_ray.anomalies.families import SELECTION
 from apt_ray.config import FitSettings
 from apt_ray.data.folders import Category
 from apt_ray.errors import SettingsError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
+from apt_ray.prompts.fit import fit
 from apt_ray.prompts.lanes import fold, folds
 from apt_ray.prompts.trainer import PromptTrainer
-from apt_ray.validation.synthetic import judge_folds
-from tests.fakes import FakeBackbone, bank_spec
+from apt_ray.validation.judge import Evidence, Judge, encode_judge
+from apt_ray.validation.synthetic import ValidationValue, judge_folds
+from tests.fakes import FakeBackbone, bank_spec, judge_spec
 from tests.prompts.banks import random_bank
+
+TEXT_PE = torch.eye(4)[:2]
 
 
 def test_a_fold_never_trains_on_the_image_that_judges_it(bank: SupportBank) -> None:
@@ -28,96 +33,161 @@ def test_a_fold_never_trains_on_the_image_that_judges_it(bank: SupportBank) -> N
     ]
 
 
-def test_a_value_is_the_mean_over_seeds_and_folds(backbone: FrozenCLIP, bank: SupportBank) -> None:
+def test_a_value_is_the_mean_over_seeds_and_folds(
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
+) -> None:
     trainer = PromptTrainer(backbone, folds([bank, bank], FitSettings(steps=8)))
     trainer.advance(8)
-    value = judge_folds(backbone, trainer.lanes, trainer.text_features())
-    assert trainer.steps_done == 8
-    assert len(value.lanes) == 6
-    assert value.value == pytest.approx(sum(value.lanes) / 6)
+    value = judge_folds(backbone, trainer.lanes, trainer.text_features(), [judge, judge])
+    assert len(value.images) == 6
+    assert value.value == pytest.approx(fmean(value.images))
+    assert value.sd == pytest.approx(stdev(value.images))
     assert set(value.families) == set(SELECTION)
-    assert value.value == pytest.approx((value.patch + value.image) / 2)
-    assert sum(value.families.values()) / len(SELECTION) == pytest.approx(value.value, abs=0.05)
-    assert all(0 <= lane <= 1 for lane in value.lanes)
-    assert value.sd > 0
+    assert fmean(value.families.values()) == pytest.approx(value.value)
+    assert all(0 < image < 1 for image in value.images)
+    assert 0.5 < value.patch < 1
 
 
-def test_rungs_give_the_same_result_as_one_run(backbone: FrozenCLIP, bank: SupportBank) -> None:
+def test_rungs_give_the_same_result_as_one_run(
+    backbone: FrozenCLIP, bank: SupportBank, judge: Judge
+) -> None:
     settings = FitSettings(steps=8)
     whole, parts = (PromptTrainer(backbone, folds([bank], settings)) for _ in range(2))
     whole.advance(8)
     for _ in range(4):
         parts.advance(2)
-        value = judge_folds(backbone, parts.lanes, parts.text_features())
-    assert value == judge_folds(backbone, whole.lanes, whole.text_features())
+        value = judge_folds(backbone, parts.lanes, parts.text_features(), [judge])
+    assert value == judge_folds(backbone, whole.lanes, whole.text_features(), [judge])
 
 
-def test_a_single_support_image_can_be_judged(backbone: FrozenCLIP, category: Category) -> None:
-    one = encode_support(
-        backbone, [read_image(category.good[0])], bank_spec(backbone, 1, strengths=(0.3,))
-    )
+def test_a_single_support_image_is_judged_by_altered_copies_of_it(
+    backbone: FrozenCLIP, category: Category
+) -> None:
+    images = [read_image(category.good[0])]
+    one = encode_support(backbone, images, bank_spec(backbone, 1, strengths=(0.3,)))
+    judge = encode_judge(backbone, images, judge_spec(backbone, 1))
     trainer = PromptTrainer(backbone, folds([one], FitSettings(steps=2)))
     trainer.advance(2)
-    value = judge_folds(backbone, trainer.lanes, trainer.text_features())
-    assert value.sd == 0
-    assert 0 <= value.value <= 1
+    value = judge_folds(backbone, trainer.lanes, trainer.text_features(), [judge])
+    assert len(value.images) > 1
+    assert 0.5 < value.value < 1
 
 
-def test_a_value_is_what_scikit_learn_finds_on_the_image_that_a_fold_left_out() -> None:
-    """Tokens at random angles between the normal and the anomalous prompt: the score is the angle,
-    and an image's score its largest angle."""
-    rng = np.random.default_rng(0)
-    shots, draws, views, patches = 2, 2, 4, 6
-    perturbed_FSDN = rng.uniform(0.2, 1.4, (len(SELECTION), shots, draws, patches))
-    labels_FSDN = rng.integers(-1, 2, perturbed_FSDN.shape)
-    labels_FSDN[2, 0] = 0  # nothing to find in this family's copies of the first image
-    clean_SVN = rng.uniform(0.2, 1.3, (shots, views, patches))
-
-    def tokens(angles: NDArray[np.float64]) -> torch.Tensor:
-        sides = np.cos(angles), np.sin(angles), 0 * angles, 0 * angles
-        return torch.from_numpy(np.stack(sides, -1)).half()
-
-    bank = replace(
-        random_bank(shots=shots),
-        selection=FamilyBank(
-            names=tuple(SELECTION),
-            tokens_FSDNE=tokens(perturbed_FSDN),
-            labels_FSDN=torch.from_numpy(labels_FSDN).to(torch.int8),
-        ),
-        judged_clean_SVNE=tokens(clean_SVN),
+def evidence(angles_JXN: torch.Tensor, distances_JXM: torch.Tensor) -> Evidence:
+    """Tokens at angles between the normal and the anomalous text feature."""
+    sides = angles_JXN.cos(), angles_JXN.sin(), 0 * angles_JXN, 0 * angles_JXN
+    tokens_JXNE = torch.stack(sides, -1)
+    return Evidence(
+        tokens_JXNE=tokens_JXNE.half(),
+        cls_JXE=tokens_JXNE[:, :, 0].half(),
+        layers={0: distances_JXM, 1: 2 * distances_JXM},
     )
-    patch_TF, image_TF = np.full((2, shots, len(SELECTION)), np.nan)
-    for image in range(shots):
-        for place in range(len(SELECTION)):
-            angles, labels = perturbed_FSDN[place, image], labels_FSDN[place, image]
+
+
+def random_judge(shots: int = 3, draws: int = 2, patches: int = 16) -> Judge:
+    """Angles, distances and labels at random, perturbed ones higher where they are labelled."""
+    g = torch.Generator().manual_seed(0)
+    made = len(SELECTION) * draws
+
+    def drawn(images: int) -> torch.Tensor:
+        return 0.1 + 0.5 * torch.rand(shots, images, patches, generator=g)
+
+    labels = torch.randint(-1, 2, (shots, made, patches), generator=g).to(torch.int8)
+    labels[0, 3] = 0  # nothing to find in it
+    raised = 0.1 * (labels == 1)
+    return Judge(
+        spec=judge_spec(FakeBackbone(), shots),
+        families=tuple(SELECTION),
+        normal=evidence(drawn(1), drawn(1)),
+        perturbed=evidence(drawn(made) + raised, drawn(made) + raised),
+        labels_JXN=labels,
+        smallest={0: 0.01, 1: 0.01},
+        widened=1.0,
+    )
+
+
+def judged(
+    judge: Judge, *, layers: tuple[int, ...] | None = None, **settings: float
+) -> ValidationValue:
+    shots = len(judge.labels_JXN)
+    lanes = folds([random_bank(shots=shots)], FitSettings.parse(settings))
+    return judge_folds(FakeBackbone(), lanes, TEXT_PE.expand(shots, 2, 4), [judge], layers)
+
+
+def test_maps_rank_patches_as_scikit_learn_says() -> None:
+    judge = random_judge()
+    value = judged(judge, reference_weight=0.0)
+    found = []
+    angles = torch.atan2(judge.perturbed.tokens_JXNE[..., 1], judge.perturbed.tokens_JXNE[..., 0])
+    for one_XN, labels_XN in zip(angles, judge.labels_JXN, strict=True):
+        rows = []
+        for row, labels in zip(one_XN, labels_XN, strict=True):
             known = labels >= 0
-            if labels.max() == 1:
-                patch_TF[image, place] = roc_auc_score(labels[known], angles[known])
-            scores = [*angles.max(1), *clean_SVN[image].max(1)]
-            image_TF[image, place] = roc_auc_score([1] * draws + [0] * views, scores)
-    text_TPE = torch.eye(4)[:2].expand(shots, 2, 4)
-    value = judge_folds(FakeBackbone(), folds([bank], FitSettings()), text_TPE)
-    value_TF = (patch_TF + image_TF) / 2
-    assert value.lanes == pytest.approx(np.nanmean(value_TF, 1))
-    assert value.value == pytest.approx(np.nanmean(value_TF, 1).mean())
-    assert value.sd == pytest.approx(np.nanmean(value_TF, 1).std(ddof=1))
-    assert (value.patch, value.image) == pytest.approx((np.nanmean(patch_TF), image_TF.mean()))
-    expected = dict(zip(SELECTION, np.nanmean(value_TF, 0), strict=True))
-    assert value.families == pytest.approx(expected)
-    # The only image of a bank judges the fold that learned from it.
-    assert bank.selection is not None
-    tokens_FSDNE, labels = bank.selection.tokens_FSDNE[:, 1:], bank.selection.labels_FSDN[:, 1:]
-    one = replace(
-        random_bank(shots=1),
-        selection=replace(bank.selection, tokens_FSDNE=tokens_FSDNE, labels_FSDN=labels),
-        judged_clean_SVNE=bank.judged_clean_SVNE[1:],
-    )
-    alone = judge_folds(FakeBackbone(), folds([one], FitSettings()), text_TPE[1:])
-    assert (alone.value, alone.sd) == (pytest.approx(value.lanes[1]), 0)
+            if {0, 1} <= set(labels.tolist()):
+                rows.append(roc_auc_score(labels[known], row[known]))
+        found.append(fmean(rows))
+    # Maps are blurred between patches, which moves a ranking a little.
+    assert value.patch == pytest.approx(fmean(found), abs=0.1)
 
 
-def test_a_bank_without_what_judges_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"encode the support sets .*judged"):
+def test_a_value_counts_what_will_be_served_and_nothing_else() -> None:
+    judge = random_judge()
+
+    def with_angles(angle: float) -> Judge:
+        tokens = torch.tensor([math.cos(angle), math.sin(angle), 0, 0]).half()
+        shown = judge.perturbed.tokens_JXNE
+        return replace(judge, perturbed=replace(judge.perturbed, tokens_JXNE=0 * shown + tokens))
+
+    def with_distances(distance: float, layer: int) -> Judge:
+        layers: Mapping[int, torch.Tensor] = {
+            **judge.perturbed.layers,
+            layer: torch.full_like(judge.perturbed.layers[layer], distance),
+        }
+        return replace(judge, perturbed=replace(judge.perturbed, layers=layers))
+
+    alone, far = judged(judge), judged(with_angles(1.4))
+    assert far.value > alone.value + 0.01
+    assert judged(with_angles(1.4), reference_weight=1.0) == judged(judge, reference_weight=1.0)
+    assert judged(with_distances(9, 1)).value > alone.value + 0.01
+    assert judged(with_distances(9, 1), layers=(0,)) == judged(judge, layers=(0,))
+
+
+def test_what_is_harder_to_tell_is_worth_less() -> None:
+    """Scores count by how far they are above the normal ones, not by their order alone."""
+    judge = random_judge()
+    tokens = judge.normal.tokens_JXNE.float()
+    angles = torch.atan2(tokens[..., 1], tokens[..., 0]).expand(judge.labels_JXN.shape)
+    values = []
+    for more in (0.0, 0.1, 0.2, 0.4):
+        moved = evidence(angles + more, angles)
+        values.append(judged(replace(judge, perturbed=moved), reference_weight=0.0).value)
+    assert values[0] == pytest.approx(0.5, abs=0.01)
+    assert values == sorted(values)
+    assert values[1] < 0.9 < values[-1] < 1
+
+
+def test_an_image_stands_before_the_memory_of_a_fit_to_the_others(
+    backbone: FrozenCLIP, category: Category
+) -> None:
+    files = category.support_set(3, seed=0)
+    images = [read_image(file) for file in files]
+    settings = FitSettings(steps=2, reference_copies=0, reference_rotations=1)
+    judge = encode_judge(backbone, images, judge_spec(backbone, 3, reference_copies=0))
+    others = fit(category.name, files[1:], settings, backbone=backbone)
+    features = backbone.encode_in_batches(backbone.preprocess(images[:1]))
+    whole = fit(category.name, files, settings, backbone=backbone)
+    for layer, found in others.memory.distances(features).items():
+        judged_M = judge.normal.layers[layer][0, 0]
+        # It comes by way of the size at which images are perturbed.
+        assert (judged_M - found[0]).abs().mean() < 0.1 * found.mean()
+        assert whole.memory.distances(features)[layer].mean() < 0.9 * found.mean()
+
+
+def test_a_judge_of_other_images_is_refused() -> None:
+    with pytest.raises(SettingsError, match="needs a judge of the same support images"):
         judge_folds(
-            FakeBackbone(), folds([random_bank()], FitSettings()), torch.eye(4).expand(3, 4, 4)
+            FakeBackbone(),
+            folds([random_bank(shots=2)], FitSettings()),
+            TEXT_PE.expand(2, 2, 4),
+            [random_judge(shots=3)],
         )

@@ -25,10 +25,13 @@ def report_labelled(
     backbone: Backbone, prompt_set: PromptSet, category: Category, *, support: Collection[Location]
 ) -> tuple[dict[str, float], dict[str, Image.Image]]:
     """Metrics `test.*` in 0..1, and images; nothing unless some are normal, some anomalous."""
-    if len({image.is_anomalous for image in category.held_out(support)}) < 2:
+    if len({image.is_anomalous for image in category.test}) < 2:
+        return {}, {}
+    test = TestSet.read(category, prompt_set.reading)
+    places, _ = test.held_out(support)
+    if len({category.test[place].is_anomalous for place in places}) < 2:
         return {}, {}
     detector = Detector(backbone, prompt_set)
-    test = TestSet.read(category, prompt_set.reading)
     features = test.encode(backbone, lambda _what, _done, _total: None)
     result = test.result(
         lambda places: detector.score(features[places]),

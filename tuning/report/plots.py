@@ -1,6 +1,7 @@
 """Plots of a category's trials."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tuning.records import TrialRecord
+from tuning.results import Importance
 from tuning.space import Axis, Space
 
 _COLOURS = "viridis"
+_COLUMNS = 4
 _VALUE = "validation value (AUROC)"
 
 
@@ -21,7 +24,7 @@ def draw_plots(
     trials: Sequence[TrialRecord],
     winner: TrialRecord,
     space: Space,
-    importances: Mapping[str, float],
+    importances: Mapping[str, Importance],
 ) -> dict[str, Image.Image]:
     """Name -> plot of all trials that have reported."""
     reported = [trial for trial in trials if trial.validation]
@@ -40,9 +43,15 @@ def draw_plots(
     return plots
 
 
-def _plot(columns: int, draw: Callable[[list[Axes]], None]) -> Image.Image:
-    figure = Figure(figsize=(max(7.6, 3.0 * columns), 3.6), dpi=100, layout="constrained")
-    draw(list(figure.subplots(1, columns, squeeze=False)[0]))
+def _plot(parts: int, draw: Callable[[list[Axes]], None]) -> Image.Image:
+    columns = min(parts, _COLUMNS)
+    rows = math.ceil(parts / columns)
+    size = (max(7.6, 3.0 * columns), 3.6 * rows)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in all_axes[parts:]:
+        axes.remove()
+    draw(all_axes[:parts])
     return render(figure)
 
 
@@ -95,7 +104,7 @@ def _draw_slices(
     trials: Sequence[TrialRecord],
     winner: TrialRecord,
     space: Space,
-    importances: Mapping[str, float],
+    importances: Mapping[str, Importance],
 ) -> None:
     """Value against each searched setting, coloured by the order of drawing."""
     for axes, (name, axis) in zip(all_axes, space.items(), strict=True):
@@ -113,9 +122,10 @@ def _draw_slices(
             axes.set_xscale("log")
         if axis.choices is not None and not _is_numeric(axis):
             axes.set_xticks(range(len(axis.choices)), [str(choice) for choice in axis.choices])
-        share = f" ({importances[name]:.0%})" if name in importances else ""
+        share = f" ({importances[name].share:.0%})" if name in importances else ""
         axes.set_xlabel(name + share)
-    all_axes[0].set_ylabel(_VALUE)
+    for axes in all_axes[::_COLUMNS]:
+        axes.set_ylabel(_VALUE)
 
 
 def _draw_parallel(
@@ -148,9 +158,20 @@ def _draw_parallel(
     axes.set_ylim(-0.12, 1.12)
 
 
-def _draw_importances(axes: Axes, importances: Mapping[str, float]) -> None:
+def _draw_importances(axes: Axes, importances: Mapping[str, Importance]) -> None:
     names = list(importances)[::-1]
-    axes.barh(names, [importances[name] for name in names], color="tab:blue")
+    shares = [importances[name] for name in names]
+    axes.barh(
+        names,
+        [one.share for one in shares],
+        xerr=(
+            [max(0.0, one.share - one.low) for one in shares],
+            [max(0.0, one.high - one.share) for one in shares],
+        ),
+        color=["tab:blue" if one.is_seen else "0.75" for one in shares],
+        capsize=3,
+    )
+    axes.set_title("gray: no difference seen", fontsize=9)
     axes.set(xlabel="share in the variance of the value (fANOVA)", xlim=(0, 1))
 
 

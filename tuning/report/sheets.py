@@ -21,7 +21,7 @@ _SIDE = 190
 _GAP = 4
 _CAPTION = 16
 _COLUMNS = 4
-_MOST_IMAGES = 8
+_MOST_IMAGES = 12
 
 
 def draw_support(

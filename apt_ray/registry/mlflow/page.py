@@ -16,6 +16,7 @@ _PROVENANCE = (
     "git_commit",
     "ray.job_id",
     "ray.submission_id",
+    "search_verdict",
     "support_seeds",
     "fingerprint",
     "support_hash",

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from apt_ray.config import FitSettings
+from apt_ray.data.distinct import describe_copies
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.rule import resize_map
 from apt_ray.features.protocol import Backbone
@@ -122,6 +123,7 @@ defective test images above the prompt set's threshold.</p>
 
 def _category(name: str, shots: int, results: Sequence[Result]) -> str:
     served = next(result for result in results if result.threshold is not None)
+    copies = tuple(dict.fromkeys(copy for result in results for copy in result.copies))
     figures = [
         curves.draw_scores(served),
         curves.draw_roc(results),
@@ -133,6 +135,7 @@ def _category(name: str, shots: int, results: Sequence[Result]) -> str:
         figures.append("<p class='quiet'>No masks: pixel figures do not exist.</p>")
     return (
         f"<h2>{escape(name)}, {shots} shots</h2>"
+        f"<p class='quiet'>{escape(describe_copies(copies))}</p>"
         f"{_verdicts_table(results)}"
         f"<div class='figures'>{''.join(figures)}</div>"
         f"{_types_table(served)}"
