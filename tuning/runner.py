@@ -28,7 +28,7 @@ from tuning.encoding import Encoding, HasEnded
 from tuning.finishing import Finisher
 from tuning.outcome import Outcome
 from tuning.progress import Progress, say
-from tuning.records import SearchStore
+from tuning.records import SearchPlan, SearchStore
 from tuning.searcher import CategoriesScheduler, CategoriesSearcher
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.tracking import TrialLog
@@ -72,7 +72,7 @@ class _StopRequest(tune.Callback):
 
 def run_search(
     categories: Sequence[Category],
-    settings: SearchSettings,
+    searched: SearchPlan,
     engine: EngineSettings,
     store: SearchStore,
     registry: Registry,
@@ -83,7 +83,7 @@ def run_search(
 
     Args:
         categories: What is searched.
-        settings: How.
+        searched: How.
         engine: Where the arithmetic is done.
         store: Where everything is kept that must not be lost.
         registry: Where winners and trials go.
@@ -95,6 +95,7 @@ def run_search(
         SearchStopped: SIGTERM came; what could be registered by then is.
     """
     began = time.time()
+    settings = searched.settings
     stop_request = _StopRequest()
     try:
         engines = start_engines(
@@ -132,6 +133,7 @@ def run_search(
         )
         _Search(
             categories={category.name: category for category in categories},
+            past=searched.past,
             plan=plan,
             engines=engines,
             encoding=encoding,
@@ -185,6 +187,7 @@ class _Search:
     """The trials of all categories, and the end of each category."""
 
     categories: Mapping[str, Category]
+    past: Mapping[str, Sequence[Mapping[str, Any]]]
     plan: TrialPlan
     engines: Engines
     encoding: Encoding
@@ -225,7 +228,9 @@ class _Search:
             self._wait_for_banks()
         run_trials(
             self.plan,
-            CategoriesSearcher(settings, records, self.encoding.state, self._take_in),
+            CategoriesSearcher(
+                settings, records, self.encoding.state, self._take_in, past=self.past
+            ),
             trials=settings.trials * len(records),
             callbacks=[
                 self.stop_request,
