@@ -179,16 +179,16 @@ def _attend(
 
     def back(at_MC: torch.Tensor) -> tuple[torch.Tensor, ...]:
         at_XQD = by_head(at_MC)
-        at_weight_XQS = (at_XQD @ v_XSD.mT).mul_(weight_XQS)
+        at_weight_XQS = torch.bmm(at_XQD, v_XSD.mT).mul_(weight_XQS)
         mean_XQ1 = at_weight_XQS.sum(-1, keepdim=True)
         at_score_XQS = at_weight_XQS.addcmul_(weight_XQS, mean_XQ1, value=-1).mul_(width**-0.5)
         return (
-            by_row(at_score_XQS @ k_XSD),
-            by_row(at_score_XQS.mT @ q_XQD),
-            by_row(weight_XQS.mT @ at_XQD),
+            by_row(torch.bmm(at_score_XQS, k_XSD)),
+            by_row(torch.bmm(at_score_XQS.mT, q_XQD)),
+            by_row(torch.bmm(weight_XQS.mT, at_XQD)),
         )
 
-    return by_row(weight_XQS @ v_XSD), back
+    return by_row(torch.bmm(weight_XQS, v_XSD)), back
 
 
 def _softmax(score_XQS: torch.Tensor) -> torch.Tensor:

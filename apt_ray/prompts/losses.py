@@ -31,27 +31,30 @@ def gradients_at_text(
     are ignored. The divergence is KL(p_meta || p_learned) between normal and anomalous, whichever
     of the anomalous prompts it is, averaged over the patches.
 
-    Both see the prompts through a patch's log-odds alone. The tokens, by far the largest tensor,
-    are read once for all cosines and once for all gradients.
+    Both see the prompts through a patch's log-odds alone, and these see how anomalous prompts
+    differ from the normal one. The tokens, by far the largest tensor, are read once for all
+    cosines and once for all gradients.
     """
-    prompts, tokens_TXE = text_TPE.shape[1], tokens_TBNE.flatten(1, 2)
-    known_TQE = text_TPE if meta_T2E is None else torch.cat([text_TPE, meta_T2E], dim=1)
+    scale, bias = constants.dense_scale, constants.dense_bias
+    anomalous, tokens_TXE = text_TPE.shape[1] - 1, tokens_TBNE.flatten(1, 2)
+    known = [text_TPE] if meta_T2E is None else [text_TPE, meta_T2E]
+    apart_TQE = torch.cat([text[:, 1:] - text[:, :1] for text in known], dim=1)
     # In this order a CPU reads the tokens as they lie.
-    logit_TQX = (tokens_TXE @ (constants.dense_scale * known_TQE).mT).mT.contiguous()
-    logit_TQX[:, 1:prompts] += constants.dense_bias
-    normal_TX, *anomalous = logit_TQX[:, :prompts].unbind(1)
-    either_TX = reduce(torch.logaddexp, anomalous)
-    p_TX = (either_TX - normal_TX).sigmoid()
+    logit_TQX = torch.bmm(tokens_TXE, scale * apart_TQE.mT).mT.contiguous().add_(bias)
+    learned_TAX = logit_TQX[:, :anomalous]
+    odds_TX = reduce(torch.logaddexp, learned_TAX.unbind(1))
+    p_TX = odds_TX.sigmoid()
     at_p_TBN = _gradient_of_synthetic_loss(p_TX.view(labels_TBN.shape), labels_TBN)
     at_odds = [at_p_TBN.flatten(1) * p_TX * (1 - p_TX)]
     if meta_T2E is not None:
-        meta_TX = (logit_TQX[:, -1] - logit_TQX[:, -2] + constants.dense_bias).sigmoid()
-        at_odds.append((p_TX - meta_TX) / p_TX.shape[1])
-    slope_TPX = (logit_TQX[:, :prompts] - either_TX[:, None]).exp_()
-    slope_TPX[:, 0] = -1
-    at_logit_TGPX = torch.stack(at_odds, dim=1)[:, :, None] * slope_TPX[:, None]
-    at_text_TYE = constants.dense_scale * (at_logit_TGPX.flatten(1, 2) @ tokens_TXE)
-    return at_text_TYE.chunk(len(at_odds), dim=1)
+        at_odds.append((p_TX - logit_TQX[:, -1].sigmoid()) / p_TX.shape[1])
+    slope_TAX = (learned_TAX - odds_TX[:, None]).exp_()
+    at_logit_TGAX = torch.stack(at_odds, dim=1)[:, :, None] * slope_TAX[:, None]
+    at_TYE = scale * torch.bmm(at_logit_TGAX.flatten(1, 2), tokens_TXE)
+    return tuple(
+        torch.cat([-at_TAE.sum(1, keepdim=True), at_TAE], dim=1)
+        for at_TAE in at_TYE.chunk(len(at_odds), dim=1)
+    )
 
 
 def _gradient_of_synthetic_loss(p_TBN: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:
