@@ -101,13 +101,13 @@ def run_search(
         engines = start_engines(
             settings.backbone,
             engine,
-            callers=settings.live_trials + 2,  # every live trial may ask, and fits may run
+            live_trials=settings.live_trials,
             check=stop_request.check,
         )
         say(
             f"{len(engines.actors)} engine(s) ready, {engines.threads} threads each"
             if engines.are_shared
-            else "each trial has a backbone of its own"
+            else f"each trial has a backbone of its own, {engines.live_trials} run at a time"
         )
         fingerprints = engines.fingerprints(settings.judging())
         encoding, banks = encode_categories(
@@ -119,6 +119,7 @@ def run_search(
             banks=banks,
             fingerprints=fingerprints,
             engines=engines.actors if engines.are_shared else (),
+            live_trials=engines.live_trials,
             threads=engine.threads or 1,
             began=began,
         )
@@ -297,7 +298,7 @@ def run_trials(
             num_samples=trials,
             search_alg=searcher,
             scheduler=CategoriesScheduler(settings),
-            max_concurrent_trials=settings.live_trials,
+            max_concurrent_trials=plan.live_trials,
             time_budget_s=settings.time_budget_s,
             reuse_actors=True,
         ),
