@@ -40,7 +40,8 @@ from tuning.settings import EngineSettings
 
 _READY_TIMEOUT_S = 300.0
 _IDLE_S = 10.0
-_TRIALS_PER_ENGINE = 8
+TRIALS_PER_ENGINE = 8
+"""Trials that run at a time for each engine that they share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +259,7 @@ def room_for_trials(
     """How many trials may run at a time on these nodes of Ray: 8 for each engine that they share,
     or as many as have their CPUs."""
     if shared_engines:
-        return _TRIALS_PER_ENGINE * shared_engines
+        return TRIALS_PER_ENGINE * shared_engines
     return max(1, sum(_room(node, "CPU", settings.threads or 1) for node in nodes))
 
 

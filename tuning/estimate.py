@@ -18,6 +18,7 @@ from apt_ray.images import find_reading, read_image
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import align
 from apt_ray.validation.judge import Judge, encode_judge
+from tuning.actors import TRIALS_PER_ENGINE
 from tuning.calls import RungCall
 from tuning.engine import Engine, EngineLimits
 from tuning.settings import RUNGS, EngineSettings, SearchSettings
@@ -122,6 +123,7 @@ def estimate(
     """
     shared = engine.mode == "shared" or (engine.mode == "auto" and machines.gpus > 0)
     device = "cuda" if machines.gpus and torch.cuda.is_available() else "cpu"
+    cpus = machines.cpus
     load = partial(load_backbone, device=device)
     torch.set_num_threads(1)
 
@@ -147,7 +149,7 @@ def estimate(
         judge_mib += [judges[spec].nbytes / _MIB] * len(specs)
     say("timing trials")
     step_s, value_s = _time_trials(
-        backbone, bank, judges, settings, at_a_time=settings.live_trials if shared else 1
+        backbone, bank, judges, settings, at_a_time=TRIALS_PER_ENGINE if shared else 1
     )
     say("timing a winner's fit")
     fit_s, _ = _timed(
@@ -161,7 +163,7 @@ def estimate(
         encoded_mib=sets * (len(bank_specs) * bank.nbytes / _MIB + sum(judge_mib)),
         trials=trials,
         lanes=bank.shots * len(settings.support_seeds),
-        workers=max(1, machines.gpus if shared else min(settings.live_trials, machines.cpus)),
+        workers=max(1, machines.gpus if shared else min(settings.live_trials or cpus, cpus)),
         encoding_s=sets * (len(bank_specs) * bank_s + sum(judging_s)),
         training_s=trials * settings.steps * step_s,
         judging_s=trials * RUNGS * value_s,
