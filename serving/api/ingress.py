@@ -10,6 +10,7 @@ import base64
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Annotated, Any, get_args
 
@@ -28,6 +29,7 @@ from serving.api.messages import (
     Inspected,
     InspectionReport,
     InspectionReports,
+    InspectionRequest,
     Picture,
     Service,
 )
@@ -174,7 +176,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 service,
                 category,
                 data,
-                "overlay" if wants_overlay else picture,
+                InspectionRequest(id=request_id, picture="overlay" if wants_overlay else picture),
                 seconds,
                 started,
                 is_asked_for=timeout_ms is not None,
@@ -245,18 +247,16 @@ async def _in_time(
     service: Service,
     category: str,
     data: bytes,
-    picture: Picture | None,
+    request: InspectionRequest,
     timeout_s: float,
     since: float,
     *,
     is_asked_for: bool,
 ) -> Inspected:
     left = max(timeout_s - (time.monotonic() - since), 0.001)
-    asked_for = left if is_asked_for else None
+    request = replace(request, timeout_s=left if is_asked_for else None)
     try:
-        return await asyncio.wait_for(
-            service.inspect(category, data, picture=picture, timeout_s=asked_for), left
-        )
+        return await asyncio.wait_for(service.inspect(category, data, request), left)
     except asyncio.TimeoutError:
         raise problems.overloaded(
             f"the image could not be inspected within {timeout_s:g} s"

@@ -104,6 +104,22 @@ Picture = Literal["png", "overlay"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InspectionRequest:
+    """What a caller wants to know of an image.
+
+    Attributes:
+        id: the name of the request.
+        picture: what is to be drawn, if anything.
+        timeout_s: for how long the answer is of use; None leaves it to the service how long an
+            image may wait.
+    """
+
+    id: str = ""
+    picture: Picture | None = None
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Inspected:
     """What a replica found in one image: the report, to be completed, and the picture asked for."""
 
@@ -116,13 +132,10 @@ class Service(Protocol):
 
     async def describe(self, category: str) -> CategoryReport: ...
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, request: InspectionRequest) -> Inspected:
         """Inspect an image file; whoever cancels this costs no forward pass.
 
         Raises ImageError for bytes that are no acceptable image, ProblemError if the category is
-        not known or the image cannot be inspected within `timeout_s`; None leaves it to the
-        service how long an image may wait.
+        not known or the image cannot be inspected in time.
         """
         ...

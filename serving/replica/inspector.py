@@ -33,6 +33,7 @@ from serving.api.messages import (
     CategoryReport,
     Inspected,
     InspectionReport,
+    InspectionRequest,
     Picture,
     RegionReport,
     Timings,
@@ -154,15 +155,14 @@ class Inspector:
     async def describe(self, category: str) -> CategoryReport:
         return self._find(category).about
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, request: InspectionRequest) -> Inspected:
         """Inspect an image file; see `Service.inspect`."""
         received_at = time.monotonic()
+        picture = request.picture
         loop = asyncio.get_running_loop()
         try:
             served = self._find(category)
-            with self._admission.admitted(category, len(data), timeout_s):
+            with self._admission.admitted(category, len(data), request.timeout_s):
                 job = await loop.run_in_executor(
                     self._decoders, self._decode, served, data, picture == "overlay"
                 )

@@ -21,7 +21,7 @@ from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import decode_image, read_image
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Picture
 from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
@@ -57,7 +57,7 @@ def inspector(
 async def ask_for(
     inspecting: Inspector, data: bytes, name: str = "blister", picture: Picture | None = None
 ) -> Inspected:
-    return await inspecting.inspect(name, data, picture=picture, timeout_s=None)
+    return await inspecting.inspect(name, data, InspectionRequest(picture=picture))
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_a_failure_of_the_service_itself_tells_nothing_of_its_inside() -> None:
             raise RuntimeError("the secret of the inside")
 
         async def inspect(
-            self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
+            self, category: str, data: bytes, request: InspectionRequest
         ) -> Inspected:
             raise RuntimeError("the secret of the inside")
 
