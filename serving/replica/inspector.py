@@ -42,6 +42,7 @@ from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
+from serving.replica.history import History
 from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
 from serving.settings import Batching
@@ -83,6 +84,7 @@ class Inspector:
         device: where the backbones run.
         shared: whether several categories share the replica.
         meter: counts; None where nothing does.
+        history: keeps what was inspected; None where nothing does.
     """
 
     def __init__(
@@ -93,10 +95,12 @@ class Inspector:
         device: Literal["cpu", "cuda"] = "cpu",
         shared: bool = False,
         meter: Meter | None = None,
+        history: History | None = None,
     ) -> None:
         self._limits = limits
         self._device = device
         self._meter = meter
+        self._history = history
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._costs_s: dict[str, float] = {}
@@ -169,8 +173,19 @@ class Inspector:
                 result = await self._batcher.submit(category, job)
                 conclude = partial(self._conclude, job, result, picture, received_at)
                 if picture is None and not result.is_anomalous:
-                    return conclude()  # no map at the size of the image
-                return await loop.run_in_executor(self._decoders, conclude)
+                    inspected = conclude()  # no map at the size of the image
+                else:
+                    inspected = await loop.run_in_executor(self._decoders, conclude)
+            if self._history:
+                self._history.keep(
+                    inspected.report,
+                    request_id=request.id,
+                    data=data,
+                    limits=self._limits,
+                    reading=result.served.detector.prompt_set.reading,
+                    map_SS=result.map_SS,
+                )
+            return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:
                 problem = error if isinstance(error, ProblemError) else problems.of_image(error)
