@@ -6,9 +6,12 @@ when Serve makes one of the classes here; torch and MLflow are imported only the
 
 import asyncio
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayTaskError
@@ -16,7 +19,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
-from apt_ray.errors import AptError
+from apt_ray.errors import AptError, FleetError
 from serving.api.access import Access
 from serving.api.history import (
     NO_HISTORY,
@@ -34,6 +37,7 @@ from serving.api.root import create_root_api
 from serving.api.webhooks import SECRET_VARIABLE
 from serving.controller.cache import Cache
 from serving.controller.controller import WAIT_S, Controller
+from serving.controller.moves import MoveOrder, MoveResult, Operation, VersionSummary, carry_out
 from serving.controller.orders import (
     FleetStatus,
     Orders,
@@ -62,6 +66,9 @@ CONTROLLER = "controller"
 # A replica that cannot start now will not start in a minute: say so instead of trying on.
 _CONSTRUCTOR_RETRIES = 2
 _PATIENCE_S = 120.0
+# A promotion compares for some minutes at most, once a node has a quarter of a core for it.
+_PROMOTION_CPUS = 0.25
+_PROMOTION_S = 1800.0
 
 
 class PoolArgs(Settings):
@@ -225,6 +232,8 @@ class ControllerReplica:
             partial(_open_registry, args.tracking_uri),
             Cache(args.registry.cache, args.tracking_uri),
             poll_s=args.registry.poll_s,
+            page=args.registry.page,
+            promoting=partial(_promote, args.tracking_uri),
         )
         self._polling: asyncio.Task[None] | None = None
 
@@ -251,6 +260,15 @@ class ControllerReplica:
     async def wake(self, reason: str) -> None:
         await self._controller.wake(reason)
 
+    async def move(self, order: MoveOrder) -> Operation:
+        return await self._controller.move(order)
+
+    async def operation(self, identifier: str) -> Operation | None:
+        return await self._controller.operation(identifier)
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        return await self._controller.versions(category, limit)
+
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
@@ -260,6 +278,40 @@ def _open_registry(address: str) -> "Registry":
     from apt_ray.registry import open_registry  # with torch: for the controller only
 
     return open_registry(address)
+
+
+def _promote_there(address: str, order: MoveOrder) -> MoveResult:
+    return carry_out(_open_registry(address), order)
+
+
+async def _promote(address: str, order: MoveOrder) -> MoveResult:
+    """Promote in a task of its own: the controller answers meanwhile, and needs no core."""
+    # Not twice: whoever died may have moved the alias already.
+    task = ray.remote(num_cpus=_PROMOTION_CPUS, max_retries=0)(_promote_there)
+    reference = task.remote(address, order)
+    try:
+        with _own_errors():
+            result: MoveResult = await asyncio.wait_for(
+                asyncio.wrap_future(reference.future()), _PROMOTION_S
+            )
+    except asyncio.TimeoutError:
+        ray.cancel(reference)
+        raise FleetError(
+            f"the comparison did not end within {_PROMOTION_S / 60:g} minutes: see in Ray's"
+            f" dashboard whether a node has {_PROMOTION_CPUS:g} CPU free, then ask again"
+        ) from None
+    return result
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What apt-ray raised in another process is raised here, without the traceback from there."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, AptError):
+            raise error.cause from None
+        raise
 
 
 class _RemoteController:
@@ -272,12 +324,8 @@ class _RemoteController:
         return orders
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
-        try:
+        with _own_errors():
             stored: StoredVersion = await controller_handle().fetch.remote(category, version)
-        except RayTaskError as error:
-            if isinstance(error.cause, AptError):
-                raise error.cause from None  # without the traceback of another process
-            raise
         return stored
 
     async def routes(self, known: str) -> Routes:
@@ -294,6 +342,22 @@ class _RemoteController:
 
     async def wake(self, reason: str) -> None:
         await controller_handle().wake.remote(reason)
+
+    async def move(self, order: MoveOrder) -> Operation:
+        with _own_errors():
+            operation: Operation = await controller_handle().move.remote(order)
+        return operation
+
+    async def operation(self, identifier: str) -> Operation | None:
+        operation: Operation | None = await controller_handle().operation.remote(identifier)
+        return operation
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        with _own_errors():
+            versions: list[VersionSummary] = await controller_handle().versions.remote(
+                category, limit
+            )
+        return versions
 
 
 class _RemotePool:

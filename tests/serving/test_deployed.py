@@ -1,6 +1,7 @@
 """A fleet on a real cluster, used through the commands and HTTP alone."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from urllib.request import Request
@@ -129,6 +130,7 @@ def test_a_fleet_on_a_real_cluster(
     assert {"deploy", "alias moved", "serve"} <= operations
 
     _check_metrics(deployed)
+    _check_moves(deployed)
 
     # What others keep on the same server is no category, and one that no replica can serve holds up
     # no other: neither a new one, nor one that moves.
@@ -182,6 +184,22 @@ def _check_proxy(deployed: Deployed) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening == {("127.0.0.1", deployed.port)}
+
+
+def _check_moves(deployed: Deployed) -> None:
+    """Operators decide on versions over HTTP; a promotion runs in a task of its own."""
+    address = f"{deployed.url}/fleet/categories/washer"
+    listed = httpx.get(f"{address}/versions", trust_env=False).json()["versions"]
+    assert [each["version"] for each in listed] == [2, 1]
+    asked = {"reason": "it was tried in the morning"}
+    begun = httpx.post(f"{address}/promote", json=asked, trust_env=False)
+    assert begun.status_code == 202
+    deadline = time.monotonic() + 120
+    while (operation := deployed.get(begun.headers["location"]))["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert operation["error"] is None
+    assert (operation["result"]["moved"], operation["result"]["verdict"]) == (False, "uncomparable")
 
 
 def _check_metrics(deployed: Deployed) -> None:
