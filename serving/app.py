@@ -6,6 +6,7 @@ when Serve makes one of the classes here; torch and MLflow are imported only the
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from apt_ray.config import Settings
 from apt_ray.errors import AptError
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import Alias, CategoryReport, Inspected, Picture
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.root import create_root_api
 from serving.api.webhooks import SECRET_VARIABLE
@@ -108,25 +109,29 @@ class PoolReplica:
     """One replica of a pool."""
 
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        from serving.replica.follower import Follower  # with torch: for these replicas only
+        from serving.replica.beside import Beside  # with torch: for these replicas only
+        from serving.replica.follower import Follower
         from serving.replica.inspector import Inspector
         from serving.replica.meter import Meter
 
         self._args = args
         self._access = Access(Auth())
+        controller = _RemoteController()
+        cache = Cache(args.registry.cache, args.registry_address)
         self._inspector = Inspector(
             limits=args.http.image,
             batching=args.batching,
             device=args.device,
             shared=args.shared,
             meter=Meter(),
+            beside=Beside(controller, cache),
         )
         self._answering = Answering(self._inspector)
         follower = Follower(
             args.pool,
             serve.get_replica_context().replica_id.unique_id,
-            _RemoteController(),
-            cache=Cache(args.registry.cache, args.registry_address),
+            controller,
+            cache=cache,
             inspector=self._inspector,
             access=self._access,
             wait_s=WAIT_S,
@@ -138,9 +143,14 @@ class PoolReplica:
         return create_api(self._inspector, http=self._args.http, access=self._access)
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self,
+        category: str,
+        data: bytes,
+        picture: Picture | None,
+        timeout_s: float | None,
+        alias: Alias | None = None,
     ) -> Inspected | Refusal:
-        return await self._answering.inspect(category, data, picture, timeout_s)
+        return await self._answering.inspect(category, data, picture, timeout_s, alias)
 
     async def describe(self, category: str) -> CategoryReport | Refusal:
         return await self._answering.describe(category)
@@ -198,6 +208,9 @@ class ControllerReplica:
     async def routes(self, known: str) -> Routes:
         return await self._controller.routes(known)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        return await self._controller.resolve(category, alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         return await self._controller.fetch(category, version)
 
@@ -230,13 +243,14 @@ class _RemoteController:
         orders: Orders = await controller_handle().follow.remote(pool, replica, report, wait_s)
         return orders
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        version: int | None = await _own_errors(controller_handle().resolve.remote(category, alias))
+        return version
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
-        try:
-            stored: StoredVersion = await controller_handle().fetch.remote(category, version)
-        except RayTaskError as error:
-            if isinstance(error.cause, AptError):
-                raise error.cause from None  # without the traceback of another process
-            raise
+        stored: StoredVersion = await _own_errors(
+            controller_handle().fetch.remote(category, version)
+        )
         return stored
 
     async def routes(self, known: str) -> Routes:
@@ -255,6 +269,16 @@ class _RemoteController:
         await controller_handle().wake.remote(reason)
 
 
+async def _own_errors(answer: Awaitable[Any]) -> Any:
+    """The answer; an AptError is raised as it was, without the traceback of another process."""
+    try:
+        return await answer
+    except RayTaskError as error:
+        if isinstance(error.cause, AptError):
+            raise error.cause from None
+        raise
+
+
 class _RemotePool:
     """A pool as the root reaches it."""
 
@@ -262,9 +286,16 @@ class _RemotePool:
         self._handle = serve.get_deployment_handle(POOL_DEPLOYMENT, pool_application(pool))
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self,
+        category: str,
+        data: bytes,
+        picture: Picture | None,
+        timeout_s: float | None,
+        alias: Alias | None,
     ) -> Inspected | Refusal:
-        response = self._handle.inspect.remote(category, data, picture, timeout_s)
+        # Nothing more than a replica of an earlier version knows, unless it is asked for.
+        beside = () if alias is None else (alias,)
+        response = self._handle.inspect.remote(category, data, picture, timeout_s, *beside)
         try:
             answer: Inspected | Refusal = await response
         except asyncio.CancelledError:

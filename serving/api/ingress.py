@@ -24,6 +24,7 @@ from serving.api.access import INSPECT, Access, require
 from serving.api.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_files, unless_gone
 from serving.api.headers import PassedHeaders, quality
 from serving.api.messages import (
+    Alias,
     CategoryReport,
     Inspected,
     InspectionReport,
@@ -102,7 +103,8 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
         description="The body is a PNG, JPEG, BMP, TIFF or WebP file, raw or as a file of a"
         " multipart form. Several files in one form give `{inspections: [...]}`, a report or a"
         " problem for each, in order. With `Accept: image/png` the answer is the overlay of the one"
-        " image: what is unusual tinted and outlined.",
+        " image: what is unusual tinted and outlined. With `alias` another version answers than the"
+        " one that serves, by the threshold and region of interest that the fleet file gives.",
         dependencies=authorized,
         response_model=InspectionReport | InspectionReports,
         openapi_extra={"requestBody": _REQUEST_BODY},
@@ -113,6 +115,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 HTTPStatus.BAD_REQUEST,
                 HTTPStatus.NOT_ACCEPTABLE,
                 HTTPStatus.REQUEST_TIMEOUT,
+                HTTPStatus.CONFLICT,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -129,6 +132,14 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 alias="map",
                 description="Adds an image to the answer: `png` the anomaly map (16-bit gray,"
                 " 65535 is 1.0), `overlay` the overlay.",
+            ),
+        ] = None,
+        alias: Annotated[
+            Alias | None,
+            WithJsonSchema({"type": "string", "enum": get_args(Alias)}),
+            Query(
+                description="Asks the version behind this alias of the registry, and counts nowhere"
+                " as an inspection of the last hour. The first image waits until it is loaded."
             ),
         ] = None,
         timeout_ms: Annotated[
@@ -178,6 +189,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 seconds,
                 started,
                 is_asked_for=timeout_ms is not None,
+                alias=alias,
             )
 
         try:
@@ -250,12 +262,14 @@ async def _in_time(
     since: float,
     *,
     is_asked_for: bool,
+    alias: Alias | None,
 ) -> Inspected:
     left = max(timeout_s - (time.monotonic() - since), 0.001)
     asked_for = left if is_asked_for else None
     try:
         return await asyncio.wait_for(
-            service.inspect(category, data, picture=picture, timeout_s=asked_for), left
+            service.inspect(category, data, picture=picture, timeout_s=asked_for, alias=alias),
+            left,
         )
     except asyncio.TimeoutError:
         raise problems.overloaded(

@@ -102,6 +102,9 @@ class CategoryReport(BaseModel):
 Picture = Literal["png", "overlay"]
 """What may be drawn: the anomaly map, or the image with it tinted over."""
 
+Alias = Literal["candidate", "champion"]
+"""Whose version may be asked for beside the one that serves."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspected:
@@ -117,12 +120,20 @@ class Service(Protocol):
     async def describe(self, category: str) -> CategoryReport: ...
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
+        self,
+        category: str,
+        data: bytes,
+        *,
+        picture: Picture | None,
+        timeout_s: float | None,
+        alias: Alias | None = None,
     ) -> Inspected:
         """Inspect an image file; whoever cancels this costs no forward pass.
 
-        Raises ImageError for bytes that are no acceptable image, ProblemError if the category is
-        not known or the image cannot be inspected within `timeout_s`; None leaves it to the
-        service how long an image may wait.
+        With `alias` it is inspected by the version behind that, as it would serve.
+
+        Raises ImageError for bytes that are no acceptable image, ProblemError if the category or
+        its alias is not known or the image cannot be inspected within `timeout_s`; None leaves it
+        to the service how long an image may wait.
         """
         ...

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import Field
 
 from apt_ray.config import Settings
-from apt_ray.errors import AptError
+from apt_ray.errors import AptError, RegistryUnavailableError
 from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
 from serving.controller.orders import (
@@ -154,12 +154,23 @@ class Controller:
         """Where to ask for what, once it differs from `known` or `wait_s` have passed."""
         return await self._until(self._routes, known, wait_s)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        """The version behind an alias of a category, None if there is none.
+
+        Raises RegistryUnavailableError if the registry has not said yet.
+        """
+        if self._registry != "ok" and category not in self._aliases.categories:
+            raise RegistryUnavailableError(self._registry)
+        return self._aliases.categories.get(category, {}).get(alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         """A version's prompt set, from the cache or the registry. Raises RegistryError."""
         stored = await asyncio.to_thread(self._cache.get, category, version)
         if stored is None:
             stored = await asyncio.to_thread(self._load, category, version)
-            await asyncio.to_thread(self._cache.put, stored)
+            # What is only tried must not push out of the cache what serves.
+            if version in self._wanted(category):
+                await asyncio.to_thread(self._cache.put, stored)
         return stored
 
     async def status(self) -> FleetStatus:
@@ -260,6 +271,11 @@ class Controller:
         if entry.version is not None:
             return entry.version
         return self._aliases.categories.get(category, {}).get(entry.alias)
+
+    def _wanted(self, category: str) -> set[int | None]:
+        """The versions of a category that pools shall serve."""
+        entries = (pool.get(category) for pool in self._plan.pools.values())
+        return {self._version(category, entry) for entry in entries if entry is not None}
 
     def _candidate(self, category: str, wanted: int | None) -> int | None:
         """The candidate that waits."""

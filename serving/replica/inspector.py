@@ -30,6 +30,7 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
 from serving.api import problems
 from serving.api.messages import (
+    Alias,
     CategoryReport,
     Inspected,
     InspectionReport,
@@ -42,6 +43,7 @@ from serving.controller.activity import Counts
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
+from serving.replica.beside import Beside
 from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
@@ -53,9 +55,16 @@ _DECODERS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """An image on its way to the model; `queued_at` is of `time.monotonic`."""
+    """An image on its way to the model.
+
+    Attributes:
+        served: the version that it was decoded for.
+        follows: whether a version that takes over meanwhile answers in its place.
+        queued_at: of `time.monotonic`.
+    """
 
     served: ServedCategory
+    follows: bool
     pixels_1CHW: torch.Tensor
     size: tuple[int, int]
     image: Image.Image | None
@@ -84,6 +93,7 @@ class Inspector:
         device: where the backbones run.
         shared: whether several categories share the replica.
         meter: counts; None where nothing does.
+        beside: has versions beside those that serve; None where there are no others.
     """
 
     def __init__(
@@ -94,8 +104,10 @@ class Inspector:
         device: Literal["cpu", "cuda"] = "cpu",
         shared: bool = False,
         meter: Meter | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._limits = limits
+        self._beside = beside
         self._device = device
         self._meter = meter
         self._served: dict[str, ServedCategory] = {}
@@ -127,24 +139,32 @@ class Inspector:
         Raises PromptSetError or BackboneError if it cannot be loaded, FleetError if it fails its
         test or cannot decide as ordered; then what was served before still is.
         """
+        served = self._prepare(category, order, stored)
+        backbone, before = served.detector.backbone, self._served.get(category)
+        if before is None or before.detector.backbone is not backbone:
+            self._admission.expect(category, self._cost_s(backbone))
+        self._served[category] = served
+
+    def _prepare(self, category: str, order: Order, stored: StoredVersion) -> ServedCategory:
+        """A version that is read and tested; raises as `load`."""
         try:
             source = f"version {stored.version} of {category}"
             prompt_set = PromptSet.from_bytes(stored.data, source=source)
-            backbone = self._backbone(prompt_set)
             served = build(
-                prompt_set, order, backbone, version=stored.version, run_id=stored.run_id
+                prompt_set,
+                order,
+                self._backbone(prompt_set),
+                version=stored.version,
+                run_id=stored.run_id,
             )
             self._model.submit(self_test, served, prompt_set).result()
-            before = self._served.get(category)
-            if before is None or before.detector.backbone is not backbone:
-                self._admission.expect(category, self._cost_s(backbone))
         except Exception:
             if self._meter:
                 self._meter.loaded(category, stored.version, succeeded=False)
             raise
-        self._served[category] = served
         if self._meter:
             self._meter.loaded(category, stored.version, succeeded=True)
+        return served
 
     def drop(self, category: str) -> None:
         """Serve a category no more; images of it that wait already are still inspected."""
@@ -166,29 +186,41 @@ class Inspector:
         return self._find(category).about
 
     async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
+        self,
+        category: str,
+        data: bytes,
+        *,
+        picture: Picture | None,
+        timeout_s: float | None,
+        alias: Alias | None = None,
     ) -> Inspected:
         """Inspect an image file; see `Service.inspect`."""
-        received_at = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             served = self._find(category)
+            if alias is not None:
+                if self._beside is None:
+                    raise problems.no_version(category, alias)
+                served = await self._beside.find(alias, served, self._prepare)
+            received_at = time.monotonic()
             with self._admission.admitted(category, len(data), timeout_s):
-                job = await loop.run_in_executor(
-                    self._decoders, self._decode, served, data, picture == "overlay"
+                decode = partial(
+                    self._decode, served, data, picture == "overlay", follows=alias is None
                 )
+                job = await loop.run_in_executor(self._decoders, decode)
                 result = await self._batcher.submit(category, job)
                 conclude = partial(self._conclude, job, result, picture, received_at)
                 if picture is None and not result.is_anomalous:
                     inspected = conclude()  # no map at the size of the image
                 else:
                     inspected = await loop.run_in_executor(self._decoders, conclude)
-            self._last_hour.add(
-                category,
-                score=inspected.report.anomaly_score,
-                is_anomalous=inspected.report.is_anomalous,
-                ms=1000 * (time.monotonic() - received_at),
-            )
+            if alias is None:
+                self._last_hour.add(
+                    category,
+                    score=inspected.report.anomaly_score,
+                    is_anomalous=inspected.report.is_anomalous,
+                    ms=1000 * (time.monotonic() - received_at),
+                )
             return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:
@@ -202,7 +234,9 @@ class Inspector:
         except KeyError:
             raise problems.not_ready(category) from None
 
-    def _decode(self, served: ServedCategory, data: bytes, keep_image: bool) -> _Job:
+    def _decode(
+        self, served: ServedCategory, data: bytes, keep_image: bool, *, follows: bool
+    ) -> _Job:
         started_at = time.monotonic()
         try:
             image = decode_image(
@@ -214,6 +248,7 @@ class Inspector:
             self._admission.took(served.about.category, "decode", ended_at - started_at)
         return _Job(
             served=served,
+            follows=follows,
             pixels_1CHW=pixels_1CHW,
             size=image.size,
             image=image if keep_image else None,
@@ -258,6 +293,8 @@ class Inspector:
         ]
 
     def _newest(self, job: _Job) -> ServedCategory:
+        if not job.follows:
+            return job.served
         newest = self._served.get(job.served.about.category, job.served)
         # Pixels were made for the size that the old version's backbone sees, by its reading.
         now, then = newest.detector, job.served.detector

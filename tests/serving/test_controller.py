@@ -203,6 +203,11 @@ class Line:
             raise ConnectionError("the line is cut")
         return await self.controller.follow(pool, replica, report, wait_s=wait_s)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        if self.cut:
+            raise ConnectionError("the line is cut")
+        return await self.controller.resolve(category, alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         if self.cut:
             raise ConnectionError("the line is cut")

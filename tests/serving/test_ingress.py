@@ -21,7 +21,7 @@ from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import decode_image, read_image
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import Alias, CategoryReport, Inspected, Picture
 from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
@@ -231,7 +231,13 @@ def test_a_failure_of_the_service_itself_tells_nothing_of_its_inside() -> None:
             raise RuntimeError("the secret of the inside")
 
         async def inspect(
-            self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
+            self,
+            category: str,
+            data: bytes,
+            *,
+            picture: Picture | None,
+            timeout_s: float | None,
+            alias: Alias | None = None,
         ) -> Inspected:
             raise RuntimeError("the secret of the inside")
 

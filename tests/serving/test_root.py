@@ -22,7 +22,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import Alias, CategoryReport, Inspected, Picture
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.problems import ProblemError
 from serving.api.root import create_root_api
@@ -130,6 +130,8 @@ def test_a_shared_pool_answers_by_handle_what_it_answers_directly(
         ("POST", "/v1/blister/inspect", {"content": picture[:-50]}),
         ("POST", "/v1/blister/inspect", {"content": bytes(300_000)}),
         ("POST", "/v1/blister/inspect?map=tiff", {"content": picture}),
+        ("POST", "/v1/blister/inspect?alias=candidate", {"content": picture}),
+        ("POST", "/v1/blister/inspect?alias=7", {"content": picture}),
         ("POST", "/v1/blister/inspect", {"json": {}}),
         ("GET", "/v1/blister", {}),
     ]
@@ -158,11 +160,16 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
             self.errors = list(errors)
 
         async def inspect(
-            self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+            self,
+            category: str,
+            data: bytes,
+            picture: Picture | None,
+            timeout_s: float | None,
+            alias: Alias | None,
         ) -> Inspected | Refusal:
             if self.errors:
                 raise self.errors.pop(0)
-            return await Answering(tail).inspect("blister", data, picture, timeout_s)
+            return await Answering(tail).inspect("blister", data, picture, timeout_s, alias)
 
         async def describe(self, category: str) -> CategoryReport | Refusal:
             raise RayServeException("the application is gone")
