@@ -13,7 +13,7 @@ from apt_ray.errors import RegistryUnavailableError
 from apt_ray.registry import CANDIDATE, CHAMPION
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import Alias
+from serving.api.messages import Alias, InspectionRequest
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.orders import Order, Plan, StoredVersion
@@ -67,7 +67,7 @@ class Bench:
             self.inspector.load(name, Order(version=1, **order), stored)
 
     async def ask(self, alias: Alias | None, name: str = "nut") -> tuple[int, bool]:
-        found = await self.inspector.inspect(name, png(), picture=None, timeout_s=None, alias=alias)
+        found = await self.inspector.inspect(name, png(), InspectionRequest(alias=alias))
         return found.report.version, found.report.is_anomalous
 
     @property

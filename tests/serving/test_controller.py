@@ -13,6 +13,7 @@ from apt_ray.errors import FleetError, ImageError
 from apt_ray.images import encode_png
 from apt_ray.registry import CHAMPION
 from serving.api.access import Access
+from serving.api.messages import InspectionRequest
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.orders import (
@@ -105,9 +106,9 @@ def test_the_status_says_which_candidate_waits_and_what_the_last_hour_was(
             follower, inspector, _ = replica(line, tmp_path / name, name)
             await follower.start(patience_s=20)
             for _ in range(images):
-                await inspector.inspect("nut", data, picture=None, timeout_s=None)
+                await inspector.inspect("nut", data, InspectionRequest())
             with pytest.raises(ImageError):
-                await inspector.inspect("nut", b"no image", picture=None, timeout_s=None)
+                await inspector.inspect("nut", b"no image", InspectionRequest())
             followers.append(asyncio.create_task(follower.follow_forever()))
         while True:
             status = (await controller.status()).categories

@@ -17,7 +17,7 @@ from apt_ray.images import decode_image
 from serving.api import problems
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import Alias, CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.settings import Auth, HttpLimits
 from tests.mutations import png_that_claims
 
@@ -39,21 +39,13 @@ class _Scene:
     async def describe(self, category: str) -> CategoryReport:
         raise problems.unknown_category(category, ["bottle", "screw"])
 
-    async def inspect(
-        self,
-        category: str,
-        data: bytes,
-        *,
-        picture: Picture | None,
-        timeout_s: float | None,
-        alias: Alias | None = None,
-    ) -> Inspected:
-        if alias is not None and category == "bottle":
-            raise problems.no_version(category, alias)
-        if alias is not None:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
+        if asked.alias is not None and category == "bottle":
+            raise problems.no_version(category, asked.alias)
+        if asked.alias is not None:
             raise problems.unusable(
                 category,
-                alias,
+                asked.alias,
                 f"version 3 of {category} is damaged: fit the category again and register it",
             )
         if category == "flooded":
