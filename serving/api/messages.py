@@ -113,6 +113,7 @@ class InspectionRequest:
     """What a caller wants to know of an image.
 
     Attributes:
+        id: the name of the request.
         picture: what is to be drawn, if anything.
         picture_side: the longer side that the picture may have, in pixels; None leaves it the
             image's.
@@ -120,6 +121,7 @@ class InspectionRequest:
         alias: whose version is to answer, as it would serve; None asks the one that serves.
     """
 
+    id: str = ""
     picture: Picture | None = None
     picture_side: int | None = None
     timeout_s: float | None = None

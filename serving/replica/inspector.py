@@ -44,6 +44,7 @@ from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
 from serving.replica.beside import Beside
+from serving.replica.history import History
 from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
@@ -98,6 +99,7 @@ class Inspector:
         shared: whether several categories share the replica.
         meter: counts; None where nothing does.
         beside: has versions beside those that serve; None where there are no others.
+        history: keeps what was inspected; None where nothing does.
     """
 
     def __init__(
@@ -109,11 +111,13 @@ class Inspector:
         shared: bool = False,
         meter: Meter | None = None,
         beside: Beside | None = None,
+        history: History | None = None,
     ) -> None:
         self._limits = limits
         self._beside = beside
         self._device = device
         self._meter = meter
+        self._history = history
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._last_hour = LastHour()
@@ -213,6 +217,15 @@ class Inspector:
                     score=inspected.report.anomaly_score,
                     is_anomalous=inspected.report.is_anomalous,
                     ms=1000 * (time.monotonic() - received_at),
+                )
+            if self._history and asked.alias is None:
+                self._history.keep(
+                    inspected.report,
+                    request_id=asked.id,
+                    data=data,
+                    limits=self._limits,
+                    reading=result.served.detector.prompt_set.reading,
+                    map_SS=result.map_SS,
                 )
             return inspected
         except (ImageError, ProblemError) as error:

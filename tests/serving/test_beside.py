@@ -13,7 +13,7 @@ from apt_ray.errors import RegistryUnavailableError
 from apt_ray.registry import CANDIDATE, CHAMPION
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import Alias, InspectionRequest
+from serving.api.messages import Alias, InspectionReport, InspectionRequest
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.orders import Order, Plan, StoredVersion
@@ -39,6 +39,16 @@ class CountingLine(Line):
         return await super().fetch(category, version)
 
 
+class KeptVersions:
+    """A history that keeps which version answered."""
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+
+    def keep(self, report: InspectionReport, **_: object) -> None:
+        self.versions.append(report.version)
+
+
 class Bench:
     """A replica that serves the first version of each category; the second is the candidate."""
 
@@ -59,8 +69,12 @@ class Bench:
         await controller.poll()
         self.controller, self.line = controller, CountingLine(controller)
         cache = Cache(str(self.folder / "replica"), "registry")
+        self.history = KeptVersions()
         self.inspector = Inspector(
-            limits=HttpLimits().image, batching=Batching(), beside=Beside(self.line, cache)
+            limits=HttpLimits().image,
+            batching=Batching(),
+            beside=Beside(self.line, cache),
+            history=self.history,  # type: ignore[arg-type]
         )
         for name in self.names:
             stored = await controller.fetch(name, 1)
@@ -86,7 +100,7 @@ def test_the_candidate_answers_beside_what_serves_and_counts_nowhere(
         found = await asyncio.gather(*(bench.ask(alias) for alias in aliases))
         champion, candidate = (1, False), (2, True)
         assert found == [champion, candidate, champion, candidate, candidate]
-        assert bench.counted == 1
+        assert (bench.counted, bench.history.versions) == (1, [1])
         assert bench.line.fetched == [("nut", 2)]
         assert bench.inspector.serves()["nut"].version == 1
         # The alias decides at each request, whatever serves.
