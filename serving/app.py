@@ -6,8 +6,7 @@ when Serve makes one of the classes here; torch and MLflow are imported only the
 
 import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,13 +131,16 @@ class PoolReplica:
     """One replica of a pool."""
 
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        from serving.replica.follower import Follower  # with torch: for these replicas only
+        from serving.replica.beside import Beside  # with torch: for these replicas only
+        from serving.replica.follower import Follower
         from serving.replica.history import History
         from serving.replica.inspector import Inspector
         from serving.replica.meter import Meter
 
         self._args = args
         self._access = Access(Auth())
+        controller = _RemoteController()
+        cache = Cache(args.registry.cache, args.registry_address)
         meter = Meter()
         kept: History | None = None
         if args.history.images:
@@ -150,14 +152,15 @@ class PoolReplica:
             device=args.device,
             shared=args.shared,
             meter=meter,
+            beside=Beside(controller, cache),
             history=kept,
         )
         self._answering = Answering(self._inspector, self._history)
         follower = Follower(
             args.pool,
             serve.get_replica_context().replica_id.unique_id,
-            _RemoteController(),
-            cache=Cache(args.registry.cache, args.registry_address),
+            controller,
+            cache=cache,
             inspector=self._inspector,
             access=self._access,
             wait_s=WAIT_S,
@@ -248,6 +251,9 @@ class ControllerReplica:
     async def routes(self, known: str) -> Routes:
         return await self._controller.routes(known)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        return await self._controller.resolve(category, alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         return await self._controller.fetch(category, version)
 
@@ -290,10 +296,9 @@ async def _promote(address: str, order: MoveOrder) -> MoveResult:
     task = ray.remote(num_cpus=_PROMOTION_CPUS, max_retries=0)(_promote_there)
     reference = task.remote(address, order)
     try:
-        with _own_errors():
-            result: MoveResult = await asyncio.wait_for(
-                asyncio.wrap_future(reference.future()), _PROMOTION_S
-            )
+        result: MoveResult = await asyncio.wait_for(
+            _own_errors(asyncio.wrap_future(reference.future())), _PROMOTION_S
+        )
     except asyncio.TimeoutError:
         ray.cancel(reference)
         raise FleetError(
@@ -301,17 +306,6 @@ async def _promote(address: str, order: MoveOrder) -> MoveResult:
             f" dashboard whether a node has {_PROMOTION_CPUS:g} CPU free, then ask again"
         ) from None
     return result
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    """What apt-ray raised in another process is raised here, without the traceback from there."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, AptError):
-            raise error.cause from None
-        raise
 
 
 class _RemoteController:
@@ -323,9 +317,14 @@ class _RemoteController:
         orders: Orders = await controller_handle().follow.remote(pool, replica, report, wait_s)
         return orders
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        version: int | None = await _own_errors(controller_handle().resolve.remote(category, alias))
+        return version
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
-        with _own_errors():
-            stored: StoredVersion = await controller_handle().fetch.remote(category, version)
+        stored: StoredVersion = await _own_errors(
+            controller_handle().fetch.remote(category, version)
+        )
         return stored
 
     async def routes(self, known: str) -> Routes:
@@ -344,8 +343,7 @@ class _RemoteController:
         await controller_handle().wake.remote(reason)
 
     async def move(self, order: MoveOrder) -> Operation:
-        with _own_errors():
-            operation: Operation = await controller_handle().move.remote(order)
+        operation: Operation = await _own_errors(controller_handle().move.remote(order))
         return operation
 
     async def operation(self, identifier: str) -> Operation | None:
@@ -353,11 +351,20 @@ class _RemoteController:
         return operation
 
     async def versions(self, category: str, limit: int) -> list[VersionSummary]:
-        with _own_errors():
-            versions: list[VersionSummary] = await controller_handle().versions.remote(
-                category, limit
-            )
+        versions: list[VersionSummary] = await _own_errors(
+            controller_handle().versions.remote(category, limit)
+        )
         return versions
+
+
+async def _own_errors(answer: Awaitable[Any]) -> Any:
+    """The answer; an AptError is raised as it was, without the traceback of another process."""
+    try:
+        return await answer
+    except RayTaskError as error:
+        if isinstance(error.cause, AptError):
+            raise error.cause from None
+        raise
 
 
 class _RemotePool:

@@ -162,6 +162,27 @@ def of_registry(error: RegistryError) -> ProblemError:
     )
 
 
+def no_version(category: str, alias: str) -> ProblemError:
+    """A category whose registry has nothing under an alias."""
+    return ProblemError(
+        HTTPStatus.NOT_FOUND,
+        f"No {alias}",
+        f"{category} has no {alias}",
+        "Ask without alias for the version that serves. A search registers a candidate, and"
+        " `apt-ray registry promote` makes it the champion.",
+    )
+
+
+def unusable(category: str, alias: str, reason: str) -> ProblemError:
+    """A version that somebody asked for cannot be served."""
+    return ProblemError(
+        HTTPStatus.CONFLICT,
+        "Unusable version",
+        f"the {alias} of {category} cannot inspect ({reason})",
+        "Ask without alias for the version that serves; fit and register the category again.",
+    )
+
+
 def of_image(error: ImageError) -> ProblemError:
     """What is wrong with an image, as a problem."""
     if isinstance(error, ImageTooLargeError):

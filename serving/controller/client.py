@@ -16,6 +16,13 @@ class ControllerClient(Protocol):
         """What a pool shall serve, once it differs from `report.orders` or after `wait_s`."""
         ...
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        """The version behind an alias of a category, None if there is none.
+
+        RegistryUnavailableError if the registry has not said yet.
+        """
+        ...
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         """A version's prompt set; an AptError says why there is none."""
         ...

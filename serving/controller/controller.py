@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import Field
 
 from apt_ray.config import Settings
-from apt_ray.errors import AptError, RegistryConflictError
+from apt_ray.errors import AptError, RegistryConflictError, RegistryUnavailableError
 from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
 from serving.controller.moves import (
@@ -173,12 +173,23 @@ class Controller:
         """Where to ask for what, once it differs from `known` or `wait_s` have passed."""
         return await self._until(self._routes, known, wait_s)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        """The version behind an alias of a category, None if there is none.
+
+        Raises RegistryUnavailableError if the registry has not said yet.
+        """
+        if self._registry != "ok" and category not in self._aliases.categories:
+            raise RegistryUnavailableError(self._registry)
+        return self._aliases.categories.get(category, {}).get(alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         """A version's prompt set, from the cache or the registry. Raises RegistryError."""
         stored = await asyncio.to_thread(self._cache.get, category, version)
         if stored is None:
             stored = await asyncio.to_thread(self._load, category, version)
-            await asyncio.to_thread(self._cache.put, stored)
+            # What is only tried must not push out of the cache what serves.
+            if version in self._wanted(category):
+                await asyncio.to_thread(self._cache.put, stored)
         return stored
 
     async def move(self, order: MoveOrder) -> Operation:
@@ -201,7 +212,7 @@ class Controller:
             del self._operations[next(iter(self._operations))]
         self._operations[operation.id] = operation
         self._note(**self._line_of(operation))
-        task = asyncio.create_task(self._carry_out(operation.id, order))
+        task = asyncio.create_task(self._carry_out(operation, order))
         self._moving.add(task)
         task.add_done_callback(self._moving.discard)
         return operation
@@ -216,7 +227,7 @@ class Controller:
             lambda: versions_of(self._open_registry(), category, limit=limit, page=self._page)
         )
 
-    async def _carry_out(self, identifier: str, order: MoveOrder) -> None:
+    async def _carry_out(self, operation: Operation, order: MoveOrder) -> None:
         end: dict[str, object]
         try:
             if order.kind == "promote" and self._promoting is not None:
@@ -229,8 +240,9 @@ class Controller:
                 "state": "failed",
                 "error": str(error) if isinstance(error, AptError) else repr(error),
             }
-        ended = self._operations[identifier].model_copy(update=end)
-        self._operations[identifier] = ended
+        ended = operation.model_copy(update=end)
+        if operation.id in self._operations:
+            self._operations[operation.id] = ended
         self._note(**self._line_of(ended))
         self._woken.set()
 
@@ -342,6 +354,11 @@ class Controller:
         if entry.version is not None:
             return entry.version
         return self._aliases.categories.get(category, {}).get(entry.alias)
+
+    def _wanted(self, category: str) -> set[int | None]:
+        """The versions of a category that pools shall serve."""
+        entries = (pool.get(category) for pool in self._plan.pools.values())
+        return {self._version(category, entry) for entry in entries if entry is not None}
 
     def _candidate(self, category: str, wanted: int | None) -> int | None:
         """The candidate that waits."""

@@ -100,6 +100,9 @@ def test_a_fleet_on_a_real_cluster(
             assert load.wait_for(name, 2) < 15
         deployed.promote("washer", 1)
         assert load.wait_for("washer", 1) < 15
+        # The candidate answers beside it, and is loaded for that alone.
+        for name in ("washer", "blister"):
+            assert deployed.inspect(name, picture, query="?alias=candidate")["version"] == 2
         # Bounds, decisions and tokens change without a new process.
         fleet = {
             "categories": {
@@ -114,6 +117,9 @@ def test_a_fleet_on_a_real_cluster(
     assert "washer: changed in pool tail" in done.stderr
     assert deployed.replicas() == before
     assert deployed.inspect("washer", picture)["threshold"] == 0.25
+    washer = deployed.get("/fleet/status")["categories"]["washer"]
+    assert (washer["serving"], washer["candidate"], washer["threshold"]) == ([1], 2, 0.25)
+    assert washer["last_hour"]["inspected"] == sum(washer["last_hour"]["scores"]) > 0
 
     # What cannot be served is reported with its reason; what was there keeps serving.
     bad = {"blister": {}, "washer": {"pool": "tail", "false_alarm_rate": 0.1}}
