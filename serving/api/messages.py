@@ -26,7 +26,7 @@ class Timings(BaseModel):
     decode: float = Field(description="Image file to pixels.")
     queue: float = Field(description="Waiting for the batch that it was inspected in.")
     inspect: float = Field(description="That batch's forward pass and scores.")
-    conclude: float = Field(description="The map at the size of the image, regions, the image.")
+    conclude: float = Field(description="Regions, and the map or overlay.")
 
 
 class InspectionReport(BaseModel):
@@ -47,6 +47,8 @@ class InspectionReport(BaseModel):
         " promises nothing."
     )
     regions: list[RegionReport] = Field(description="Where, worst first.")
+    width: int = Field(default=0, description="Of the image sent, upright, in pixels.")
+    height: int = Field(default=0, description="Likewise.")
     request_id: str = ""
     timings_ms: Timings
     map_png: str | None = Field(
@@ -62,6 +64,9 @@ class InspectionReports(BaseModel):
     )
 
 
+ThresholdSource = Literal["prompt set", "fleet file"]
+
+
 class CategoryReport(BaseModel):
     """What answers for a category."""
 
@@ -71,7 +76,21 @@ class CategoryReport(BaseModel):
     backbone: str
     fingerprint: str = Field(description="Digest of the backbone's weights and preprocessing.")
     threshold: float
+    threshold_source: ThresholdSource = Field(
+        default="prompt set", description="Who says what the threshold is."
+    )
     certified_false_alarm_rate: float | None
+    normal_scores: list[float] = Field(
+        default=[],
+        description="Anomaly scores of good parts, lowest first, that its prompt set's threshold is"
+        " from; of more than 500, 500 evenly taken. Those of the whole image, also with a region of"
+        " interest.",
+    )
+    normal_scores_of: str = Field(
+        default="",
+        description="Which good parts: `calibration images`, `left-out support images` or `copies"
+        " of the support image`. New parts score like the first alone.",
+    )
     counted_share: float = Field(
         default=1.0,
         description="Share of an image that counts; below 1 with a region of interest.",
@@ -84,6 +103,29 @@ class CategoryReport(BaseModel):
 
 Picture = Literal["png", "overlay"]
 """What may be drawn: the anomaly map, or the image with it tinted over."""
+
+Alias = Literal["candidate", "champion"]
+"""Whose version may be asked for beside the one that serves."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectionRequest:
+    """What a caller wants to know of an image.
+
+    Attributes:
+        id: the name of the request.
+        picture: what is to be drawn, if anything.
+        picture_side: the longer side that the picture may have, in pixels; None leaves it the
+            image's.
+        timeout_s: by when; None leaves it to the service how long an image may wait.
+        alias: whose version is to answer, as it would serve; None asks the one that serves.
+    """
+
+    id: str = ""
+    picture: Picture | None = None
+    picture_side: int | None = None
+    timeout_s: float | None = None
+    alias: Alias | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +141,10 @@ class Service(Protocol):
 
     async def describe(self, category: str) -> CategoryReport: ...
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         """Inspect an image file; whoever cancels this costs no forward pass.
 
-        Raises ImageError for bytes that are no acceptable image, ProblemError if the category is
-        not known or the image cannot be inspected within `timeout_s`; None leaves it to the
-        service how long an image may wait.
+        Raises ImageError for bytes that are no acceptable image, ProblemError if the category or
+        its alias is not known or the image cannot be inspected in time.
         """
         ...
