@@ -145,9 +145,10 @@ class _Block:
             at_MC = at_MC + back_of_norm_2(at_hidden @ self.expand[0])
             at_query, at_key, at_value = back_of_attention(self.scale_1(at_MC) @ self.mix[0])
             at_normed_RC = at_key[texts:] @ self.key[0]
-            at_normed_RC.addmm_(at_value[texts:], self.value[0])
+            at_normed_RC = torch.addmm(at_normed_RC, at_value[texts:], self.value[0])
             if row_M is None:
-                return back_of_norm_1(at_normed_RC.addmm_(at_query, self.query[0])).add_(at_MC)
+                at_normed_RC = torch.addmm(at_normed_RC, at_query, self.query[0])
+                return back_of_norm_1(at_normed_RC).add_(at_MC)
             at_normed_RC.index_add_(0, row_M, at_query @ self.query[0])
             return back_of_norm_1(at_normed_RC).index_add_(0, row_M, at_MC)
 
@@ -223,7 +224,8 @@ def _activate(
     if not is_trained:
         return activation(x), None
     with torch.enable_grad():
-        y = activation(x.requires_grad_())
+        # Not as a module: torch's counter of operations could not follow a walk back within it.
+        y = activation.forward(x.requires_grad_())
         (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     return y.detach(), slope
 
