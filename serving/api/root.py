@@ -8,10 +8,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse
+from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, require
@@ -25,13 +25,20 @@ READY = ("READY", "IDLE")
 """States of a category that answers, the second after its pool has started a replica."""
 
 _CONSOLE = Path(__file__).parents[1] / "console"
+# A browser asks each time whether its copy is the last: a new fleet has a new console at once.
+_FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 _PAGE_HEADERS = {
-    # Nothing but this server: no foreign script, no frame, no address to send images to.
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:;"
+    # Nothing but this server: no foreign or inline script or style, no text that becomes markup,
+    # no frame, no address to send images to.
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none';"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    **_FILE_HEADERS,
 }
+# Addresses of the console's pages, which its router (console/router.js) tells apart.
+_PAGES = ("/", "/c/{category}", "/c/{category}/{tab}")
 
 
 class CategoryLink(BaseModel):
@@ -174,13 +181,31 @@ def create_root_api(
         await controller.wake(f"webhook {delivery}")
         return Health(status="ok")
 
-    @api.get("/", include_in_schema=False)
-    async def console() -> FileResponse:
-        return FileResponse(_CONSOLE / "index.html", headers=_PAGE_HEADERS)
+    async def page(request: Request) -> Response:
+        return _page("index.html", request)
+
+    for path in _PAGES:
+        api.get(path, include_in_schema=False)(page)
 
     @api.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(_CONSOLE / "docs.html", headers=_PAGE_HEADERS)
+    async def docs(request: Request) -> Response:
+        return _page("docs.html", request)
 
-    api.mount("/console", StaticFiles(directory=_CONSOLE))
+    api.mount("/console", _Files(directory=_CONSOLE))
     return api
+
+
+def _page(name: str, request: Request) -> Response:
+    """A page of the console; its links, which begin with `/console/`, get the fleet's prefix."""
+    text = (_CONSOLE / name).read_text(encoding="utf-8")
+    text = text.replace('"/console/', f'"{request.scope["root_path"]}/console/')
+    return Response(text, media_type="text/html", headers=_PAGE_HEADERS)
+
+
+class _Files(StaticFiles):
+    """The console's files, each with an etag."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_FILE_HEADERS)
+        return response
