@@ -79,7 +79,7 @@ function Page({ where, url, session }) {
 
 function Bar({ session, where, onLeave }) {
   return html`<header class="bar">
-    <${Link} to=${ROOT} class="brand"><img src="${ROOT}console/icon.svg" alt="" width="26" height="26" /><span>apt-ray</span><//>
+    <${Link} to=${ROOT} class="brand" aria-label="apt-ray, all categories"><img src="${ROOT}console/icon.svg" alt="" width="26" height="26" /><span>apt-ray</span><//>
     <nav aria-label="Console">
       <${Link} to=${ROOT} aria-current=${where.page === "fleet" ? "page" : undefined}>Fleet<//>
       <a href=${address("docs")}>API</a>

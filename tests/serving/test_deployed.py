@@ -60,7 +60,7 @@ def test_a_fleet_on_a_real_cluster(
         assert answer["threshold"] == pytest.approx(threshold)
         assert answer["anomaly_score"] == pytest.approx(expected.anomaly_score, abs=1e-4)
         assert answer["is_anomalous"] == (expected.anomaly_score > threshold)
-    for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/console.js"):
+    for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/app.js"):
         assert fetch(Request(deployed.url + page))
     for name, content, status in (
         ("screw", picture, 404),

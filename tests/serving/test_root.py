@@ -280,7 +280,7 @@ def test_the_fleet_works_behind_a_path_prefix(tail: Inspector) -> None:
 def test_every_address_that_answers_get_answers_head(tail: Inspector) -> None:
     root = root_of(Answering(tail))
     paths = ("/", "/docs", "/healthz", "/v1", "/v1/blister", "/openapi.json", "/fleet/status")
-    for path in (*paths, "/console/console.js"):
+    for path in (*paths, "/c/blister", "/c/blister/history", "/console/app.js"):
         assert ask(root, "HEAD", path).status_code == 200, path
     assert ask(root, "HEAD", "/readyz").status_code == 503
     assert ask(root, "HEAD", "/v1/blister/inspect").status_code == 405

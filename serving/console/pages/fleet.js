@@ -81,7 +81,7 @@ export function FleetPage({ session, url }) {
       <${Live} problem=${problem} since=${since} data=${data} />
     </div>
     ${problem && html`<${ProblemMessage} problem=${problem} onRetry=${ask} quiet=${Boolean(data)} />`}
-    ${rows && sees && html`<${Summary} rows=${rows} data=${data} />`}
+    ${sees && !(problem && !data) && html`<${Summary} rows=${rows} />`}
     ${rows && rows.length === 0 && html`<div class="panel"><${Empty} title="No category yet">
       <p>Tune one with <code>python tuning/search.py</code>, or name one in the fleet file and deploy it.</p>
       <p><code>python -m serving.fleet deploy fleet.yaml</code></p><//></div>`}
@@ -94,7 +94,7 @@ export function FleetPage({ session, url }) {
         </div>
         ${sees && html`<div class="segments" role="group" aria-label="Which categories">
           ${FILTERS.map(({ key, label }) => html`<button key=${key} type="button" aria-pressed=${show === key}
-            onClick=${() => set("show", key, "all")}>${label}<span class="badge">${count(counts[key])}</span></button>`)}
+            onClick=${() => set("show", key, "all")}>${label}<span class="badge">${rows ? count(counts[key]) : ""}</span></button>`)}
         </div>`}
         <p class="found" role="status">${rows ? plural(shown.length, "category", "categories") : ""}</p>
       </div>
@@ -109,7 +109,7 @@ export function FleetPage({ session, url }) {
 }
 
 function Live({ problem, since, data }) {
-  if (!since) return html`<p class="live"></p>`;
+  if (!since) return html`<p class="live" aria-hidden="true"> </p>`;
   const registry = data?.registry;
   return html`<p class="live ${problem ? "stale" : ""}">
     <span class="pulse" aria-hidden="true"></span>
@@ -118,7 +118,12 @@ function Live({ problem, since, data }) {
   </p>`;
 }
 
+/** The figures of all; without rows, their room. */
 function Summary({ rows }) {
+  if (!rows) {
+    return html`<dl class="tiles" aria-hidden="true">${["Answering", "Verdicts, last hour", "Rejected", "Attention", "Candidates"].map((label) => html`
+      <${Tile} key=${label} label=${label} value=${html`<span class="ghost">000</span>`} note=${"\u00a0"} />`)}</dl>`;
+  }
   const answering = rows.filter(({ state }) => state === "READY" || state === "IDLE").length;
   const verdicts = rows.reduce((sum, { hour }) => sum + (hour?.inspected ?? 0), 0);
   const rejected = rows.reduce((sum, { hour }) => sum + (hour?.rejected ?? 0), 0);
