@@ -6,15 +6,17 @@ handle, as do those for a category whose own application is not there yet or no 
 
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from serving.api import problems, webhooks
-from serving.api.access import OPERATE, Access, require
+from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.ingress import create_api, problem_responses
 from serving.api.pools import Pools
 from serving.controller.client import ControllerClient
@@ -25,20 +27,25 @@ READY = ("READY", "IDLE")
 """States of a category that answers, the second after its pool has started a replica."""
 
 _CONSOLE = Path(__file__).parents[1] / "console"
+# Exactly these addresses show the console, whose router looks which of them it is.
+_CONSOLE_PATHS = (
+    "/",
+    "/searches",
+    "/c/{category}",
+    *(f"/c/{{category}}/{tab}" for tab in ("inspect", "history", "versions", "tune")),
+)
 # A browser asks each time whether its copy is the last: a new fleet has a new console at once.
 _FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 _PAGE_HEADERS = {
     # Nothing but this server: no foreign or inline script or style, no text that becomes markup,
     # no frame, no address to send images to.
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none';"
-    " require-trusted-types-for 'script'; trusted-types 'none';"
+    "Content-Security-Policy": "default-src 'self'; connect-src 'self'; img-src 'self' blob: data:;"
+    " object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none';"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "Referrer-Policy": "no-referrer",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
     **_FILE_HEADERS,
 }
-# Addresses of the console's pages, which its router (console/router.js) tells apart.
-_PAGES = ("/", "/c/{category}", "/c/{category}/{tab}")
 
 
 class CategoryLink(BaseModel):
@@ -58,6 +65,14 @@ class CategoryList(BaseModel):
 
 class Health(BaseModel):
     status: str
+
+
+class Me(BaseModel):
+    """Who asks, as the fleet knows them."""
+
+    name: str = Field(description="Of the token; empty where the fleet has no tokens.")
+    scopes: list[str] = Field(description="What it is good for.")
+    needs_token: bool = Field(description="Whether the fleet asks for tokens at all.")
 
 
 class AuditLog(BaseModel):
@@ -113,6 +128,17 @@ def create_root_api(
                 for name, category in found.items()
             ]
         )
+
+    @api.get(
+        "/fleet/me",
+        tags=["fleet"],
+        summary="Who asks, and what for",
+        description="Any token is told its name and scopes; without one, where the fleet asks for"
+        " tokens, the answer is 401.",
+        responses=problem_responses(HTTPStatus.UNAUTHORIZED),
+    )
+    async def me(caller: Annotated[Caller, Depends(require(access, None))]) -> Me:
+        return Me(name=caller.name, scopes=list(caller.scopes), needs_token=access.needs_token)
 
     @api.get("/healthz", tags=["fleet"], summary="Whether the fleet answers at all")
     async def healthz() -> Health:
@@ -181,25 +207,24 @@ def create_root_api(
         await controller.wake(f"webhook {delivery}")
         return Health(status="ok")
 
-    async def page(request: Request) -> Response:
-        return _page("index.html", request)
+    def page(name: str) -> HTMLResponse:
+        # Pages of any depth link from the fleet's own address on.
+        text = (_CONSOLE / name).read_text(encoding="utf-8")
+        text = text.replace('"/console/', f'"{http.root_path}/console/')
+        return HTMLResponse(text, headers=_PAGE_HEADERS)
 
-    for path in _PAGES:
-        api.get(path, include_in_schema=False)(page)
+    for path in _CONSOLE_PATHS:
+
+        @api.get(path, include_in_schema=False)
+        def console() -> HTMLResponse:
+            return page("index.html")
 
     @api.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> Response:
-        return _page("docs.html", request)
+    def docs() -> HTMLResponse:
+        return page("docs.html")
 
     api.mount("/console", _Files(directory=_CONSOLE))
     return api
-
-
-def _page(name: str, request: Request) -> Response:
-    """A page of the console; its links, which begin with `/console/`, get the fleet's prefix."""
-    text = (_CONSOLE / name).read_text(encoding="utf-8")
-    text = text.replace('"/console/', f'"{request.scope["root_path"]}/console/')
-    return Response(text, media_type="text/html", headers=_PAGE_HEADERS)
 
 
 class _Files(StaticFiles):

@@ -82,16 +82,8 @@ function polled(path) {
   };
 }
 
-/** {name, scopes, needs_token}; of a fleet that cannot say so, what its list of categories tells. */
-export async function whoAmI() {
-  try {
-    return await json(address("v1", "me"));
-  } catch (problem) {
-    if (problem.status !== 404 && problem.status !== 403) throw problem;
-    await json(address("v1"));
-    return { name: "", scopes: ["inspect", "operate"], needs_token: Boolean(token) };
-  }
-}
+/** {name, scopes, needs_token}. */
+export const whoAmI = () => json(address("fleet", "me"));
 
 export const pollStatus = () => polled(address("fleet", "status"));
 export const pollList = () => polled(address("v1"));
