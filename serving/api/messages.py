@@ -62,6 +62,9 @@ class InspectionReports(BaseModel):
     )
 
 
+ThresholdSource = Literal["prompt set", "fleet file"]
+
+
 class CategoryReport(BaseModel):
     """What answers for a category."""
 
@@ -71,7 +74,21 @@ class CategoryReport(BaseModel):
     backbone: str
     fingerprint: str = Field(description="Digest of the backbone's weights and preprocessing.")
     threshold: float
+    threshold_source: ThresholdSource = Field(
+        default="prompt set", description="Who says what the threshold is."
+    )
     certified_false_alarm_rate: float | None
+    normal_scores: list[float] = Field(
+        default=[],
+        description="Anomaly scores of good parts, lowest first, that its prompt set's threshold is"
+        " from; of more than 500, 500 evenly taken. Those of the whole image, also with a region of"
+        " interest.",
+    )
+    normal_scores_of: str = Field(
+        default="",
+        description="Which good parts: `calibration images`, `left-out support images` or `copies"
+        " of the support image`. New parts score like the first alone.",
+    )
     counted_share: float = Field(
         default=1.0,
         description="Share of an image that counts; below 1 with a region of interest.",
