@@ -110,4 +110,7 @@ function ThemeSwitch() {
     <${Icon} name=${THEME_ICONS[theme]} size=${18} /></button>`;
 }
 
-render(html`<${App} />`, document.getElementById("app"));
+// What the page shows before its first script gives way at once.
+const root = document.getElementById("app");
+root.replaceChildren();
+render(html`<${App} />`, root);
