@@ -3,6 +3,13 @@
 import { html } from "../html.js";
 import { Icon } from "./icons.js";
 
+/** Text of the API as a sentence, with what stands between backticks as code. */
+export function prose(text) {
+  const whole = String(text).trim();
+  const sentence = whole.charAt(0).toUpperCase() + whole.slice(1) + (/[.!?…]$/.test(whole) ? "" : ".");
+  return sentence.split("`").map((part, index) => (index % 2 ? html`<code key=${index}>${part}</code>` : part));
+}
+
 /** A problem as the fleet tells it: what happened, and what to do. */
 export function ProblemMessage({ problem, onRetry, quiet = false }) {
   if (!problem) return null;
@@ -10,8 +17,8 @@ export function ProblemMessage({ problem, onRetry, quiet = false }) {
     <${Icon} name="warn" size=${20} />
     <div>
       <strong>${problem.title ?? "Something went wrong"}</strong>
-      <p>${problem.detail ?? String(problem.message ?? problem)}</p>
-      ${problem.remedy && html`<p class="remedy">${problem.remedy}</p>`}
+      <p>${prose(problem.detail ?? problem.message ?? problem)}</p>
+      ${problem.remedy && html`<p class="remedy">${prose(problem.remedy)}</p>`}
     </div>
     ${onRetry && html`<button type="button" onClick=${onRetry}>Try again</button>`}
   </div>`;

@@ -15,7 +15,7 @@ export function ThresholdPanel({ category, about, threshold, items, tried, onTry
   const [dialog, setDialog] = useState(null);
   const [isOpen, setOpen] = useState(items.length === 0);
   // What was inspected before, where the fleet keeps it.
-  const past = useLoaded(async (signal) => (isOpen ? entriesOf(await history(category, { limit: LAST, signal }).catch(() => null)) : []), [category, isOpen]);
+  const past = useLoaded(async (signal) => (isOpen && about ? entriesOf(await history(category, { limit: LAST, signal }).catch(() => null)) : []), [category, isOpen, Boolean(about)]);
   const seen = useMemo(() => {
     const here = items.filter(({ report }) => report).map(({ report }) => ({ score: report.anomaly_score, id: report.request_id }));
     const known = new Set(here.map((each) => each.id));

@@ -8,7 +8,7 @@ import { may, useObjectUrl } from "../hooks.js";
 import { Icon } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
 import { Verdict } from "../components/marks.js";
-import { Empty, ProblemMessage, Skeleton } from "../components/messages.js";
+import { Empty, ProblemMessage, prose, Skeleton } from "../components/messages.js";
 import { Regions } from "../components/regions.js";
 import { Viewer } from "../components/viewer.js";
 import { entriesOf } from "../components/threshold.js";
@@ -49,7 +49,7 @@ export function HistoryTab({ session, category }) {
       <button type="button" disabled=${isLoading} onClick=${() => load(null)}>Refresh</button>
     </div>
     ${problem && (problem.status === 404
-      ? html`<${Empty} title="This fleet keeps no history"><p>${problem.remedy ?? "Set history.images in the fleet file and deploy it."}</p><//>`
+      ? html`<${Empty} title="This fleet keeps no history"><p>${prose(problem.remedy ?? "Set history.images in the fleet file and deploy it")}</p><//>`
       : html`<${ProblemMessage} problem=${problem} onRetry=${() => load(null)} />`)}
     ${!entries && !problem && html`<${Skeleton} rows=${3} height=${180} />`}
     ${entries?.length === 0 && !problem && html`<${Empty} title=${only === "all" ? "Nothing inspected yet" : "Nothing rejected"}>
