@@ -40,9 +40,10 @@ _DROP = """async (bytes) => {
     document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
     for (;;) {
         await frame();
-        const [canvas, image] = ["canvas.layer", ".plane img"].map((each) => document.querySelector(each));
-        if (canvas && canvas.width > 300 && !canvas.hidden && document.querySelector("output.figure")) {
-            await image.decode();
+        const canvas = document.querySelector("canvas.layer");
+        const isDrawn = canvas && canvas.width > 300 && !canvas.hidden;
+        if (isDrawn && document.querySelector("output.figure")) {
+            await document.querySelector(".plane img").decode();
             await frame();
             await frame();
             return performance.now() - started;
@@ -84,7 +85,9 @@ def _load(inspector: Inspector, prompt_set: PromptSet) -> None:
 
 def _large(data: bytes) -> bytes:
     """A JPEG file of 12 megapixels with the noise of a sensor."""
-    image = Image.open(io.BytesIO(data)).convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC)
+    image = (
+        Image.open(io.BytesIO(data)).convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC)
+    )
     noise = np.random.default_rng(0).normal(0, 4, (3000, 4000, 3))
     pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
     buffer = io.BytesIO()

@@ -1,23 +1,29 @@
 """Fleets in this process for the tests of the console: the real routes, without Ray."""
 
+import asyncio
 import hashlib
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
 from ray.serve.exceptions import RayServeException
+from starlette.types import ASGIApp
 
 from apt_ray.devtools.local_stack import HOST, free_ports
+from apt_ray.registry import Registry
 from serving.api.access import Access
 from serving.api.pools import Answering, Pools
 from serving.api.root import create_root_api
-from serving.controller.orders import CategoryStatus, FleetStatus, Routes
+from serving.controller.cache import Cache
+from serving.controller.controller import Controller
+from serving.controller.orders import CategoryStatus, FleetStatus, Plan, Routes
+from serving.replica.follower import Follower
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, HttpLimits
+from serving.settings import Auth, Batching, CategoryEntry, HttpLimits
 
 LIMITS = HttpLimits()
 
@@ -92,22 +98,73 @@ class ConsoleFleet:
         pools = dict.fromkeys(self.controller.categories, ("tail",))
         self._pools.follow(Routes(pools=pools, auth=auth))
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[ASGIApp]:
+        yield self.api
+
+
+class WholeFleet:
+    """A fleet with its own controller and replica on a registry: all that Ray would run."""
+
+    def __init__(self, registry: Registry, folder: Path, *, auth: Auth | None = None) -> None:
+        self.registry = registry
+        self.url = ""
+        self._folder = folder
+        self._auth = auth or Auth()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[ASGIApp]:
+        cache = Cache(str(self._folder / "cache"), "memory")
+        controller = Controller(lambda: self.registry, cache, poll_s=0.5)
+        entries = {name: CategoryEntry() for name in self.registry.aliases()}
+        await controller.plan(Plan(revision=1, pools={"tail": entries}, auth=self._auth))
+        tasks = [asyncio.create_task(controller.poll_forever())]
+        access = Access(Auth())
+        inspector = Inspector(limits=LIMITS.image, batching=Batching(threads=2), shared=True)
+        follower = Follower(
+            "tail",
+            "replica",
+            controller,
+            cache=cache,
+            inspector=inspector,
+            access=access,
+            wait_s=0.5,
+        )
+        await follower.start(patience_s=60)
+        tasks.append(asyncio.create_task(follower.follow_forever()))
+        pools = Pools(lambda pool: Answering(inspector), access)
+        await pools.start(controller, patience_s=60)
+        tasks.append(asyncio.create_task(pools.follow_forever(controller)))
+        yield create_root_api(pools, controller, http=LIMITS, access=access, webhook_secret="")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+Fleet = TypeVar("Fleet", ConsoleFleet, WholeFleet)
+
 
 @contextmanager
-def served(fleet: ConsoleFleet, app: Any = None) -> Iterator[ConsoleFleet]:
+def served(fleet: Fleet, wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> Iterator[Fleet]:
     """The fleet at a port of this machine, `fleet.url`."""
     (port,) = free_ports(1)
-    server = uvicorn.Server(
-        uvicorn.Config(app or fleet.api, host=HOST, port=port, log_level="warning", ws="none")
-    )
-    thread = threading.Thread(target=server.run)
+    started = threading.Event()
+    servers: list[uvicorn.Server] = []
+
+    async def serve() -> None:
+        async with fleet.running() as app:
+            config = uvicorn.Config(wrap(app), host=HOST, port=port, log_level="warning", ws="none")
+            servers.append(uvicorn.Server(config))
+            started.set()
+            await servers[0].serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    while not server.started:
+    while not (started.wait(0.01) and servers[0].started):
         assert thread.is_alive()
-        time.sleep(0.01)
     fleet.url = f"http://{HOST}:{port}"
     yield fleet
-    server.should_exit = True
+    servers[0].should_exit = True
     thread.join()
 
 

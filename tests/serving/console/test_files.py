@@ -54,7 +54,9 @@ def test_the_token_is_kept_nowhere() -> None:
 def test_the_page_asks_for_all_its_modules_at_once() -> None:
     asked = set(re.findall(r'"/console/([^"]+\.js)"', (CONSOLE / "index.html").read_text()))
     others = {"docs.js"}
-    assert asked == {path.relative_to(CONSOLE).as_posix() for path in CONSOLE.rglob("*.js")} - others
+    assert (
+        asked == {path.relative_to(CONSOLE).as_posix() for path in CONSOLE.rglob("*.js")} - others
+    )
 
 
 @pytest.mark.parametrize("name", ["index.html", "docs.html"])

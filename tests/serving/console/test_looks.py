@@ -8,8 +8,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
-from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apt_ray.data.folders import Category
 from serving.replica.inspector import Inspector
@@ -180,15 +179,19 @@ def test_the_keyboard_alone_leads_from_the_fleet_to_a_verdict(
 @pytest.fixture
 def prefixed(inspector: Inspector, category: Category) -> Iterator[ConsoleFleet]:
     """A fleet behind a web server that offers it at /fleet/west."""
+
+    def at_west(app: ASGIApp) -> ASGIApp:
+        async def without_prefix(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                assert scope["path"].startswith("/fleet/west/")
+                scope = {**scope, "path": scope["path"].removeprefix("/fleet/west")}
+            await app(scope, receive, send)
+
+        return without_prefix
+
     http = LIMITS.model_copy(update={"root_path": "/fleet/west"})
     behind = ConsoleFleet(inspector, MemoryController({category.name: ready()}), http=http)
-
-    async def without_prefix(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":  # the web server takes it off
-            scope = {**scope, "root_path": "", "path": scope["path"].removeprefix("/fleet/west")}
-        await behind.api(scope, receive, send)
-
-    with served(behind, Starlette(routes=[Mount("/fleet/west", without_prefix)])) as running:
+    with served(behind, at_west) as running:
         yield running
 
 
