@@ -22,9 +22,10 @@ export function when(value) {
 
 export const plural = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
-/** A conformal p-value: how many good parts look at least as unusual. */
-export function howUsual(pValue) {
+/** A conformal p-value: how many good parts look at least as unusual. `isBeyond`: no calibration image does. */
+export function howUsual(pValue, isBeyond) {
   if (pValue == null) return "Too few calibration images to say how usual this is.";
+  if (isBeyond) return `No calibration image scores this high: at most about 1 good part in ${count(Math.round(1 / pValue))} does.`;
   if (pValue > 0.4) return "As usual as most good parts.";
   return `About 1 good part in ${count(Math.max(2, Math.round(1 / pValue)))} scores this high.`;
 }

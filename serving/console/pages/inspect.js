@@ -133,7 +133,7 @@ function Finding({ report, about, tried }) {
       <div><span class="figure-label">Threshold</span><span class="figure quiet">${score(threshold)}</span></div>
     </div>
     <${ScoreChart} normal=${normal} score=${found} threshold=${threshold} tried=${tried} top=${topOf(normal, found, threshold, tried)} />
-    <p>${howUsual(report.p_value)}</p>
+    <p>${howUsual(report.p_value, normal.length > 0 && found > normal.at(-1))}</p>
     <p class="hint">${promise(report.certified_false_alarm_rate)}</p>
   </section>`;
 }
