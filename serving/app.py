@@ -19,7 +19,7 @@ from apt_ray.config import Settings
 from apt_ray.errors import AptError
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.root import create_root_api
 from serving.api.webhooks import SECRET_VARIABLE
@@ -138,9 +138,9 @@ class PoolReplica:
         return create_api(self._inspector, http=self._args.http, access=self._access)
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal:
-        return await self._answering.inspect(category, data, picture, timeout_s)
+        return await self._answering.inspect(category, data, asked)
 
     async def describe(self, category: str) -> CategoryReport | Refusal:
         return await self._answering.describe(category)
@@ -262,9 +262,9 @@ class _RemotePool:
         self._handle = serve.get_deployment_handle(POOL_DEPLOYMENT, pool_application(pool))
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal:
-        response = self._handle.inspect.remote(category, data, picture, timeout_s)
+        response = self._handle.inspect.remote(category, data, asked)
         try:
             answer: Inspected | Refusal = await response
         except asyncio.CancelledError:

@@ -28,6 +28,7 @@ from serving.api.messages import (
     Inspected,
     InspectionReport,
     InspectionReports,
+    InspectionRequest,
     Picture,
     Service,
 )
@@ -131,6 +132,17 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 " 65535 is 1.0), `overlay` the overlay.",
             ),
         ] = None,
+        map_side: Annotated[
+            int | None,
+            WithJsonSchema({"type": "integer", "minimum": 64, "maximum": 4096}),
+            Query(
+                ge=64,
+                le=4096,
+                description="The longer side, in pixels, to which that image is reduced; without"
+                " it, or if it is larger, it has the size of the image sent. Regions are in pixels"
+                " of the image sent in any case.",
+            ),
+        ] = None,
         timeout_ms: Annotated[
             int | None,
             WithJsonSchema({"type": "integer", "minimum": 1}),
@@ -170,15 +182,18 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
             wants_overlay = False
 
         async def answer(data: bytes) -> Inspected:
-            return await _in_time(
-                service,
-                category,
-                data,
-                "overlay" if wants_overlay else picture,
-                seconds,
-                started,
-                is_asked_for=timeout_ms is not None,
+            left = max(seconds - (time.monotonic() - started), 0.001)
+            asked = InspectionRequest(
+                picture="overlay" if wants_overlay else picture,
+                picture_side=map_side,
+                timeout_s=left if timeout_ms is not None else None,
             )
+            try:
+                return await asyncio.wait_for(service.inspect(category, data, asked), left)
+            except asyncio.TimeoutError:
+                raise problems.overloaded(
+                    f"the image could not be inspected within {seconds:g} s"
+                ) from None
 
         try:
             if len(files) == 1:
@@ -239,28 +254,6 @@ class _Routing:
                 "method": "GET" if method == "HEAD" else method,
             }
         await self._app(scope, receive, send)
-
-
-async def _in_time(
-    service: Service,
-    category: str,
-    data: bytes,
-    picture: Picture | None,
-    timeout_s: float,
-    since: float,
-    *,
-    is_asked_for: bool,
-) -> Inspected:
-    left = max(timeout_s - (time.monotonic() - since), 0.001)
-    asked_for = left if is_asked_for else None
-    try:
-        return await asyncio.wait_for(
-            service.inspect(category, data, picture=picture, timeout_s=asked_for), left
-        )
-    except asyncio.TimeoutError:
-        raise problems.overloaded(
-            f"the image could not be inspected within {timeout_s:g} s"
-        ) from None
 
 
 async def _each(

@@ -26,7 +26,7 @@ class Timings(BaseModel):
     decode: float = Field(description="Image file to pixels.")
     queue: float = Field(description="Waiting for the batch that it was inspected in.")
     inspect: float = Field(description="That batch's forward pass and scores.")
-    conclude: float = Field(description="The map at the size of the image, regions, the image.")
+    conclude: float = Field(description="Regions, and the map or overlay.")
 
 
 class InspectionReport(BaseModel):
@@ -47,6 +47,8 @@ class InspectionReport(BaseModel):
         " promises nothing."
     )
     regions: list[RegionReport] = Field(description="Where, worst first.")
+    width: int = Field(default=0, description="Of the image sent, upright, in pixels.")
+    height: int = Field(default=0, description="Likewise.")
     request_id: str = ""
     timings_ms: Timings
     map_png: str | None = Field(
@@ -104,6 +106,22 @@ Picture = Literal["png", "overlay"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InspectionRequest:
+    """What a caller wants to know of an image.
+
+    Attributes:
+        picture: what is to be drawn, if anything.
+        picture_side: the longer side that the picture may have, in pixels; None leaves it the
+            image's.
+        timeout_s: by when; None leaves it to the service how long an image may wait.
+    """
+
+    picture: Picture | None = None
+    picture_side: int | None = None
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Inspected:
     """What a replica found in one image: the report, to be completed, and the picture asked for."""
 
@@ -116,13 +134,10 @@ class Service(Protocol):
 
     async def describe(self, category: str) -> CategoryReport: ...
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         """Inspect an image file; whoever cancels this costs no forward pass.
 
         Raises ImageError for bytes that are no acceptable image, ProblemError if the category is
-        not known or the image cannot be inspected within `timeout_s`; None leaves it to the
-        service how long an image may wait.
+        not known or the image cannot be inspected in time.
         """
         ...

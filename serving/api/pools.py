@@ -17,7 +17,7 @@ from ray.serve.exceptions import (
 from apt_ray.errors import FleetError, ImageError
 from serving.api import problems
 from serving.api.access import Access
-from serving.api.messages import CategoryReport, Inspected, Picture, Service
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Service
 from serving.api.problems import Problem, ProblemError
 from serving.controller.cache import Cache
 from serving.controller.client import ControllerClient
@@ -41,7 +41,7 @@ class PoolHandle(Protocol):
     """A pool as the root reaches it."""
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal: ...
 
     async def describe(self, category: str) -> CategoryReport | Refusal: ...
@@ -116,12 +116,8 @@ class Pools:
     async def describe(self, category: str) -> CategoryReport:
         return await self._ask(category, lambda pool: pool.describe(category))
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
-        return await self._ask(
-            category, lambda pool: pool.inspect(category, data, picture, timeout_s)
-        )
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
+        return await self._ask(category, lambda pool: pool.inspect(category, data, asked))
 
     async def _ask(
         self, category: str, question: Callable[[PoolHandle], Awaitable[Answer | Refusal]]
@@ -153,10 +149,10 @@ class Answering:
         self._service = service
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal:
         try:
-            return await self._service.inspect(category, data, picture=picture, timeout_s=timeout_s)
+            return await self._service.inspect(category, data, asked)
         except ImageError as error:
             return _refusal(problems.of_image(error))
         except ProblemError as error:

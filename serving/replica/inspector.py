@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from apt_ray.detection.detector import Inspection
+from apt_ray.detection.detector import Inspection, Region
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ImageError
 from apt_ray.features.clip import load_backbone
@@ -33,7 +34,7 @@ from serving.api.messages import (
     CategoryReport,
     Inspected,
     InspectionReport,
-    Picture,
+    InspectionRequest,
     RegionReport,
     Timings,
 )
@@ -51,12 +52,20 @@ _DECODERS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """An image on its way to the model; `queued_at` is of `time.monotonic`."""
+    """An image on its way to the model.
+
+    Attributes:
+        size: of the image sent, (width, height).
+        drawn_size: of the picture of it that is drawn.
+        ground: the image at that size, if the map is to be drawn over it.
+        queued_at: of `time.monotonic`.
+    """
 
     served: ServedCategory
     pixels_1CHW: torch.Tensor
     size: tuple[int, int]
-    image: Image.Image | None
+    drawn_size: tuple[int, int]
+    ground: Image.Image | None
     queued_at: float
 
 
@@ -154,21 +163,17 @@ class Inspector:
     async def describe(self, category: str) -> CategoryReport:
         return self._find(category).about
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         """Inspect an image file; see `Service.inspect`."""
         received_at = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             served = self._find(category)
-            with self._admission.admitted(category, len(data), timeout_s):
-                job = await loop.run_in_executor(
-                    self._decoders, self._decode, served, data, picture == "overlay"
-                )
+            with self._admission.admitted(category, len(data), asked.timeout_s):
+                job = await loop.run_in_executor(self._decoders, self._decode, served, data, asked)
                 result = await self._batcher.submit(category, job)
-                conclude = partial(self._conclude, job, result, picture, received_at)
-                if picture is None and not result.is_anomalous:
+                conclude = partial(self._conclude, job, result, asked, received_at)
+                if asked.picture is None and not result.is_anomalous:
                     return conclude()  # no map at the size of the image
                 return await loop.run_in_executor(self._decoders, conclude)
         except (ImageError, ProblemError) as error:
@@ -183,13 +188,17 @@ class Inspector:
         except KeyError:
             raise problems.not_ready(category) from None
 
-    def _decode(self, served: ServedCategory, data: bytes, keep_image: bool) -> _Job:
+    def _decode(self, served: ServedCategory, data: bytes, asked: InspectionRequest) -> _Job:
         started_at = time.monotonic()
         try:
             image = decode_image(
                 data, limits=self._limits, reading=served.detector.prompt_set.reading
             )
             pixels_1CHW = served.detector.backbone.preprocess([image])
+            drawn_size = _bounded(image.size, asked.picture_side)
+            ground = None
+            if asked.picture == "overlay":
+                ground = image if drawn_size == image.size else _reduced(image, drawn_size)
         finally:
             ended_at = time.monotonic()
             self._admission.took(served.about.category, "decode", ended_at - started_at)
@@ -197,7 +206,8 @@ class Inspector:
             served=served,
             pixels_1CHW=pixels_1CHW,
             size=image.size,
-            image=image if keep_image else None,
+            drawn_size=drawn_size,
+            ground=ground,
             queued_at=ended_at,
         )
 
@@ -246,14 +256,19 @@ class Inspector:
         return newest if same else job.served
 
     def _conclude(
-        self, job: _Job, result: _Result, picture: Picture | None, received_at: float
+        self, job: _Job, result: _Result, asked: InspectionRequest, received_at: float
     ) -> Inspected:
         started_at = time.monotonic()
         about, threshold = result.served.about, result.served.detector.prompt_set.threshold
-        inspection: Inspection | None = None
-        if picture is not None or result.is_anomalous:
-            inspection = result.served.detector.conclude(result.map_SS, result.score, job.size)
-        drawn = _draw(inspection, job.image, picture) if inspection and picture else None
+        regions: Sequence[Region] = ()
+        drawn: bytes | None = None
+        if asked.picture is not None or result.is_anomalous:
+            found = result.served.detector.conclude(
+                result.map_SS, result.score, job.size, map_size=job.drawn_size
+            )
+            regions = found.regions
+            if asked.picture is not None:
+                drawn = _draw(found, job.ground)
         timings = Timings(
             receive=0.0,
             decode=round(1000 * (job.queued_at - received_at), 2),
@@ -279,8 +294,10 @@ class Inspector:
                     peak=region.peak,
                     area=region.area,
                 )
-                for region in (inspection.regions if inspection else ())
+                for region in regions
             ],
+            width=job.size[0],
+            height=job.size[1],
             timings_ms=timings,
         )
         if self._meter:
@@ -322,10 +339,24 @@ def _pass_s(backbone: Backbone) -> float:
     return time.monotonic() - started_at
 
 
-def _draw(inspection: Inspection, image: Image.Image | None, picture: Picture) -> bytes:
-    if picture == "png" or image is None:
+def _bounded(size: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """A size of the same shape whose longer side is no longer than `side`."""
+    longer = max(size)
+    if side is None or longer <= side:
+        return size
+    width, height = (max(1, round(each * side / longer)) for each in size)
+    return width, height
+
+
+def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+
+
+def _draw(inspection: Inspection, ground: Image.Image | None) -> bytes:
+    """The map, or the overlay where there is an image to lay it on."""
+    if ground is None:
         return encode_png(_gray16(inspection.anomaly_map))
-    return encode_png(draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold))
+    return encode_png(draw_overlay(ground, inspection.anomaly_map, threshold=inspection.threshold))
 
 
 def _gray16(map_HW: NDArray[np.float32]) -> Image.Image:

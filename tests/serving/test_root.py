@@ -22,7 +22,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.problems import ProblemError
 from serving.api.root import create_root_api
@@ -157,11 +157,11 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
             self.errors = list(errors)
 
         async def inspect(
-            self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+            self, category: str, data: bytes, asked: InspectionRequest
         ) -> Inspected | Refusal:
             if self.errors:
                 raise self.errors.pop(0)
-            return await Answering(tail).inspect("blister", data, picture, timeout_s)
+            return await Answering(tail).inspect("blister", data, asked)
 
         async def describe(self, category: str) -> CategoryReport | Refusal:
             raise RayServeException("the application is gone")

@@ -16,7 +16,7 @@ from apt_ray.images import decode_image
 from serving.api import problems
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.settings import Auth, HttpLimits
 from tests.mutations import png_that_claims
 
@@ -38,9 +38,7 @@ class _Scene:
     async def describe(self, category: str) -> CategoryReport:
         raise problems.unknown_category(category, ["bottle", "screw"])
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         if category == "flooded":
             raise problems.too_many(
                 "64 images are waiting for this replica already, 64 of them of flooded: this"
