@@ -89,6 +89,8 @@ class Visit {
       const { width, height } = await sizeOf(report, item);
       Object.assign(item, { report, width, height, state: "done" });
       this._changed();
+      // An image alone is looked at as a whole: its small copy waits until that has been drawn.
+      if (this.items.length === 1) await new Promise((done) => setTimeout(done, 500));
       await this._thumb(item);
     } catch (problem) {
       if (signal.aborted) return;
