@@ -4,19 +4,20 @@ It runs without torch. Requests for categories that share a pool come through he
 handle, as do those for a category whose own application is not there yet or no more.
 """
 
+import hashlib
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
-from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
+from serving.api.headers import is_current
 from serving.api.ingress import create_api, problem_responses
 from serving.api.pools import Pools
 from serving.controller.client import ControllerClient
@@ -46,6 +47,10 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     **_FILE_HEADERS,
 }
+
+
+_POLLED = " The answer has an ETag: with it in If-None-Match, 304 says that all is as it was then."
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "As it was."}}
 
 
 class CategoryLink(BaseModel):
@@ -112,13 +117,19 @@ def create_root_api(
         "/v1",
         tags=["fleet"],
         summary="The categories",
+        description="For any token." + _POLLED,
         dependencies=anyone,
-        responses={**problem_responses(HTTPStatus.UNAUTHORIZED), **unavailable},
+        response_model=CategoryList,
+        responses={
+            **_NOT_MODIFIED,
+            **problem_responses(HTTPStatus.UNAUTHORIZED),
+            **unavailable,
+        },
     )
-    async def list_categories(request: Request) -> CategoryList:
+    async def list_categories(request: Request) -> Response:
         found = (await status()).categories
         prefix = request.scope["root_path"]
-        return CategoryList(
+        categories = CategoryList(
             categories=[
                 CategoryLink(
                     category=name,
@@ -128,6 +139,7 @@ def create_root_api(
                 for name, category in found.items()
             ]
         )
+        return _unless_current(request, categories)
 
     @api.get(
         "/fleet/me",
@@ -166,11 +178,15 @@ def create_root_api(
         "/fleet/status",
         tags=["operation"],
         summary="What every category serves, and why not what it should",
+        description="With the last hour of each, and the candidate that waits."
+        + _POLLED
+        + " `polled_s_ago` alone is no change.",
         dependencies=operators,
-        responses={**refusals, **unavailable},
+        response_model=FleetStatus,
+        responses={**_NOT_MODIFIED, **refusals, **unavailable},
     )
-    async def fleet_status() -> FleetStatus:
-        return await status()
+    async def fleet_status(request: Request) -> Response:
+        return _unless_current(request, await status(), beside={"polled_s_ago"})
 
     @api.get(
         "/fleet/audit",
@@ -234,3 +250,16 @@ class _Files(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers.update(_FILE_HEADERS)
         return response
+
+
+def _unless_current(
+    request: Request, content: BaseModel, *, beside: set[str] | None = None
+) -> Response:
+    """The content, or that the caller has it already, where fields `beside` it do not count."""
+    kept = content.model_dump_json(exclude=beside)
+    # Weak: what does not count may differ.
+    etag = f'W/"{hashlib.sha256(kept.encode()).hexdigest()[:16]}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if is_current(request.headers.get("if-none-match", ""), etag):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return Response(content.model_dump_json(), media_type="application/json", headers=headers)

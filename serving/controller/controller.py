@@ -16,6 +16,7 @@ from pydantic import Field
 
 from apt_ray.config import Settings
 from apt_ray.errors import AptError
+from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
 from serving.controller.orders import (
     CategoryStatus,
@@ -39,6 +40,7 @@ WAIT_S = 10.0
 
 _LOST_AFTER_S = 2.5 * WAIT_S
 _AUDIT_LINES = 200
+_CANDIDATE = "candidate"
 
 Found = TypeVar("Found", Orders, Routes)
 
@@ -162,7 +164,12 @@ class Controller:
 
     async def status(self) -> FleetStatus:
         """Everything at a glance."""
-        reports = self._live_reports()
+        reports: dict[str, list[ReplicaReport]] = {pool: [] for pool in self._plan.pools}
+        hours: dict[str, list[Counts]] = {}
+        for (pool, _), report in self._live_reports().items():
+            reports[pool].append(report)
+            for category, counts in report.last_hour.items():
+                hours.setdefault(category, []).append(counts)
         etags = {pool: self._orders(pool).etag for pool in self._plan.pools}
         pools: dict[str, tuple[str, ...]] = {}
         for category, pool, _ in self._plan.places():
@@ -173,7 +180,9 @@ class Controller:
             registry=self._registry,
             polled_s_ago=None if self._polled_at is None else self._clock() - self._polled_at,
             categories={
-                category: self._status_of(category, pools[category], reports, etags)
+                category: self._status_of(
+                    category, pools[category], reports, etags, hours.get(category, [])
+                )
                 for category in sorted(pools)
             },
         )
@@ -195,31 +204,32 @@ class Controller:
         self,
         category: str,
         pools: tuple[str, ...],
-        reports: dict[tuple[str, str], ReplicaReport],
+        reports: dict[str, list[ReplicaReport]],
         etags: dict[str, str],
+        hours: list[Counts],
     ) -> CategoryStatus:
         # Every replica of every pool that shall serve it counts: only then may one pool go.
-        expected = {key: report for key, report in reports.items() if key[0] in pools}
-        serving = {
-            key: report.categories[category]
-            for key, report in expected.items()
-            if category in report.categories
-        }
-        versions = {served.version for served in serving.values() if served.version is not None}
+        expected = [
+            (pool, report.orders, report.categories.get(category))
+            for pool in pools
+            for report in reports[pool]
+        ]
+        serving = [served for _, _, served in expected if served is not None]
+        versions = {served.version for served in serving if served.version is not None}
         entry = self._plan.pools[pools[0]][category]
         wanted = self._version(category, entry)
         # A problem with earlier orders may be none with these.
         problems = {
-            key[0]: served.problem
-            for key, served in serving.items()
-            if served.problem and reports[key].orders == etags[key[0]]
+            pool: served.problem
+            for pool, orders, served in expected
+            if served and served.problem and orders == etags[pool]
         }
         if wanted is None:
             problems = dict.fromkeys(pools, self._why_no_version(category, entry))
         is_late = any(
-            key not in serving or serving[key].problem or serving[key].version != wanted
-            for key in expected
-            if key[0] not in problems
+            served is None or served.problem or served.version != wanted
+            for pool, _, served in expected
+            if pool not in problems
         )
         state: State = "LOADING" if is_late else "READY" if expected else "IDLE"
         if problems and not is_late:
@@ -229,9 +239,19 @@ class Controller:
             pools=pools,
             wanted=wanted,
             serving=tuple(sorted(versions)),
-            replicas=sum(served.version is not None for served in serving.values()),
-            from_cache=any(served.source == "cache" for served in serving.values()),
+            replicas=sum(served.version is not None for served in serving),
+            from_cache=any(served.source == "cache" for served in serving),
             counted_share=entry.region_of_interest.share if entry.region_of_interest else 1.0,
+            candidate=self._candidate(category, wanted),
+            threshold=next(
+                (
+                    served.threshold
+                    for served in sorted(serving, key=lambda served: -(served.version or 0))
+                    if served.threshold is not None
+                ),
+                None,
+            ),
+            last_hour=summed(hours),
             problem=next(iter(problems.values()), None),
             failing=tuple(sorted(problems)),
         )
@@ -240,6 +260,11 @@ class Controller:
         if entry.version is not None:
             return entry.version
         return self._aliases.categories.get(category, {}).get(entry.alias)
+
+    def _candidate(self, category: str, wanted: int | None) -> int | None:
+        """The candidate that waits."""
+        candidate = self._aliases.categories.get(category, {}).get(_CANDIDATE)
+        return candidate if candidate is not None and candidate > (wanted or 0) else None
 
     def _why_no_version(self, category: str, entry: CategoryEntry) -> str:
         if self._registry != "ok":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from apt_ray.config import Settings
+from serving.controller.activity import Activity, Counts
 from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolName, RegionOfInterest
 
 State = Literal["READY", "LOADING", "IDLE", "FAILED"]
@@ -78,6 +79,7 @@ class ServedVersion(Settings):
         default=None, description="Where it was loaded from; `cache` means the registry was away."
     )
     problem: str | None = Field(default=None, description="Why it does not do as ordered.")
+    threshold: float | None = Field(default=None, description="By which it decides now.")
 
 
 class ReplicaReport(Settings):
@@ -86,6 +88,9 @@ class ReplicaReport(Settings):
     orders: str = Field(default="", description="Etag of the orders that it has carried out.")
     followed: bool = Field(default=True, description="False while it runs from its cache alone.")
     categories: dict[CategoryName, ServedVersion] = Field(default_factory=dict)
+    last_hour: dict[CategoryName, Counts] = Field(
+        default_factory=dict, description="Of the categories with traffic."
+    )
 
 
 class CategoryStatus(Settings):
@@ -100,6 +105,20 @@ class CategoryStatus(Settings):
     counted_share: float = Field(
         default=1.0,
         description="Share of an image that counts; below 1 with a region of interest.",
+    )
+    candidate: int | None = Field(
+        default=None,
+        description="The registry's candidate where it is newer than what is wanted: it waits to be"
+        " promoted or discarded.",
+    )
+    threshold: float | None = Field(
+        default=None,
+        description="The anomaly score above which a part is anomalous, by what serves now.",
+    )
+    last_hour: Activity | None = Field(
+        default=None,
+        description="What its images came to, by the minute; null without any. Replicas keep it in"
+        " memory and tell it every 10 s: one that ends takes its hour along.",
     )
     problem: str | None = None
     failing: tuple[PoolName, ...] = Field(

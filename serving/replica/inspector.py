@@ -39,9 +39,11 @@ from serving.api.messages import (
     Timings,
 )
 from serving.api.problems import ProblemError
+from serving.controller.activity import Counts
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
+from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
 from serving.settings import Batching
@@ -107,6 +109,7 @@ class Inspector:
         self._meter = meter
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
+        self._last_hour = LastHour()
         self._costs_s: dict[str, float] = {}
         self._loading = threading.Lock()
         self._admission = Admission(
@@ -160,6 +163,14 @@ class Inspector:
         """What is served, by category."""
         return {category: served.order for category, served in self._served.items()}
 
+    def thresholds(self) -> dict[str, float]:
+        """The scores above which parts are anomalous, by category."""
+        return {category: served.about.threshold for category, served in self._served.items()}
+
+    def last_hour(self) -> dict[str, Counts]:
+        """What the images of the last hour came to, by category."""
+        return self._last_hour.counts()
+
     async def describe(self, category: str) -> CategoryReport:
         return self._find(category).about
 
@@ -174,8 +185,16 @@ class Inspector:
                 result = await self._batcher.submit(category, job)
                 conclude = partial(self._conclude, job, result, asked, received_at)
                 if asked.picture is None and not result.is_anomalous:
-                    return conclude()  # no map at the size of the image
-                return await loop.run_in_executor(self._decoders, conclude)
+                    inspected = conclude()  # no map at the size of the image
+                else:
+                    inspected = await loop.run_in_executor(self._decoders, conclude)
+            self._last_hour.add(
+                category,
+                score=inspected.report.anomaly_score,
+                is_anomalous=inspected.report.is_anomalous,
+                ms=1000 * (time.monotonic() - received_at),
+            )
+            return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:
                 problem = error if isinstance(error, ProblemError) else problems.of_image(error)

@@ -47,6 +47,7 @@ class KnownController:
         self.woken: list[str] = []
         self.states = {"blister": "READY", "washer": "LOADING"}
         self.away = False
+        self.polled_s_ago = 1.0
 
     async def routes(self, known: str) -> Routes:
         raise NotImplementedError
@@ -58,7 +59,7 @@ class KnownController:
             revision=3,
             deployed_by="me@here",
             registry="ok",
-            polled_s_ago=1.0,
+            polled_s_ago=self.polled_s_ago,
             categories={
                 name: CategoryStatus(
                     state=state,  # type: ignore[arg-type]
@@ -229,6 +230,26 @@ def test_the_root_lists_and_explains(tail: Inspector) -> None:
         answer = ask(root, "GET", path)
         assert (answer.status_code, "controller" in answer.json()["detail"]) == (503, True)
     assert ask(root, "GET", "/healthz").status_code == 200
+
+
+def test_whoever_polls_gets_nothing_while_nothing_changes(tail: Inspector) -> None:
+    controller = KnownController()
+    root = root_of(Answering(tail), controller)
+    for path in ("/v1", "/fleet/status"):
+        controller.states["washer"] = "LOADING"
+        first = ask(root, "GET", path)
+        known = {"If-None-Match": first.headers["etag"]}
+        controller.polled_s_ago += 1  # as it does all the time
+        for method in ("GET", "HEAD"):
+            same = ask(root, method, path, headers=known)
+            assert (same.status_code, same.content) == (304, b"")
+            assert same.headers["etag"] == first.headers["etag"]
+        controller.states["washer"] = "READY"
+        second = ask(root, "GET", path, headers=known)
+        assert (second.status_code, second.headers["etag"] != first.headers["etag"]) == (200, True)
+        assert second.json() != first.json()
+    guarded = root_of(Answering(tail), controller, AUTH)
+    assert ask(guarded, "GET", "/fleet/status", headers=known).status_code == 401
 
 
 def test_the_description_names_the_routes_and_the_pages_load_nothing_from_elsewhere(

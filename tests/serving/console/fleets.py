@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -18,6 +19,7 @@ from apt_ray.registry import Registry
 from serving.api.access import Access
 from serving.api.pools import Answering, Pools
 from serving.api.root import create_root_api
+from serving.controller.activity import SCORE_BINS, Activity, score_bin
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan, Routes
@@ -181,6 +183,22 @@ def ready(**more: Any) -> CategoryStatus:
     return CategoryStatus(**(told | more))
 
 
-def busy(name: str) -> CategoryStatus:
-    """A category that answers, with an hour that its name decides."""
-    return ready(wanted=len(name))
+def busy(seed: str) -> CategoryStatus:
+    """A category that answers, with an hour that `seed` decides."""
+    g = random.Random(seed)
+    good, bad = g.randrange(20, 900), g.randrange(0, 30)
+    scores = [g.gauss(0.22, 0.05) for _ in range(good)] + [g.gauss(0.6, 0.1) for _ in range(bad)]
+    bins = [0] * SCORE_BINS
+    for score in scores:
+        bins[score_bin(score)] += 1
+    return ready(
+        threshold=0.4,
+        candidate=8 if g.random() < 0.1 else None,
+        last_hour=Activity(
+            inspected=len(scores),
+            rejected=sum(score > 0.4 for score in scores),
+            latency_ms_p50=g.uniform(20, 60),
+            latency_ms_p95=g.uniform(60, 120),
+            scores=tuple(bins),
+        ),
+    )

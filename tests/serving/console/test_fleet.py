@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, expect
 from serving.controller.orders import CategoryStatus
 from serving.replica.inspector import Inspector
 from tests.serving.console.browser import page
-from tests.serving.console.fleets import ConsoleFleet, MemoryController, ready, served
+from tests.serving.console.fleets import ConsoleFleet, MemoryController, busy, ready, served
 
 
 def thousand() -> dict[str, CategoryStatus]:
@@ -19,7 +19,8 @@ def thousand() -> dict[str, CategoryStatus]:
     for number in range(1000):
         state = states[number % len(states)]
         problem = "version 8 failed its self-test" if state == "FAILED" else None
-        found[f"part-{number:04d}"] = ready(state=state, problem=problem)
+        hour = busy(str(number)) if state == "READY" else ready()
+        found[f"part-{number:04d}"] = hour.model_copy(update={"state": state, "problem": problem})
     return found
 
 
@@ -62,6 +63,28 @@ def test_a_thousand_categories_are_searched_sorted_and_filtered(
         tab.get_by_label("Search categories").fill("nothing")
         tab.get_by_role("button", name="Show all categories").click()
         expect(tab.get_by_text("1,000 categories", exact=True)).to_be_visible()
+
+
+def test_a_row_tells_the_last_hour_and_who_waits(browser: Browser, inspector: Inspector) -> None:
+    waiting = busy("any").model_copy(update={"candidate": 8})
+    assert waiting.last_hour is not None
+    controller = MemoryController({"nut": ready(), "bolt": waiting, "washer": busy("other")})
+    with (
+        served(ConsoleFleet(inspector, controller)) as fleet,
+        page(browser, fleet.url) as tab,
+    ):
+        tab.goto("/?sort=-rejected")
+        row = tab.get_by_role("row").filter(has=tab.get_by_role("link", name="bolt"))
+        expect(row).to_contain_text(str(waiting.last_hour.inspected))
+        share = waiting.last_hour.rejected / waiting.last_hour.inspected
+        expect(row).to_contain_text(f"{100 * share:.1f} %")
+        expect(row).to_contain_text("v8 waits")
+        expect(row.get_by_role("img")).to_have_attribute(
+            "aria-label", f"{waiting.last_hour.inspected} scores, threshold 0.400"
+        )
+        expect(tab.locator(".row-link").last).to_have_text("nut")  # nothing inspected
+        tab.get_by_role("button", name=re.compile("^Candidate")).click()
+        expect(tab.locator(".row-link")).to_have_text(["bolt"])
 
 
 def test_the_keyboard_reaches_every_row_and_its_page(browser: Browser, large: ConsoleFleet) -> None:
