@@ -157,9 +157,9 @@ def test_an_empty_fleet_says_what_to_do(browser: Browser, inspector: Inspector) 
 
 def test_a_fleet_that_is_down_says_so_from_the_start(browser: Browser, large: ConsoleFleet) -> None:
     with page(browser, large.url) as tab:
-        tab.route("**/v1**", lambda route: route.abort())
+        tab.route("**/fleet/me", lambda route: route.abort())
         tab.goto("/")
         expect(tab.get_by_role("alert")).to_contain_text("The fleet cannot be reached")
-        tab.unroute("**/v1**")
+        tab.unroute("**/fleet/me")
         tab.get_by_role("button", name="Try again").click()
         expect(tab.get_by_role("link", name="part-0000")).to_be_visible()
