@@ -104,7 +104,7 @@ def _draw(browser: Browser, url: str, category: Category, out: Path) -> None:
         _save(tab, out / "compare.jpg")
         choose(tab, [image.path for image in category.test][:40])
         tab.locator(".progress.whole").wait_for(state="attached")
-        tab.locator(".threshold summary").click()
+        tab.locator("details.threshold").evaluate("(details) => (details.open = true)")
         slider = tab.get_by_label("Try another")
         slider.fill(str(float(slider.input_value()) * 0.75))
         _save(tab, out / "contact-sheet.jpg")
