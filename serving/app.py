@@ -18,6 +18,15 @@ from ray.serve.handle import DeploymentHandle
 from apt_ray.config import Settings
 from apt_ray.errors import AptError
 from serving.api.access import Access
+from serving.api.history import (
+    NO_HISTORY,
+    HistoryService,
+    KeptInspection,
+    KeptInspections,
+    KeptPicture,
+    Mark,
+    Only,
+)
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
@@ -33,7 +42,14 @@ from serving.controller.orders import (
     Routes,
     StoredVersion,
 )
-from serving.settings import Auth, Batching, HttpLimits, PoolName, RegistrySettings
+from serving.settings import (
+    Auth,
+    Batching,
+    HistorySettings,
+    HttpLimits,
+    PoolName,
+    RegistrySettings,
+)
 
 if TYPE_CHECKING:
     from apt_ray.registry import Registry
@@ -58,6 +74,7 @@ class PoolArgs(Settings):
     device: Literal["cpu", "cuda"]
     batching: Batching
     http: HttpLimits
+    history: HistorySettings = HistorySettings()
 
 
 class RootArgs(Settings):
@@ -109,19 +126,26 @@ class PoolReplica:
 
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         from serving.replica.follower import Follower  # with torch: for these replicas only
+        from serving.replica.history import History
         from serving.replica.inspector import Inspector
         from serving.replica.meter import Meter
 
         self._args = args
         self._access = Access(Auth())
+        meter = Meter()
+        kept: History | None = None
+        if args.history.images:
+            kept = History(args.history, args.registry_address, meter=meter)
+        self._history: HistoryService = kept or NO_HISTORY
         self._inspector = Inspector(
             limits=args.http.image,
             batching=args.batching,
             device=args.device,
             shared=args.shared,
-            meter=Meter(),
+            meter=meter,
+            history=kept,
         )
-        self._answering = Answering(self._inspector)
+        self._answering = Answering(self._inspector, self._history)
         follower = Follower(
             args.pool,
             serve.get_replica_context().replica_id.unique_id,
@@ -135,7 +159,9 @@ class PoolReplica:
         self._following = asyncio.create_task(follower.follow_forever())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._inspector, http=self._args.http, access=self._access)
+        return create_api(
+            self._inspector, http=self._args.http, access=self._access, history=self._history
+        )
 
     async def inspect(
         self, category: str, data: bytes, asked: InspectionRequest
@@ -144,6 +170,21 @@ class PoolReplica:
 
     async def describe(self, category: str) -> CategoryReport | Refusal:
         return await self._answering.describe(category)
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal:
+        return await self._answering.history(category, before, limit, only)
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal:
+        return await self._answering.history_picture(category, number, picture)
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal:
+        return await self._answering.mark(category, number, mark, by)
 
     def check_health(self) -> None:
         if self._following.done():
@@ -274,4 +315,25 @@ class _RemotePool:
 
     async def describe(self, category: str) -> CategoryReport | Refusal:
         answer: CategoryReport | Refusal = await self._handle.describe.remote(category)
+        return answer
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal:
+        asked = self._handle.history.remote(category, before, limit, only)
+        answer: KeptInspections | Refusal = await asked
+        return answer
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal:
+        asked = self._handle.history_picture.remote(category, number, picture)
+        answer: bytes | Refusal = await asked
+        return answer
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal:
+        asked = self._handle.mark.remote(category, number, mark, by)
+        answer: KeptInspection | Refusal = await asked
         return answer

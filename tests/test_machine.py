@@ -35,7 +35,7 @@ def test_a_uid_without_a_name_has_a_name_and_no_home_that_is_anybodys() -> None:
     lines = run(
         """
 from pathlib import Path
-from apt_ray.anomalies.bank import default_cache_folder
+from apt_ray.anomalies.cache import default_cache_folder
 from apt_ray.files import absolute
 from apt_ray.machine import expanded, who
 from apt_ray.registry import default_pending

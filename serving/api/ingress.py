@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from pydantic import WithJsonSchema
@@ -23,6 +23,7 @@ from serving.api import problems
 from serving.api.access import INSPECT, Access, require
 from serving.api.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_files, unless_gone
 from serving.api.headers import PassedHeaders, quality
+from serving.api.history import NO_HISTORY, HistoryService, add_history
 from serving.api.messages import (
     CategoryReport,
     Inspected,
@@ -32,7 +33,7 @@ from serving.api.messages import (
     Picture,
     Service,
 )
-from serving.api.problems import Problem, ProblemError
+from serving.api.problems import COMMON_PROBLEMS, Problem, ProblemError, problem_responses
 from serving.logs import logger
 from serving.settings import HttpLimits
 
@@ -55,27 +56,9 @@ _REQUEST_BODY = {
 }
 
 
-def problem_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries of the problems that a route may answer with."""
-    return {
-        int(status): {
-            "description": status.phrase,
-            "content": {problems.MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
-        }
-        for status in statuses
-    }
-
-
-COMMON_PROBLEMS = problem_responses(
-    HTTPStatus.UNAUTHORIZED,
-    HTTPStatus.FORBIDDEN,
-    HTTPStatus.NOT_FOUND,
-    HTTPStatus.UNPROCESSABLE_ENTITY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-)
-
-
-def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI:
+def create_api(
+    service: Service, *, http: HttpLimits, access: Access, history: HistoryService = NO_HISTORY
+) -> FastAPI:
     """The API of categories that `service` answers for."""
     api = FastAPI(
         title="apt-ray",
@@ -184,6 +167,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
         async def answer(data: bytes) -> Inspected:
             left = max(seconds - (time.monotonic() - started), 0.001)
             asked = InspectionRequest(
+                id=request_id,
                 picture="overlay" if wants_overlay else picture,
                 picture_side=map_side,
                 timeout_s=left if timeout_ms is not None else None,
@@ -229,6 +213,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
     async def describe(category: str) -> CategoryReport:
         return await service.describe(category)
 
+    add_history(api, history, access)
     return api
 
 

@@ -110,12 +110,14 @@ class InspectionRequest:
     """What a caller wants to know of an image.
 
     Attributes:
+        id: the name of the request.
         picture: what is to be drawn, if anything.
         picture_side: the longer side that the picture may have, in pixels; None leaves it the
             image's.
         timeout_s: by when; None leaves it to the service how long an image may wait.
     """
 
+    id: str = ""
     picture: Picture | None = None
     picture_side: int | None = None
     timeout_s: float | None = None

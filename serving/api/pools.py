@@ -17,6 +17,15 @@ from ray.serve.exceptions import (
 from apt_ray.errors import FleetError, ImageError
 from serving.api import problems
 from serving.api.access import Access
+from serving.api.history import (
+    NO_HISTORY,
+    HistoryService,
+    KeptInspection,
+    KeptInspections,
+    KeptPicture,
+    Mark,
+    Only,
+)
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Service
 from serving.api.problems import Problem, ProblemError
 from serving.controller.cache import Cache
@@ -45,6 +54,18 @@ class PoolHandle(Protocol):
     ) -> Inspected | Refusal: ...
 
     async def describe(self, category: str) -> CategoryReport | Refusal: ...
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal: ...
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal: ...
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal: ...
 
 
 class Pools:
@@ -119,6 +140,19 @@ class Pools:
     async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         return await self._ask(category, lambda pool: pool.inspect(category, data, asked))
 
+    async def history(
+        self, category: str, *, before: int | None, limit: int, only: Only
+    ) -> KeptInspections:
+        return await self._ask(category, lambda pool: pool.history(category, before, limit, only))
+
+    async def history_picture(self, category: str, number: int, picture: KeptPicture) -> bytes:
+        return await self._ask(
+            category, lambda pool: pool.history_picture(category, number, picture)
+        )
+
+    async def mark(self, category: str, number: int, mark: Mark, by: str) -> KeptInspection:
+        return await self._ask(category, lambda pool: pool.mark(category, number, mark, by))
+
     async def _ask(
         self, category: str, question: Callable[[PoolHandle], Awaitable[Answer | Refusal]]
     ) -> Answer:
@@ -143,10 +177,12 @@ class Pools:
 
 
 class Answering:
-    """A service for others to reach by handle: problems are values, which travel well."""
+    """A service and a history for others to reach by handle: problems are values, which travel
+    well."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, history: HistoryService = NO_HISTORY) -> None:
         self._service = service
+        self._history = history
 
     async def inspect(
         self, category: str, data: bytes, asked: InspectionRequest
@@ -161,6 +197,30 @@ class Answering:
     async def describe(self, category: str) -> CategoryReport | Refusal:
         try:
             return await self._service.describe(category)
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal:
+        try:
+            return await self._history.history(category, before=before, limit=limit, only=only)
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal:
+        try:
+            return await self._history.history_picture(category, number, picture)
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal:
+        try:
+            return await self._history.mark(category, number, mark, by)
         except ProblemError as error:
             return _refusal(error)
 

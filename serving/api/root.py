@@ -18,8 +18,9 @@ from starlette.types import Scope
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.headers import is_current
-from serving.api.ingress import create_api, problem_responses
+from serving.api.ingress import create_api
 from serving.api.pools import Pools
+from serving.api.problems import problem_responses
 from serving.controller.client import ControllerClient
 from serving.controller.orders import FleetStatus, State
 from serving.settings import HttpLimits
@@ -101,7 +102,7 @@ def create_root_api(
         access: Who may ask.
         webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
     """
-    api = create_api(pools, http=http, access=access)
+    api = create_api(pools, http=http, access=access, history=pools)
     anyone = [Depends(require(access, None))]
     operators = [Depends(require(access, OPERATE))]
     refusals = problem_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)

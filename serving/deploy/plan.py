@@ -215,6 +215,7 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
             device="cuda" if num_gpus else "cpu",
             batching=settings.batching,
             http=fleet.http,
+            history=fleet.history,
         ).model_dump(mode="json"),
         "deployments": [
             {

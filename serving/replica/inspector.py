@@ -43,6 +43,7 @@ from serving.controller.activity import Counts
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
+from serving.replica.history import History
 from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
@@ -93,6 +94,7 @@ class Inspector:
         device: where the backbones run.
         shared: whether several categories share the replica.
         meter: counts; None where nothing does.
+        history: keeps what was inspected; None where nothing does.
     """
 
     def __init__(
@@ -103,10 +105,12 @@ class Inspector:
         device: Literal["cpu", "cuda"] = "cpu",
         shared: bool = False,
         meter: Meter | None = None,
+        history: History | None = None,
     ) -> None:
         self._limits = limits
         self._device = device
         self._meter = meter
+        self._history = history
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._last_hour = LastHour()
@@ -194,6 +198,15 @@ class Inspector:
                 is_anomalous=inspected.report.is_anomalous,
                 ms=1000 * (time.monotonic() - received_at),
             )
+            if self._history:
+                self._history.keep(
+                    inspected.report,
+                    request_id=asked.id,
+                    data=data,
+                    limits=self._limits,
+                    reading=result.served.detector.prompt_set.reading,
+                    map_SS=result.map_SS,
+                )
             return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:

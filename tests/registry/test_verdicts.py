@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from apt_ray.data.distinct import pixel_digest
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import RULE_VERSION
 from apt_ray.errors import PromptSetError, RegistryError
-from apt_ray.files import file_sha256
+from apt_ray.images import read_image
 from apt_ray.registry import CHAMPION, RegisteredVersion, promote, roll_back
 from apt_ray.registry.promotion import Promotion, explain
 from apt_ray.validation.versions import VersionComparison
@@ -22,11 +23,11 @@ from tests.registry.registering import make_prompt_set, register
 
 @pytest.fixture
 def images(tmp_path: Path) -> tuple[Path, ...]:
-    """Files of plain images of different grays, in the order of their digests."""
+    """Files of plain images of different grays, in the order of their pixels' digests."""
     files = [tmp_path / f"{gray}.png" for gray in range(40)]
     for gray, file in enumerate(files):
         Image.new("L", (4, 4), gray).save(file)
-    return tuple(sorted(files, key=file_sha256))
+    return tuple(sorted(files, key=lambda file: pixel_digest(read_image(file))))
 
 
 def of_another_rule(prompt_set: PromptSet) -> PromptSet:

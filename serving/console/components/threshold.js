@@ -15,7 +15,7 @@ export function ThresholdPanel({ category, about, threshold, items, tried, onTry
   const [dialog, setDialog] = useState(null);
   const [isOpen, setOpen] = useState(items.length === 0);
   // What was inspected before, where the fleet keeps it.
-  const past = useLoaded(async (signal) => (isOpen && about ? entriesOf(await history(category, { limit: LAST, signal }).catch(() => null)) : []), [category, isOpen, Boolean(about)]);
+  const past = useLoaded(async (signal) => (isOpen && about ? (await history(category, { limit: LAST, signal }).catch(() => null))?.inspections ?? [] : []), [category, isOpen, Boolean(about)]);
   const seen = useMemo(() => {
     const here = items.filter(({ report }) => report).map(({ report }) => ({ score: report.anomaly_score, id: report.request_id }));
     const known = new Set(here.map((each) => each.id));
@@ -65,5 +65,3 @@ export function ThresholdPanel({ category, about, threshold, items, tried, onTry
       <p>${category} goes back to the threshold of its prompt set or of the fleet file.</p><//>`}
   </details>`;
 }
-
-export const entriesOf = (answer) => answer?.inspections ?? answer?.entries ?? [];

@@ -11,22 +11,25 @@ import { Verdict } from "../components/marks.js";
 import { Empty, ProblemMessage, prose, Skeleton } from "../components/messages.js";
 import { Regions } from "../components/regions.js";
 import { Viewer } from "../components/viewer.js";
-import { entriesOf } from "../components/threshold.js";
 
 const PAGE = 48;
 const CARD_SIDE = 360;
-const FILTERS = [{ key: "all", label: "All" }, { key: "rejected", label: "Rejected" }];
+const FILTERS = [
+  { key: "all", label: "All", none: "Nothing inspected yet" },
+  { key: "rejected", label: "Rejected", none: "Nothing rejected" },
+  { key: "marked", label: "Marked", none: "Nothing marked" },
+];
 
 export function HistoryTab({ session, category }) {
   const [only, setOnly] = useState("all");
-  const [state, setState] = useState({ entries: null, problem: null, isLoading: false, isAll: false });
+  const [state, setState] = useState({ entries: null, node: "", problem: null, isLoading: false, isAll: false });
   const [openId, setOpenId] = useState(null);
 
   const load = useCallback(async (before, signal) => {
     setState((now) => ({ ...now, isLoading: true, problem: null, entries: before == null ? null : now.entries }));
     try {
-      const found = entriesOf(await history(category, { before, only, limit: PAGE, signal }));
-      setState((now) => ({ entries: [...(now.entries ?? []), ...found], problem: null, isLoading: false, isAll: found.length < PAGE }));
+      const { node, inspections: found } = await history(category, { before, only, limit: PAGE, signal });
+      setState((now) => ({ entries: [...(now.entries ?? []), ...found], node, problem: null, isLoading: false, isAll: found.length < PAGE }));
     } catch (problem) {
       if (!signal?.aborted) setState((now) => ({ ...now, problem, isLoading: false }));
     }
@@ -45,15 +48,15 @@ export function HistoryTab({ session, category }) {
       <div class="segments" role="group" aria-label="Which inspections">
         ${FILTERS.map(({ key, label }) => html`<button key=${key} type="button" aria-pressed=${only === key} onClick=${() => setOnly(key)}>${label}</button>`)}
       </div>
-      <p class="hint">Newest first, as kept by the node that answers.</p>
+      <p class="hint">${state.node ? `Newest first, as kept on ${state.node}.` : ""}</p>
       <button type="button" disabled=${isLoading} onClick=${() => load(null)}>Refresh</button>
     </div>
-    ${problem && (problem.status === 404
+    ${problem && (problem.type.endsWith(":no-history")
       ? html`<${Empty} title="This fleet keeps no history"><p>${prose(problem.remedy ?? "Set history.images in the fleet file and deploy it")}</p><//>`
       : html`<${ProblemMessage} problem=${problem} onRetry=${() => load(null)} />`)}
     ${!entries && !problem && html`<${Skeleton} rows=${3} height=${180} />`}
-    ${entries?.length === 0 && !problem && html`<${Empty} title=${only === "all" ? "Nothing inspected yet" : "Nothing rejected"}>
-      <p>${only === "all" ? "Images appear here once they have been inspected, where the fleet file keeps a history." : "None of the inspections that are kept was rejected."}</p><//>`}
+    ${entries?.length === 0 && !problem && html`<${Empty} title=${FILTERS.find(({ key }) => key === only).none}>
+      <p>${only === "all" ? "Images appear here once they have been inspected." : "Of the inspections that are kept, none is of this kind."}</p><//>`}
     ${entries?.length > 0 && html`<ol class="cards">
       ${entries.map((entry) => html`<li key=${entry.id}><${Card} category=${category} entry=${entry} onOpen=${() => setOpenId(entry.id)} /></li>`)}
     </ol>`}
@@ -126,9 +129,8 @@ function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
   const say = async (verdict) => {
     setBusy(true);
     try {
-      await mark(category, entry.id, verdict, note.trim());
+      onMarked(await mark(category, entry.id, verdict, note.trim()));
       setProblem(null);
-      onMarked({ ...entry, mark: verdict, note: note.trim() });
     } catch (found) {
       setProblem(found);
     }

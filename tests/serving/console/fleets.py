@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from apt_ray.devtools.local_stack import HOST, free_ports
 from apt_ray.registry import Registry
 from serving.api.access import Access
+from serving.api.history import NO_HISTORY
 from serving.api.pools import Answering, Pools
 from serving.api.root import create_root_api
 from serving.controller.activity import SCORE_BINS, Activity, score_bin
@@ -24,8 +25,9 @@ from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan, Routes
 from serving.replica.follower import Follower
+from serving.replica.history import History
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, CategoryEntry, HttpLimits
+from serving.settings import Auth, Batching, CategoryEntry, HistorySettings, HttpLimits
 
 LIMITS = HttpLimits()
 
@@ -108,11 +110,14 @@ class ConsoleFleet:
 class WholeFleet:
     """A fleet with its own controller and replica on a registry: all that Ray would run."""
 
-    def __init__(self, registry: Registry, folder: Path, *, auth: Auth | None = None) -> None:
+    def __init__(
+        self, registry: Registry, folder: Path, *, auth: Auth | None = None, images: int = 100
+    ) -> None:
         self.registry = registry
         self.url = ""
         self._folder = folder
         self._auth = auth or Auth()
+        self._kept = HistorySettings(images=images, folder=str(folder / "history"))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ASGIApp]:
@@ -122,7 +127,10 @@ class WholeFleet:
         await controller.plan(Plan(revision=1, pools={"tail": entries}, auth=self._auth))
         tasks = [asyncio.create_task(controller.poll_forever())]
         access = Access(Auth())
-        inspector = Inspector(limits=LIMITS.image, batching=Batching(threads=2), shared=True)
+        history = History(self._kept, "memory") if self._kept.images else None
+        inspector = Inspector(
+            limits=LIMITS.image, batching=Batching(threads=2), shared=True, history=history
+        )
         follower = Follower(
             "tail",
             "replica",
@@ -134,7 +142,8 @@ class WholeFleet:
         )
         await follower.start(patience_s=60)
         tasks.append(asyncio.create_task(follower.follow_forever()))
-        pools = Pools(lambda pool: Answering(inspector), access)
+        answering = Answering(inspector, history or NO_HISTORY)
+        pools = Pools(lambda pool: answering, access)
         await pools.start(controller, patience_s=60)
         tasks.append(asyncio.create_task(pools.follow_forever(controller)))
         yield create_root_api(pools, controller, http=LIMITS, access=access, webhook_secret="")
