@@ -47,7 +47,7 @@ class Visit {
   add(files) {
     const added = files.map((file) => ({
       id: (lastId += 1), file, name: file.name || "pasted image", state: "waiting",
-      report: null, problem: null, map: null, thumb: "", url: "", startedAt: 0, shownMs: null,
+      report: null, problem: null, mapPng: null, thumb: "", url: "",
     }));
     this.items = [...this.items, ...added];
     this._changed();
@@ -105,7 +105,7 @@ class Visit {
   async _ask(item, signal) {
     const report = await inspect(this.category, item.file, { mapSide: MAP_SIDE, signal });
     if (!report.map_png) return report;
-    item.map = await readMap(pngOf(report.map_png));
+    item.mapPng = pngOf(report.map_png);
     delete report.map_png;
     if (await isShown(item.file)) return report;
     // A file that this browser cannot show, such as TIFF: the fleet draws it.
@@ -113,13 +113,13 @@ class Visit {
     URL.revokeObjectURL(item.url);
     item.drawn = pngOf(drawn.map_png);
     item.url = URL.createObjectURL(item.drawn);
-    item.map = null;
+    item.mapPng = null;
     return report;
   }
 
   async _thumb(item) {
     const shown = await createImageBitmap(item.drawn ?? item.file, { resizeWidth: Math.min(THUMB_SIDE, item.width), resizeQuality: "medium" });
-    const made = await overlaid(shown, item.map, item.report.threshold, THUMB_SIDE);
+    const made = await overlaid(shown, await mapOf(item), item.report.threshold, THUMB_SIDE);
     shown.close();
     item.thumb = URL.createObjectURL(made);
   }
@@ -130,10 +130,13 @@ class Visit {
   }
 }
 
+/** Kept as a file: as pixels, the maps of a few hundred images would fill the memory of a tablet. */
+const mapOf = ({ mapPng }) => mapPng && readMap(mapPng);
+
 /** The overlay of an item as a JPEG file. */
 export async function overlayOf(item) {
   const bitmap = await createImageBitmap(item.drawn ?? item.file);
-  const made = await overlaid(bitmap, item.map, item.report.threshold, DOWNLOAD_SIDE);
+  const made = await overlaid(bitmap, await mapOf(item), item.report.threshold, DOWNLOAD_SIDE);
   bitmap.close();
   return made;
 }

@@ -1,7 +1,7 @@
 // A category: its head, and the tabs Inspect, History and Versions.
 
 import { categoryStatus, describe } from "../api.js";
-import { html, useEffect } from "../html.js";
+import { html, useEffect, useRef } from "../html.js";
 import { score, when } from "../format.js";
 import { may, useLoaded } from "../hooks.js";
 import { categoryAddress, Link, ROOT } from "../router.js";
@@ -11,6 +11,8 @@ import { Empty, ProblemMessage } from "../components/messages.js";
 import { HistoryTab } from "./history.js";
 import { InspectTab } from "./inspect.js";
 import { VersionsTab } from "./versions.js";
+
+const FOLLOWED_MS = [0, 2000, 5000, 12000];
 
 const TABS = [
   { key: "inspect", label: "Inspect", view: InspectTab },
@@ -26,10 +28,16 @@ export function CategoryPage({ session, category, tab }) {
   useEffect(() => {
     document.title = `${category} · ${current?.label ?? "Not found"} · apt-ray`;
   }, [category, current]);
+  const timers = useRef([]);
+  // Replicas follow within seconds of a change, each at its own time.
   const reload = () => {
-    about.reload();
-    status.reload();
+    timers.current.forEach(clearTimeout);
+    timers.current = FOLLOWED_MS.map((after) => setTimeout(() => {
+      about.reload();
+      status.reload();
+    }, after));
   };
+  useEffect(() => () => timers.current.forEach(clearTimeout), []);
   const isUnknown = about.problem?.status === 404;
   return html`<div class="page category">
     <div class="page-head">

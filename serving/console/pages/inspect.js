@@ -29,7 +29,7 @@ export function InspectTab({ session, category, about, status, reload }) {
     const added = visit.add(files);
     setOpenId(added.length === 1 ? added[0].id : null);
   };
-  const threshold = visit.done.at(-1)?.report.threshold ?? about.data?.threshold ?? null;
+  const threshold = about.data?.threshold ?? visit.done.at(-1)?.report.threshold ?? null;
   const panel = html`<${ThresholdPanel} category=${category} about=${about.data} threshold=${threshold} items=${items}
     tried=${tried} onTry=${setTried} mayChange=${may(session, "operate")} onChanged=${reload} />`;
 
@@ -62,6 +62,8 @@ function OneImage({ visit, item, about, status, tried, onFiles, onOpen, panel })
   const [mode, setMode] = useState("overlay");
   const [selected, setSelected] = useState(null);
   const [candidate, setCandidate] = useState({ state: "none" });
+  const [map, setMap] = useState(null);
+  useEffect(() => void (item.mapPng && readMap(item.mapPng).then(setMap)), [item.mapPng]);
   const { report } = item;
   const limit = tried ?? report?.threshold;
   const index = visit.items.indexOf(item);
@@ -96,11 +98,12 @@ function OneImage({ visit, item, about, status, tried, onFiles, onOpen, panel })
       ? html`<div class="panel view failed"><${ProblemMessage} problem=${item.problem} onRetry=${() => visit.retry(item)} /></div>`
       : html`<div class="panel view">
         <${Viewer} name=${item.name} src=${item.url} width=${item.width ?? 0} height=${item.height ?? 0} busy=${!report}
-          map=${item.map} threshold=${limit ?? 0.5} regions=${report?.regions} selected=${selected} onSelect=${setSelected}
+          map=${map} threshold=${limit ?? 0.5} regions=${report?.regions} selected=${selected} onSelect=${setSelected}
           mode=${mode} onMode=${(next) => { setMode(next); setCandidate({ state: "none" }); }}
           compared=${isCompared ? { map: candidate.map, threshold: candidate.report.threshold, regions: candidate.report.regions } : null} />
       </div>`}
-    <aside class="panel side" aria-live="polite">
+    <aside class="panel side">
+      <p class="visually-hidden" role="status">${report ? `${item.name}: ${report.is_anomalous ? "defective" : "good"}, score ${score(report.anomaly_score)}` : ""}</p>
       ${report ? html`<${Finding} report=${report} about=${about}  tried=${tried} />`
         : item.state === "failed" ? html`<p class="hint">No verdict on this image.</p>` : html`<${Pending} />`}
       ${mayCompare && html`<section>

@@ -39,7 +39,7 @@ def test_an_image_is_shown_with_its_map_and_why(
         expect(finding.get_by_role("img")).to_have_attribute(
             "aria-label", re.compile(r"Score 0\.\d+\. Threshold 0\.\d+")
         )
-        expect(tab.get_by_text(part.name)).to_be_visible()
+        expect(tab.locator(".file-name")).to_contain_text(part.name)
         expect(tab.get_by_text("Version 7")).to_be_visible()
         tint = tab.locator("canvas.layer").first
         expect(tint).to_be_visible()
@@ -186,11 +186,11 @@ def test_images_are_dropped_pasted_and_taken(
         tab.get_by_text("Drop images here").wait_for()
         for name, event in (("dropped.png", "drop"), ("pasted.png", "paste")):
             tab.evaluate(give, [name, event])
-            expect(tab.get_by_text(name)).to_be_visible()
+            expect(tab.locator(".file-name")).to_contain_text(name)
             expect(tab.locator("output.figure")).to_be_visible()
         tab.get_by_role("button", name="Camera").click()
         tab.get_by_role("button", name="Take", exact=True).click()
-        expect(tab.get_by_text(re.compile("camera .*jpg"))).to_be_visible()
+        expect(tab.locator(".file-name")).to_contain_text(re.compile("camera .*jpg"))
         expect(tab.locator("output.figure")).to_be_visible()
 
 
