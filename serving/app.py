@@ -6,9 +6,11 @@ when Serve makes one of the classes here; torch and MLflow are imported only the
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayTaskError
@@ -16,7 +18,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
-from apt_ray.errors import AptError
+from apt_ray.errors import AptError, FleetError
 from serving.api.access import Access
 from serving.api.history import (
     NO_HISTORY,
@@ -34,6 +36,7 @@ from serving.api.root import create_root_api
 from serving.api.webhooks import SECRET_VARIABLE
 from serving.controller.cache import Cache
 from serving.controller.controller import WAIT_S, Controller
+from serving.controller.moves import MoveOrder, MoveResult, Operation, VersionSummary, carry_out
 from serving.controller.orders import (
     FleetStatus,
     Orders,
@@ -62,6 +65,9 @@ CONTROLLER = "controller"
 # A replica that cannot start now will not start in a minute: say so instead of trying on.
 _CONSTRUCTOR_RETRIES = 2
 _PATIENCE_S = 120.0
+# A promotion compares for some minutes at most, once a node has a quarter of a core for it.
+_PROMOTION_CPUS = 0.25
+_PROMOTION_S = 1800.0
 
 
 class PoolArgs(Settings):
@@ -125,13 +131,16 @@ class PoolReplica:
     """One replica of a pool."""
 
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        from serving.replica.follower import Follower  # with torch: for these replicas only
+        from serving.replica.beside import Beside  # with torch: for these replicas only
+        from serving.replica.follower import Follower
         from serving.replica.history import History
         from serving.replica.inspector import Inspector
         from serving.replica.meter import Meter
 
         self._args = args
         self._access = Access(Auth())
+        controller = _RemoteController()
+        cache = Cache(args.registry.cache, args.registry_address)
         meter = Meter()
         kept: History | None = None
         if args.history.images:
@@ -143,14 +152,15 @@ class PoolReplica:
             device=args.device,
             shared=args.shared,
             meter=meter,
+            beside=Beside(controller, cache),
             history=kept,
         )
         self._answering = Answering(self._inspector, self._history)
         follower = Follower(
             args.pool,
             serve.get_replica_context().replica_id.unique_id,
-            _RemoteController(),
-            cache=Cache(args.registry.cache, args.registry_address),
+            controller,
+            cache=cache,
             inspector=self._inspector,
             access=self._access,
             wait_s=WAIT_S,
@@ -225,6 +235,8 @@ class ControllerReplica:
             partial(_open_registry, args.tracking_uri),
             Cache(args.registry.cache, args.tracking_uri),
             poll_s=args.registry.poll_s,
+            page=args.registry.page,
+            promoting=partial(_promote, args.tracking_uri),
         )
         self._polling: asyncio.Task[None] | None = None
 
@@ -239,6 +251,9 @@ class ControllerReplica:
     async def routes(self, known: str) -> Routes:
         return await self._controller.routes(known)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        return await self._controller.resolve(category, alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         return await self._controller.fetch(category, version)
 
@@ -251,6 +266,15 @@ class ControllerReplica:
     async def wake(self, reason: str) -> None:
         await self._controller.wake(reason)
 
+    async def move(self, order: MoveOrder) -> Operation:
+        return await self._controller.move(order)
+
+    async def operation(self, identifier: str) -> Operation | None:
+        return await self._controller.operation(identifier)
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        return await self._controller.versions(category, limit)
+
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
@@ -262,6 +286,28 @@ def _open_registry(address: str) -> "Registry":
     return open_registry(address)
 
 
+def _promote_there(address: str, order: MoveOrder) -> MoveResult:
+    return carry_out(_open_registry(address), order)
+
+
+async def _promote(address: str, order: MoveOrder) -> MoveResult:
+    """Promote in a task of its own: the controller answers meanwhile, and needs no core."""
+    # Not twice: whoever died may have moved the alias already.
+    task = ray.remote(num_cpus=_PROMOTION_CPUS, max_retries=0)(_promote_there)
+    reference = task.remote(address, order)
+    try:
+        result: MoveResult = await asyncio.wait_for(
+            _own_errors(asyncio.wrap_future(reference.future())), _PROMOTION_S
+        )
+    except asyncio.TimeoutError:
+        ray.cancel(reference)
+        raise FleetError(
+            f"the comparison did not end within {_PROMOTION_S / 60:g} minutes: see in Ray's"
+            f" dashboard whether a node has {_PROMOTION_CPUS:g} CPU free, then ask again"
+        ) from None
+    return result
+
+
 class _RemoteController:
     """A `ControllerClient` that asks by handle."""
 
@@ -271,13 +317,14 @@ class _RemoteController:
         orders: Orders = await controller_handle().follow.remote(pool, replica, report, wait_s)
         return orders
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        version: int | None = await _own_errors(controller_handle().resolve.remote(category, alias))
+        return version
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
-        try:
-            stored: StoredVersion = await controller_handle().fetch.remote(category, version)
-        except RayTaskError as error:
-            if isinstance(error.cause, AptError):
-                raise error.cause from None  # without the traceback of another process
-            raise
+        stored: StoredVersion = await _own_errors(
+            controller_handle().fetch.remote(category, version)
+        )
         return stored
 
     async def routes(self, known: str) -> Routes:
@@ -294,6 +341,30 @@ class _RemoteController:
 
     async def wake(self, reason: str) -> None:
         await controller_handle().wake.remote(reason)
+
+    async def move(self, order: MoveOrder) -> Operation:
+        operation: Operation = await _own_errors(controller_handle().move.remote(order))
+        return operation
+
+    async def operation(self, identifier: str) -> Operation | None:
+        operation: Operation | None = await controller_handle().operation.remote(identifier)
+        return operation
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        versions: list[VersionSummary] = await _own_errors(
+            controller_handle().versions.remote(category, limit)
+        )
+        return versions
+
+
+async def _own_errors(answer: Awaitable[Any]) -> Any:
+    """The answer; an AptError is raised as it was, without the traceback of another process."""
+    try:
+        return await answer
+    except RayTaskError as error:
+        if isinstance(error.cause, AptError):
+            raise error.cause from None
+        raise
 
 
 class _RemotePool:

@@ -117,6 +117,11 @@ class RegistrySettings(Settings):
 
     poll_s: float = Field(default=10, gt=0)
     cache: str = Field(default="~/.cache/apt-ray/fleet", min_length=1)
+    page: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s\"'<>]+$",
+        description="Address at which people's browsers reach the registry, for links to it.",
+    )
 
 
 class HistorySettings(Settings):

@@ -25,6 +25,7 @@ from serving.api.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_fil
 from serving.api.headers import PassedHeaders, quality
 from serving.api.history import NO_HISTORY, HistoryService, add_history
 from serving.api.messages import (
+    Alias,
     CategoryReport,
     Inspected,
     InspectionReport,
@@ -86,7 +87,8 @@ def create_api(
         description="The body is a PNG, JPEG, BMP, TIFF or WebP file, raw or as a file of a"
         " multipart form. Several files in one form give `{inspections: [...]}`, a report or a"
         " problem for each, in order. With `Accept: image/png` the answer is the overlay of the one"
-        " image: what is unusual tinted and outlined.",
+        " image: what is unusual tinted and outlined. With `alias` another version answers than the"
+        " one that serves, by the threshold and region of interest that the fleet file gives.",
         dependencies=authorized,
         response_model=InspectionReport | InspectionReports,
         openapi_extra={"requestBody": _REQUEST_BODY},
@@ -97,6 +99,7 @@ def create_api(
                 HTTPStatus.BAD_REQUEST,
                 HTTPStatus.NOT_ACCEPTABLE,
                 HTTPStatus.REQUEST_TIMEOUT,
+                HTTPStatus.CONFLICT,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -113,6 +116,14 @@ def create_api(
                 alias="map",
                 description="Adds an image to the answer: `png` the anomaly map (16-bit gray,"
                 " 65535 is 1.0), `overlay` the overlay.",
+            ),
+        ] = None,
+        alias: Annotated[
+            Alias | None,
+            WithJsonSchema({"type": "string", "enum": get_args(Alias)}),
+            Query(
+                description="Asks the version behind this alias of the registry, and counts nowhere"
+                " as an inspection of the last hour. The first image waits until it is loaded."
             ),
         ] = None,
         map_side: Annotated[
@@ -171,6 +182,7 @@ def create_api(
                 picture="overlay" if wants_overlay else picture,
                 picture_side=map_side,
                 timeout_s=left if timeout_ms is not None else None,
+                alias=alias,
             )
             try:
                 return await asyncio.wait_for(service.inspect(category, data, asked), left)

@@ -104,6 +104,9 @@ class CategoryReport(BaseModel):
 Picture = Literal["png", "overlay"]
 """What may be drawn: the anomaly map, or the image with it tinted over."""
 
+Alias = Literal["candidate", "champion"]
+"""Whose version may be asked for beside the one that serves."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectionRequest:
@@ -115,12 +118,14 @@ class InspectionRequest:
         picture_side: the longer side that the picture may have, in pixels; None leaves it the
             image's.
         timeout_s: by when; None leaves it to the service how long an image may wait.
+        alias: whose version is to answer, as it would serve; None asks the one that serves.
     """
 
     id: str = ""
     picture: Picture | None = None
     picture_side: int | None = None
     timeout_s: float | None = None
+    alias: Alias | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +144,7 @@ class Service(Protocol):
     async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         """Inspect an image file; whoever cancels this costs no forward pass.
 
-        Raises ImageError for bytes that are no acceptable image, ProblemError if the category is
-        not known or the image cannot be inspected in time.
+        Raises ImageError for bytes that are no acceptable image, ProblemError if the category or
+        its alias is not known or the image cannot be inspected in time.
         """
         ...

@@ -19,6 +19,7 @@ from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.headers import is_current
 from serving.api.ingress import create_api
+from serving.api.moves import add_moves
 from serving.api.pools import Pools
 from serving.api.problems import problem_responses
 from serving.controller.client import ControllerClient
@@ -211,6 +212,8 @@ def create_root_api(
         await status()
         await controller.wake("refresh")
         return Health(status="ok")
+
+    add_moves(api, controller, access)
 
     @api.post("/webhooks/mlflow", include_in_schema=False)
     async def webhook(request: Request) -> Health:

@@ -8,16 +8,26 @@ report again, and the last aliases lie in the local cache.
 
 import asyncio
 import time
+import uuid
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
 from apt_ray.config import Settings
-from apt_ray.errors import AptError
+from apt_ray.errors import AptError, RegistryConflictError, RegistryUnavailableError
 from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
+from serving.controller.moves import (
+    MoveOrder,
+    MoveResult,
+    Operation,
+    VersionSummary,
+    carry_out,
+    versions_of,
+)
 from serving.controller.orders import (
     CategoryStatus,
     FleetStatus,
@@ -40,6 +50,7 @@ WAIT_S = 10.0
 
 _LOST_AFTER_S = 2.5 * WAIT_S
 _AUDIT_LINES = 200
+_OPERATIONS = 200
 _CANDIDATE = "candidate"
 
 Found = TypeVar("Found", Orders, Routes)
@@ -58,6 +69,8 @@ class Controller:
         registry: opens the registry; called in threads, since importing MLflow takes seconds.
         cache: what is known when the registry is away.
         poll_s: seconds between two queries.
+        page: the registry's address for people, if it has one.
+        promoting: promotes elsewhere, since it takes minutes of a core; None does it here.
         clock: seconds that never go back.
     """
 
@@ -67,11 +80,15 @@ class Controller:
         cache: Cache,
         *,
         poll_s: float,
+        page: str | None = None,
+        promoting: Callable[[MoveOrder], Awaitable[MoveResult]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_registry = registry
         self._cache = cache
         self._poll_s = poll_s
+        self._page = page
+        self._promoting = promoting
         self._clock = clock
         self._plan = Plan()
         self._aliases = cache.recall("aliases", Aliases) or Aliases()
@@ -82,6 +99,8 @@ class Controller:
         self._woken = asyncio.Event()
         self._asked = asyncio.Event()
         self._audit: deque[dict[str, object]] = deque(maxlen=_AUDIT_LINES)
+        self._operations: dict[str, Operation] = {}
+        self._moving: set[asyncio.Task[None]] = set()
 
     async def plan(self, plan: Plan) -> None:
         """Follow this plan from now on."""
@@ -154,13 +173,88 @@ class Controller:
         """Where to ask for what, once it differs from `known` or `wait_s` have passed."""
         return await self._until(self._routes, known, wait_s)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        """The version behind an alias of a category, None if there is none.
+
+        Raises RegistryUnavailableError if the registry has not said yet.
+        """
+        if self._registry != "ok" and category not in self._aliases.categories:
+            raise RegistryUnavailableError(self._registry)
+        return self._aliases.categories.get(category, {}).get(alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         """A version's prompt set, from the cache or the registry. Raises RegistryError."""
         stored = await asyncio.to_thread(self._cache.get, category, version)
         if stored is None:
             stored = await asyncio.to_thread(self._load, category, version)
-            await asyncio.to_thread(self._cache.put, stored)
+            # What is only tried must not push out of the cache what serves.
+            if version in self._wanted(category):
+                await asyncio.to_thread(self._cache.put, stored)
         return stored
+
+    async def move(self, order: MoveOrder) -> Operation:
+        """Begin to move an alias of a category; `operation` tells what comes of it.
+
+        RegistryConflictError while another move of the category is being made.
+        """
+        for other in self._operations.values():
+            if other.category == order.category and other.state == "running":
+                raise RegistryConflictError(
+                    f"{other.by or 'somebody'} asked to {other.kind} {other.category} at"
+                    f" {other.started}, which is not done yet: wait for operation {other.id}"
+                )
+        operation = Operation(
+            id=uuid.uuid4().hex,
+            started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **order.model_dump(),
+        )
+        while len(self._operations) >= _OPERATIONS:
+            del self._operations[next(iter(self._operations))]
+        self._operations[operation.id] = operation
+        self._note(**self._line_of(operation))
+        task = asyncio.create_task(self._carry_out(operation, order))
+        self._moving.add(task)
+        task.add_done_callback(self._moving.discard)
+        return operation
+
+    async def operation(self, identifier: str) -> Operation | None:
+        """A move that was begun; None if this controller has begun none of that id."""
+        return self._operations.get(identifier)
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        """The newest versions of a category, newest first. Raises RegistryError."""
+        return await asyncio.to_thread(
+            lambda: versions_of(self._open_registry(), category, limit=limit, page=self._page)
+        )
+
+    async def _carry_out(self, operation: Operation, order: MoveOrder) -> None:
+        end: dict[str, object]
+        try:
+            if order.kind == "promote" and self._promoting is not None:
+                result = await self._promoting(order)
+            else:
+                result = await asyncio.to_thread(lambda: carry_out(self._open_registry(), order))
+            end = {"state": "done", "result": result}
+        except Exception as error:
+            end = {
+                "state": "failed",
+                "error": str(error) if isinstance(error, AptError) else repr(error),
+            }
+        ended = operation.model_copy(update=end)
+        if operation.id in self._operations:
+            self._operations[operation.id] = ended
+        self._note(**self._line_of(ended))
+        self._woken.set()
+
+    def _line_of(self, operation: Operation) -> dict[str, Any]:
+        line = operation.model_dump(exclude={"kind", "id", "started", "result"}, exclude_none=True)
+        result = operation.result
+        return {
+            "operation": operation.kind,
+            "operation_id": operation.id,
+            **line,
+            **(result.model_dump(include={"moved", "version", "verdict", "why"}) if result else {}),
+        }
 
     async def status(self) -> FleetStatus:
         """Everything at a glance."""
@@ -260,6 +354,11 @@ class Controller:
         if entry.version is not None:
             return entry.version
         return self._aliases.categories.get(category, {}).get(entry.alias)
+
+    def _wanted(self, category: str) -> set[int | None]:
+        """The versions of a category that pools shall serve."""
+        entries = (pool.get(category) for pool in self._plan.pools.values())
+        return {self._version(category, entry) for entry in entries if entry is not None}
 
     def _candidate(self, category: str, wanted: int | None) -> int | None:
         """The candidate that waits."""

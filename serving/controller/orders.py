@@ -18,6 +18,17 @@ from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolNa
 State = Literal["READY", "LOADING", "IDLE", "FAILED"]
 
 
+class Message(Settings):
+    """Passes between processes, one of which may run an earlier version than the other."""
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """What the sender did not know has its default."""
+        super().__setstate__(state)
+        for name, field in type(self).model_fields.items():
+            if name not in self.__dict__ and not field.is_required():
+                self.__dict__[name] = field.get_default(call_default_factory=True)
+
+
 class Plan(Settings):
     """Who serves what, and who may ask: the state that a deploy changes.
 
@@ -40,7 +51,7 @@ class Plan(Settings):
                 yield category, pool, entry
 
 
-class Order(Settings):
+class Order(Message):
     """One category as a pool shall serve it."""
 
     version: int | None = Field(description="Null: the one that it serves, for want of news.")
@@ -48,7 +59,7 @@ class Order(Settings):
     region_of_interest: RegionOfInterest | None = None
 
 
-class Orders(Settings):
+class Orders(Message):
     """All that one pool shall serve."""
 
     categories: dict[CategoryName, Order] = Field(default_factory=dict)
@@ -60,7 +71,7 @@ class Orders(Settings):
         return digest(self)
 
 
-class Routes(Settings):
+class Routes(Message):
     """All that the root needs: category -> the pools that may be asked."""
 
     pools: dict[CategoryName, tuple[PoolName, ...]] = Field(default_factory=dict)
@@ -71,7 +82,7 @@ class Routes(Settings):
         return digest(self)
 
 
-class ServedVersion(Settings):
+class ServedVersion(Message):
     """What a replica does for one category."""
 
     version: int | None = Field(description="What it serves; null if nothing.")
@@ -82,7 +93,7 @@ class ServedVersion(Settings):
     threshold: float | None = Field(default=None, description="By which it decides now.")
 
 
-class ReplicaReport(Settings):
+class ReplicaReport(Message):
     """What a replica serves now."""
 
     orders: str = Field(default="", description="Etag of the orders that it has carried out.")
@@ -93,7 +104,7 @@ class ReplicaReport(Settings):
     )
 
 
-class CategoryStatus(Settings):
+class CategoryStatus(Message):
     """One category as the whole fleet serves it."""
 
     state: State
@@ -126,7 +137,7 @@ class CategoryStatus(Settings):
     )
 
 
-class FleetStatus(Settings):
+class FleetStatus(Message):
     """The state of the fleet as its controller knows it."""
 
     revision: int

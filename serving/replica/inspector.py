@@ -43,6 +43,7 @@ from serving.controller.activity import Counts
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
+from serving.replica.beside import Beside
 from serving.replica.history import History
 from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
@@ -58,6 +59,8 @@ class _Job:
     """An image on its way to the model.
 
     Attributes:
+        served: the version that it was decoded for.
+        follows: whether a version that takes over meanwhile answers in its place.
         size: of the image sent, (width, height).
         drawn_size: of the picture of it that is drawn.
         ground: the image at that size, if the map is to be drawn over it.
@@ -65,6 +68,7 @@ class _Job:
     """
 
     served: ServedCategory
+    follows: bool
     pixels_1CHW: torch.Tensor
     size: tuple[int, int]
     drawn_size: tuple[int, int]
@@ -94,6 +98,7 @@ class Inspector:
         device: where the backbones run.
         shared: whether several categories share the replica.
         meter: counts; None where nothing does.
+        beside: has versions beside those that serve; None where there are no others.
         history: keeps what was inspected; None where nothing does.
     """
 
@@ -105,9 +110,11 @@ class Inspector:
         device: Literal["cpu", "cuda"] = "cpu",
         shared: bool = False,
         meter: Meter | None = None,
+        beside: Beside | None = None,
         history: History | None = None,
     ) -> None:
         self._limits = limits
+        self._beside = beside
         self._device = device
         self._meter = meter
         self._history = history
@@ -140,24 +147,32 @@ class Inspector:
         Raises PromptSetError or BackboneError if it cannot be loaded, FleetError if it fails its
         test or cannot decide as ordered; then what was served before still is.
         """
+        served = self._prepare(category, order, stored)
+        backbone, before = served.detector.backbone, self._served.get(category)
+        if before is None or before.detector.backbone is not backbone:
+            self._admission.expect(category, self._cost_s(backbone))
+        self._served[category] = served
+
+    def _prepare(self, category: str, order: Order, stored: StoredVersion) -> ServedCategory:
+        """A version that is read and tested; raises as `load`."""
         try:
             source = f"version {stored.version} of {category}"
             prompt_set = PromptSet.from_bytes(stored.data, source=source)
-            backbone = self._backbone(prompt_set)
             served = build(
-                prompt_set, order, backbone, version=stored.version, run_id=stored.run_id
+                prompt_set,
+                order,
+                self._backbone(prompt_set),
+                version=stored.version,
+                run_id=stored.run_id,
             )
             self._model.submit(self_test, served, prompt_set).result()
-            before = self._served.get(category)
-            if before is None or before.detector.backbone is not backbone:
-                self._admission.expect(category, self._cost_s(backbone))
         except Exception:
             if self._meter:
                 self._meter.loaded(category, stored.version, succeeded=False)
             raise
-        self._served[category] = served
         if self._meter:
             self._meter.loaded(category, stored.version, succeeded=True)
+        return served
 
     def drop(self, category: str) -> None:
         """Serve a category no more; images of it that wait already are still inspected."""
@@ -180,10 +195,14 @@ class Inspector:
 
     async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         """Inspect an image file; see `Service.inspect`."""
-        received_at = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             served = self._find(category)
+            if asked.alias is not None:
+                if self._beside is None:
+                    raise problems.no_version(category, asked.alias)
+                served = await self._beside.find(asked.alias, served, self._prepare)
+            received_at = time.monotonic()
             with self._admission.admitted(category, len(data), asked.timeout_s):
                 job = await loop.run_in_executor(self._decoders, self._decode, served, data, asked)
                 result = await self._batcher.submit(category, job)
@@ -192,13 +211,14 @@ class Inspector:
                     inspected = conclude()  # no map at the size of the image
                 else:
                     inspected = await loop.run_in_executor(self._decoders, conclude)
-            self._last_hour.add(
-                category,
-                score=inspected.report.anomaly_score,
-                is_anomalous=inspected.report.is_anomalous,
-                ms=1000 * (time.monotonic() - received_at),
-            )
-            if self._history:
+            if asked.alias is None:
+                self._last_hour.add(
+                    category,
+                    score=inspected.report.anomaly_score,
+                    is_anomalous=inspected.report.is_anomalous,
+                    ms=1000 * (time.monotonic() - received_at),
+                )
+            if self._history and asked.alias is None:
                 self._history.keep(
                     inspected.report,
                     request_id=asked.id,
@@ -236,6 +256,7 @@ class Inspector:
             self._admission.took(served.about.category, "decode", ended_at - started_at)
         return _Job(
             served=served,
+            follows=asked.alias is None,
             pixels_1CHW=pixels_1CHW,
             size=image.size,
             drawn_size=drawn_size,
@@ -281,6 +302,8 @@ class Inspector:
         ]
 
     def _newest(self, job: _Job) -> ServedCategory:
+        if not job.follows:
+            return job.served
         newest = self._served.get(job.served.about.category, job.served)
         # Pixels were made for the size that the old version's backbone sees, by its reading.
         now, then = newest.detector, job.served.detector

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
 from apt_ray.errors import RegistryError, RegistryUnavailableError
@@ -17,6 +18,9 @@ class _Version:
     record: Record
     files: dict[str, bytes]
     tags: dict[str, str]
+    created: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
 
 
 @dataclass
@@ -94,6 +98,7 @@ class FakeRegistry(Registry):
             tags=dict(version.tags),
             settings=version.record.params,
             metrics=version.record.metrics,
+            created=version.created,
         )
 
     def fetch(self, registered: RegisteredVersion) -> bytes:
@@ -131,6 +136,13 @@ class FakeRegistry(Registry):
             known.aliases[CHAMPION] = target
             known.moves += moves
             return moves[-1]
+
+    def withdraw(self, category: str, version: int) -> None:
+        with self._lock:
+            aliases = self._category(category, CANDIDATE).aliases
+            if aliases.get(CANDIDATE) != version:
+                raise self._no_candidate(category, version, aliases.get(CANDIDATE))
+            del aliases[CANDIDATE]
 
     def annotate(
         self, registered: RegisteredVersion, tags: Mapping[str, str], *, report: str, name: str

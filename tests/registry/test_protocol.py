@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ from mlflow import MlflowClient
 
 from apt_ray.data.folders import Category
 from apt_ray.errors import PromptSetError, RegistryConflictError, RegistryError, SettingsError
-from apt_ray.registry import CANDIDATE, CHAMPION, LoggedTrial, Move, Registry, open_registry
+from apt_ray.registry import (
+    CANDIDATE,
+    CHAMPION,
+    LoggedTrial,
+    Move,
+    Registry,
+    discard,
+    open_registry,
+)
 from apt_ray.registry.mlflow.names import model_name
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set
@@ -191,6 +200,24 @@ def test_of_moves_at_once_one_wins_and_the_others_are_told(registry: Registry) -
     # What was seen before is stale for ever.
     with pytest.raises(RegistryConflictError, match=f"made version {won.target} the champion"):
         registry.move(seen, 3, action="promote", why="late")
+
+
+def test_a_candidate_can_be_withdrawn_and_says_why(registry: Registry) -> None:
+    register(registry, "withdrawn", versions=3)
+    with pytest.raises(RegistryConflictError, match="2 of withdrawn is no longer the candidate"):
+        registry.withdraw("withdrawn", 2)
+    discarded = discard(registry, "withdrawn", why="blurred images")
+    assert (discarded.version, discarded.aliases) == (3, ())
+    assert discarded.tags["discarded"] == "blurred images"
+    assert registry.aliases()["withdrawn"] == {CHAMPION: 1}
+    with pytest.raises(RegistryError, match="no version or alias 'candidate'"):
+        discard(registry, "withdrawn", why="again")
+    register(registry, "alone")
+    with pytest.raises(RegistryError, match="is the champion"):
+        discard(registry, "alone", why="why not")
+    registered = registry.resolve("alone")
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(registered.created)
+    assert age < timedelta(minutes=5)
 
 
 def test_diff_names_what_differs(registry: Registry) -> None:

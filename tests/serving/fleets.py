@@ -93,9 +93,9 @@ class Deployed:
         answer: dict[str, Any] = json.loads(fetch(Request(f"{self.url}{path}")))
         return answer
 
-    def inspect(self, category: str, data: bytes) -> dict[str, Any]:
+    def inspect(self, category: str, data: bytes, *, query: str = "") -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(
-            fetch(Request(f"{self.url}/v1/{category}/inspect", data=data))
+            fetch(Request(f"{self.url}/v1/{category}/inspect{query}", data=data))
         )
         return answer
 

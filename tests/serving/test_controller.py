@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import pickle
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,21 @@ def test_the_status_says_which_candidate_waits_and_what_the_last_hour_was(
     asyncio.run(run())
 
 
+def test_a_replica_of_an_earlier_version_is_heard(tmp_path: Path) -> None:
+    report = ReplicaReport.parse({"categories": {"nut": {"version": 1, "source": "registry"}}})
+    for message, unknown in ((report, "last_hour"), (report.categories["nut"], "threshold")):
+        del message.__dict__[unknown]
+    sent = pickle.loads(pickle.dumps(report))  # noqa: S301  # as Ray does
+
+    async def run() -> None:
+        controller = await started(stocked(), tmp_path)
+        await controller.follow("tail", "r", sent, wait_s=0)
+        status = (await controller.status()).categories["nut"]
+        assert (status.replicas, status.threshold, status.last_hour) == (1, None, None)
+
+    asyncio.run(run())
+
+
 def test_without_the_registry_the_last_news_holds(tmp_path: Path) -> None:
     registry = stocked()
 
@@ -203,6 +219,11 @@ class Line:
         if self.cut:
             raise ConnectionError("the line is cut")
         return await self.controller.follow(pool, replica, report, wait_s=wait_s)
+
+    async def resolve(self, category: str, alias: str) -> int | None:
+        if self.cut:
+            raise ConnectionError("the line is cut")
+        return await self.controller.resolve(category, alias)
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
         if self.cut:

@@ -1,6 +1,7 @@
 """A fleet on a real cluster, used through the commands and HTTP alone."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from urllib.request import Request
@@ -99,6 +100,9 @@ def test_a_fleet_on_a_real_cluster(
             assert load.wait_for(name, 2) < 15
         deployed.promote("washer", 1)
         assert load.wait_for("washer", 1) < 15
+        # The candidate answers beside it, and is loaded for that alone.
+        for name in ("washer", "blister"):
+            assert deployed.inspect(name, picture, query="?alias=candidate")["version"] == 2
         # Bounds, decisions and tokens change without a new process.
         fleet = {
             "categories": {
@@ -113,6 +117,9 @@ def test_a_fleet_on_a_real_cluster(
     assert "washer: changed in pool tail" in done.stderr
     assert deployed.replicas() == before
     assert deployed.inspect("washer", picture)["threshold"] == 0.25
+    washer = deployed.get("/fleet/status")["categories"]["washer"]
+    assert (washer["serving"], washer["candidate"], washer["threshold"]) == ([1], 2, 0.25)
+    assert washer["last_hour"]["inspected"] == sum(washer["last_hour"]["scores"]) > 0
 
     # What cannot be served is reported with its reason; what was there keeps serving.
     bad = {"blister": {}, "washer": {"pool": "tail", "false_alarm_rate": 0.1}}
@@ -129,6 +136,7 @@ def test_a_fleet_on_a_real_cluster(
     assert {"deploy", "alias moved", "serve"} <= operations
 
     _check_metrics(deployed)
+    _check_moves(deployed)
 
     # What others keep on the same server is no category, and one that no replica can serve holds up
     # no other: neither a new one, nor one that moves.
@@ -182,6 +190,22 @@ def _check_proxy(deployed: Deployed) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening == {("127.0.0.1", deployed.port)}
+
+
+def _check_moves(deployed: Deployed) -> None:
+    """Operators decide on versions over HTTP; a promotion runs in a task of its own."""
+    address = f"{deployed.url}/fleet/categories/washer"
+    listed = httpx.get(f"{address}/versions", trust_env=False).json()["versions"]
+    assert [each["version"] for each in listed] == [2, 1]
+    asked = {"reason": "it was tried in the morning"}
+    begun = httpx.post(f"{address}/promote", json=asked, trust_env=False)
+    assert begun.status_code == 202
+    deadline = time.monotonic() + 120
+    while (operation := deployed.get(begun.headers["location"]))["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert operation["error"] is None
+    assert (operation["result"]["moved"], operation["result"]["verdict"]) == (False, "uncomparable")
 
 
 def _check_metrics(deployed: Deployed) -> None:

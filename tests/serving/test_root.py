@@ -130,6 +130,8 @@ def test_a_shared_pool_answers_by_handle_what_it_answers_directly(
         ("POST", "/v1/blister/inspect", {"content": picture[:-50]}),
         ("POST", "/v1/blister/inspect", {"content": bytes(300_000)}),
         ("POST", "/v1/blister/inspect?map=tiff", {"content": picture}),
+        ("POST", "/v1/blister/inspect?alias=candidate", {"content": picture}),
+        ("POST", "/v1/blister/inspect?alias=7", {"content": picture}),
         ("POST", "/v1/blister/inspect", {"json": {}}),
         ("GET", "/v1/blister", {}),
     ]

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from time import time
 from typing import Any
@@ -90,6 +91,7 @@ class MlflowRegistry(Registry):
             tags={key: tag for key, tag in tags.items() if not key.startswith(_HIDDEN_TAGS)},
             settings={} if run is None else dict(run.params),
             metrics={} if run is None else dict(run.metrics),
+            created=_iso(found.creation_timestamp),
         )
 
     def fetch(self, registered: RegisteredVersion) -> bytes:
@@ -142,6 +144,16 @@ class MlflowRegistry(Registry):
                 experiment_id=self._experiment_id(),
                 describe=describe_category,
             )
+
+    def withdraw(self, category: str, version: int) -> None:
+        candidate = self.history(category).candidate
+        if candidate != version:
+            raise self._no_candidate(category, version, candidate)
+        with self._connection.requests() as client:
+            client.delete_registered_model_alias(model_name(category), CANDIDATE)
+
+    def page(self, category: str, version: int) -> str:
+        return f"#/models/{model_name(category)}/versions/{version}"
 
     def annotate(
         self, registered: RegisteredVersion, tags: Mapping[str, str], *, report: str, name: str
@@ -332,6 +344,12 @@ class MlflowRegistry(Registry):
             known |= {run.data.tags["trial"] for run in page if "trial" in run.data.tags}
             token = page.token or ""
         return known
+
+
+def _iso(milliseconds: int | None) -> str:
+    if milliseconds is None:
+        return ""
+    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
 
 
 def _tags(described: Mapping[str, Any]) -> dict[str, str]:
