@@ -45,7 +45,7 @@ export function ReasonDialog({ title, children, label, tone = "primary", force, 
     event.preventDefault();
     setState({ isBusy: true, problem: null });
     try {
-      await act({ reason: reason.trim(), force: isForced });
+      await act({ reason: reason.replace(/\s+/g, " ").trim(), force: isForced });
       onClose();
     } catch (problem) {
       setState({ isBusy: false, problem });

@@ -2,11 +2,11 @@
 
 import { move, operation, versions } from "../api.js";
 import { html, useEffect, useState } from "../html.js";
-import { NONE, when } from "../format.js";
+import { NONE, score, when } from "../format.js";
 import { may, useLoaded } from "../hooks.js";
 import { Icon } from "../components/icons.js";
 import { ReasonDialog } from "../components/dialog.js";
-import { Empty, ProblemMessage, Skeleton } from "../components/messages.js";
+import { Empty, ProblemMessage, prose, Skeleton } from "../components/messages.js";
 
 const ASK_MS = 1000;
 
@@ -39,11 +39,13 @@ export function VersionsTab({ session, category, reload }) {
     if (!running || running.state !== "running") return undefined;
     const timer = setTimeout(async () => {
       const now = await operation(running.id).catch((problem) => ({ state: "failed", error: problem }));
+      if (now.error?.status === 0) return setRunning((before) => ({ ...before, turn: before.turn + 1 }));
       setRunning((before) => ({ ...before, ...now, turn: before.turn + 1 }));
       if (now.state !== "running") {
         found.reload();
         reload();
       }
+      return undefined;
     }, ASK_MS);
     return () => clearTimeout(timer);
   }, [running]);
@@ -77,7 +79,7 @@ export function VersionsTab({ session, category, reload }) {
     ${found.data && list.length === 0 && html`<${Empty} title="No version yet"><p>A search registers the first one.</p><//>`}
     ${list.length > 0 && html`<div class="scroller" tabindex="0" role="region" aria-label="List of versions"><table class="list">
       <thead><tr><th scope="col">Version</th><th scope="col">Registered</th><th scope="col" class="num">Validation</th>
-        <th scope="col">Verdict</th><th scope="col">Why, and by whom</th><th scope="col">Settings</th><th scope="col"><span class="visually-hidden">Elsewhere</span></th></tr></thead>
+        <th scope="col">Verdict</th><th scope="col">Served, and why</th><th scope="col">Settings</th><th scope="col"><span class="visually-hidden">Elsewhere</span></th></tr></thead>
       <tbody>${list.map((each) => html`<${Version} key=${each.version} version=${each} />`)}</tbody>
     </table></div>`}
     ${dialog && html`<${ReasonDialog} title=${MOVES[dialog].title(category, candidate?.version)} label=${MOVES[dialog].label} force=${MOVES[dialog].force}
@@ -91,31 +93,33 @@ function Version({ version }) {
     <th scope="row"><span class="version">v${version.version}</span>
       ${aliases.map((alias) => html`<span key=${alias} class="tag ${{ champion: "good", candidate: "accent" }[alias] ?? ""}">${alias}</span>`)}</th>
     <td class="nowrap">${when(version.created)}</td>
-    <td class="num">${version.validation_value == null ? NONE : Number(version.validation_value).toFixed(3)}</td>
-    <td>${version.verdict || NONE}</td>
-    <td class="reason">${version.reason || NONE}${version.by && html`<span class="hint">${version.by}</span>`}</td>
-    <td class="settings">${typeof settings === "string" ? settings : Object.entries(settings).map(([name, value]) => html`<span key=${name}><span class="hint">${name.replaceAll("_", " ")}</span> ${shown(value)}</span>`)}</td>
-    <td>${version.page && html`<a href=${version.page} target="_blank" rel="noopener noreferrer" class="nowrap">MLflow<${Icon} name="link" size=${12} /></a>`}</td>
+    <td class="num">${score(version.validation)}</td>
+    <td>${version.verdict ? html`${version.verdict}<span class="hint">${[version.difference, version.judged_on].filter(Boolean).join(", on ")}</span>` : NONE}</td>
+    <td class="reason">${version.served_since && html`<span>Champion since ${when(version.served_since)}</span>`}
+      ${version.reason && html`<span>${version.reason}</span>`}${version.by && html`<span class="hint">${version.by}</span>`}
+      ${version.discarded && html`<span>Discarded: ${version.discarded}</span>`}
+      ${!version.served_since && !version.reason && !version.discarded && NONE}</td>
+    <td class="settings">${version.shots != null && html`<span><span class="hint">shots</span> ${version.shots}</span>`}
+      ${Object.entries(settings).map(([name, value]) => html`<span key=${name}><span class="hint">${name.replaceAll("_", " ")}</span> ${value}</span>`)}</td>
+    <td>${version.link && html`<a href=${version.link} target="_blank" rel="noopener noreferrer" class="nowrap">MLflow<${Icon} name="link" size=${12} /></a>`}</td>
   </tr>`;
 }
-
-const shown = (value) => (typeof value === "number" && !Number.isInteger(value) ? Number(value.toPrecision(3)) : String(value));
 
 function Operation({ running, onClose }) {
   const { state, how, result, error } = running;
   if (state === "failed") {
-    const problem = error?.title ? error : { title: `${MOVES[how].label}: it failed`, detail: String(error?.detail ?? error ?? "No reason was given.") };
+    const problem = error?.title ? error : { title: `${MOVES[how].label}: it failed`, detail: error ?? "no reason was given" };
     return html`<div class="operation"><${ProblemMessage} problem=${problem} /><button type="button" onClick=${onClose}>Close</button></div>`;
   }
   return html`<div class="operation ${state}" role="status">
     <${Icon} name=${state === "done" ? "good" : "loading"} size=${20} class=${state === "done" ? "" : "turning"} />
-    <p><strong>${state === "done" ? "Done" : MOVES[how].running}</strong><span>${state === "done" ? summary(result) : "This takes a minute at most."}</span></p>
+    <p><strong>${state === "done" ? "Done" : MOVES[how].running}</strong><span>${state === "done" ? prose(DONE[how](result)) : how === "promote" ? "This takes up to some minutes." : ""}</span></p>
     ${state === "done" && html`<button type="button" onClick=${onClose}>Close</button>`}
   </div>`;
 }
 
-function summary(result) {
-  if (result == null) return "";
-  if (typeof result === "string") return result;
-  return [result.verdict, result.why ?? result.detail].filter(Boolean).join(": ");
-}
+const DONE = {
+  promote: ({ version, moved, why }) => (moved ? `Version ${version} serves: ${why}` : `The champion stays: ${why}`),
+  discard: ({ version }) => `Version ${version} waits no more`,
+  "roll-back": ({ version }) => `Version ${version} serves again`,
+};

@@ -15,6 +15,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp
 
 from apt_ray.devtools.local_stack import HOST, free_ports
+from apt_ray.errors import RegistryUnavailableError
 from apt_ray.registry import Registry
 from serving.api.access import Access
 from serving.api.history import NO_HISTORY
@@ -23,7 +24,9 @@ from serving.api.root import create_root_api
 from serving.controller.activity import SCORE_BINS, Activity, score_bin
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
+from serving.controller.moves import VersionSummary
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan, Routes
+from serving.replica.beside import Beside
 from serving.replica.follower import Follower
 from serving.replica.history import History
 from serving.replica.inspector import Inspector
@@ -76,6 +79,9 @@ class MemoryController:
     async def wake(self, reason: str) -> None:
         raise NotImplementedError
 
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        raise RegistryUnavailableError("no registry answers at memory: call it back")
+
 
 class ConsoleFleet:
     """A fleet of one pool whose every part can be reached by a test."""
@@ -122,14 +128,20 @@ class WholeFleet:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ASGIApp]:
         cache = Cache(str(self._folder / "cache"), "memory")
-        controller = Controller(lambda: self.registry, cache, poll_s=0.5)
+        controller = Controller(
+            lambda: self.registry, cache, poll_s=0.5, page="https://mlflow.example"
+        )
         entries = {name: CategoryEntry() for name in self.registry.aliases()}
         await controller.plan(Plan(revision=1, pools={"tail": entries}, auth=self._auth))
         tasks = [asyncio.create_task(controller.poll_forever())]
         access = Access(Auth())
         history = History(self._kept, "memory") if self._kept.images else None
         inspector = Inspector(
-            limits=LIMITS.image, batching=Batching(threads=2), shared=True, history=history
+            limits=LIMITS.image,
+            batching=Batching(threads=2),
+            shared=True,
+            beside=Beside(controller, cache),
+            history=history,
         )
         follower = Follower(
             "tail",

@@ -2,11 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import httpx
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,6 +19,7 @@ from tests.serving.console.fleets import (
     served,
     tokens,
 )
+from tests.serving.console.reach import serious
 
 SIZES = {"desk": DESK, "tablet": TABLET, "phone": PHONE}
 
@@ -69,17 +68,6 @@ PAGES: dict[str, Callable[[Page, Category], None]] = {
     "unknown": open_unknown,
     "docs": open_docs,
 }
-
-
-def serious(tab: Page) -> list[str]:
-    """What axe finds that keeps somebody out."""
-    found: list[dict[str, Any]] = Axe().run(tab).response["violations"]
-    return [
-        f"{each['id']}: {node['html']} {node['failureSummary']}"
-        for each in found
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
