@@ -1,8 +1,8 @@
 // The threshold: tried on what was inspected, and changed by whoever may.
 
-import { dropThreshold, history, setThreshold } from "../api.js";
+import { dropThreshold, history, setThreshold, threshold as whoSet } from "../api.js";
 import { html, useId, useMemo, useState } from "../html.js";
-import { percent, plural, score } from "../format.js";
+import { percent, plural, score, when } from "../format.js";
 import { useLoaded } from "../hooks.js";
 import { ReasonDialog } from "./dialog.js";
 import { ScoreChart, topOf } from "./scores.js";
@@ -16,6 +16,8 @@ export function ThresholdPanel({ category, about, threshold, items, tried, onTry
   const [isOpen, setOpen] = useState(items.length === 0);
   // What was inspected before, where the fleet keeps it.
   const past = useLoaded(async (signal) => (isOpen && about ? (await history(category, { limit: LAST, signal }).catch(() => null))?.inspections ?? [] : []), [category, isOpen, Boolean(about)]);
+  const isSet = about?.threshold_source === "operator";
+  const why = useLoaded(async (signal) => (isSet && mayChange && isOpen ? whoSet(category, signal) : null), [category, isSet, mayChange, isOpen, threshold]);
   const seen = useMemo(() => {
     const here = items.filter(({ report }) => report).map(({ report }) => ({ score: report.anomaly_score, id: report.request_id }));
     const known = new Set(here.map((each) => each.id));
@@ -52,10 +54,11 @@ export function ThresholdPanel({ category, about, threshold, items, tried, onTry
         : "Nothing inspected yet to try it on."}</p>
       ${normal.length > 0 && html`<p class="hint"><b>${above(normal)}</b> of ${normal.length} ${about.normal_scores_of ?? "calibration scores"} above (${percent(above(normal) / normal.length)}).</p>`}
     </div>
+    ${why.data && html`<p class="set-by hint">Set by ${why.data.by || "an operator"}, ${when(why.data.at)}: ${why.data.reason}</p>`}
     <div class="row">
       <button type="button" disabled=${tried == null} onClick=${() => onTry(null)}>Back to ${score(threshold)}</button>
       ${mayChange && html`<button type="button" class="primary" disabled=${tried == null || tried === threshold} onClick=${() => setDialog("set")}>Set ${score(limit)} …</button>`}
-      ${mayChange && about?.threshold_source === "operator" && html`<button type="button" onClick=${() => setDialog("drop")}>Undo the operator's …</button>`}
+      ${mayChange && isSet && html`<button type="button" onClick=${() => setDialog("drop")}>Undo the operator's …</button>`}
     </div>
     ${dialog === "set" && html`<${ReasonDialog} title="Set the threshold of ${category}" label="Set ${score(limit)}" act=${change} onClose=${() => setDialog(null)}>
       <p>From ${score(threshold)} to <b>${score(limit)}</b>, for every image from now on, on all nodes, until somebody changes it.</p>
