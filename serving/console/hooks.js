@@ -4,7 +4,7 @@ import { useCallback, useEffect, useRef, useState } from "./html.js";
 
 const POLL_MS = 5000;
 
-/** {data, problem, isLoading, reload} of `load(signal)`, asked again when `keys` change. */
+/** {data, problem, isLoading, reload} of `load(signal)`, asked again when `keys` change; what was known stays. */
 export function useLoaded(load, keys) {
   const [state, setState] = useState({ data: null, problem: null, isLoading: true });
   const [turn, setTurn] = useState(0);
@@ -13,7 +13,7 @@ export function useLoaded(load, keys) {
     setState((before) => ({ ...before, isLoading: true }));
     load(controller.signal).then(
       (data) => !controller.signal.aborted && setState({ data, problem: null, isLoading: false }),
-      (problem) => !controller.signal.aborted && setState({ data: null, problem, isLoading: false }),
+      (problem) => !controller.signal.aborted && setState((before) => ({ ...before, problem, isLoading: false })),
     );
     return () => controller.abort();
   }, [...keys, turn]);
