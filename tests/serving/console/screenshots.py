@@ -95,8 +95,9 @@ def _draw(browser: Browser, url: str, category: Category, out: Path) -> None:
         tab.locator("output.figure").wait_for(timeout=_PATIENCE_MS)
 
     with page(browser, url, size=_DESK) as tab:
-        tab.goto("/")
-        tab.locator(".row-link").first.wait_for()
+        for _ in range(2):  # the browser does not wait for a typeface that it has never seen
+            tab.goto("/")
+            tab.locator(".row-link").first.wait_for()
         _save(tab, out / "fleet.png")
         verdict(tab)
         _save(tab, out / "inspect.jpg")
@@ -140,7 +141,7 @@ def _save(tab: Page, path: Path) -> None:
     tab.wait_for_timeout(700)
     image = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
     if path.suffix == ".jpg":
-        image.save(path, quality=80, optimize=True)
+        image.save(path, quality=70, optimize=True)
     else:
         image.quantize(128).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} KB")
