@@ -6,6 +6,8 @@ when Serve makes one of the classes here; torch and MLflow are imported only the
 
 import asyncio
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +37,7 @@ from serving.api.webhooks import SECRET_VARIABLE
 from serving.controller.cache import Cache
 from serving.controller.controller import WAIT_S, Controller
 from serving.controller.orders import (
+    CategoryThreshold,
     FleetStatus,
     Orders,
     Plan,
@@ -251,6 +254,14 @@ class ControllerReplica:
     async def wake(self, reason: str) -> None:
         await self._controller.wake(reason)
 
+    async def threshold(self, category: str) -> CategoryThreshold:
+        return await self._controller.threshold(category)
+
+    async def set_threshold(
+        self, category: str, value: float | None, reason: str, by: str
+    ) -> CategoryThreshold:
+        return await self._controller.set_threshold(category, value, reason=reason, by=by)
+
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
@@ -260,6 +271,17 @@ def _open_registry(address: str) -> "Registry":
     from apt_ray.registry import open_registry  # with torch: for the controller only
 
     return open_registry(address)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What apt-ray raised in another process is raised here, without the traceback from there."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, AptError):
+            raise error.cause from None
+        raise
 
 
 class _RemoteController:
@@ -272,12 +294,8 @@ class _RemoteController:
         return orders
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
-        try:
+        with _own_errors():
             stored: StoredVersion = await controller_handle().fetch.remote(category, version)
-        except RayTaskError as error:
-            if isinstance(error.cause, AptError):
-                raise error.cause from None  # without the traceback of another process
-            raise
         return stored
 
     async def routes(self, known: str) -> Routes:
@@ -294,6 +312,18 @@ class _RemoteController:
 
     async def wake(self, reason: str) -> None:
         await controller_handle().wake.remote(reason)
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        threshold: CategoryThreshold = await controller_handle().threshold.remote(category)
+        return threshold
+
+    async def set_threshold(
+        self, category: str, value: float | None, *, reason: str, by: str
+    ) -> CategoryThreshold:
+        asked = controller_handle().set_threshold.remote(category, value, reason, by)
+        with _own_errors():
+            threshold: CategoryThreshold = await asked
+        return threshold
 
 
 class _RemotePool:

@@ -11,7 +11,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from apt_ray.errors import ImageError, ImageTooLargeError, UnsupportedImageError
+from apt_ray.errors import (
+    ImageError,
+    ImageTooLargeError,
+    RegistryError,
+    RegistryUnavailableError,
+    UnsupportedImageError,
+)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -134,6 +140,25 @@ def unknown_category(category: str, known: Iterable[str]) -> ProblemError:
         "Unknown category",
         f"the fleet has no category {category!r}",
         f"Use one of: {', '.join(sorted(known)) or 'none yet'}.",
+    )
+
+
+def of_registry(error: RegistryError) -> ProblemError:
+    """Why the registry does not do what is asked of it."""
+    if isinstance(error, RegistryUnavailableError):
+        return ProblemError(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "Registry unavailable",
+            str(error),
+            "Ask again once the registry is back; until then the fleet serves as it does now.",
+            headers={"Retry-After": "10"},
+        )
+    return ProblemError(
+        HTTPStatus.CONFLICT,
+        "Refused by the registry",
+        str(error),
+        "Look at what the registry has, `GET /fleet/categories/<category>/versions`, and decide"
+        " again.",
     )
 
 

@@ -16,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.ingress import create_api
+from serving.api.operation import add_operation
 from serving.api.pools import Pools
 from serving.api.problems import problem_responses
 from serving.controller.client import ControllerClient
@@ -191,6 +192,8 @@ def create_root_api(
         await status()
         await controller.wake("refresh")
         return Health(status="ok")
+
+    add_operation(api, pools, controller, access)
 
     @api.post("/webhooks/mlflow", include_in_schema=False)
     async def webhook(request: Request) -> Health:
