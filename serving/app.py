@@ -38,6 +38,7 @@ from serving.controller.cache import Cache
 from serving.controller.controller import WAIT_S, Controller
 from serving.controller.moves import MoveOrder, MoveResult, Operation, VersionSummary, carry_out
 from serving.controller.orders import (
+    CategoryThreshold,
     FleetStatus,
     Orders,
     Plan,
@@ -275,6 +276,14 @@ class ControllerReplica:
     async def versions(self, category: str, limit: int) -> list[VersionSummary]:
         return await self._controller.versions(category, limit)
 
+    async def threshold(self, category: str) -> CategoryThreshold:
+        return await self._controller.threshold(category)
+
+    async def set_threshold(
+        self, category: str, value: float | None, reason: str, by: str
+    ) -> CategoryThreshold:
+        return await self._controller.set_threshold(category, value, reason=reason, by=by)
+
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
@@ -355,6 +364,18 @@ class _RemoteController:
             controller_handle().versions.remote(category, limit)
         )
         return versions
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        threshold: CategoryThreshold = await controller_handle().threshold.remote(category)
+        return threshold
+
+    async def set_threshold(
+        self, category: str, value: float | None, *, reason: str, by: str
+    ) -> CategoryThreshold:
+        threshold: CategoryThreshold = await _own_errors(
+            controller_handle().set_threshold.remote(category, value, reason, by)
+        )
+        return threshold
 
 
 async def _own_errors(answer: Awaitable[Any]) -> Any:

@@ -21,6 +21,7 @@ from serving.api.ingress import create_api
 from serving.api.moves import add_moves
 from serving.api.pools import Pools
 from serving.api.problems import problem_responses
+from serving.api.thresholds import add_thresholds
 from serving.controller.client import ControllerClient
 from serving.controller.orders import FleetStatus, State
 from serving.settings import HttpLimits
@@ -211,6 +212,7 @@ def create_root_api(
         return Health(status="ok")
 
     add_moves(api, controller, access)
+    add_thresholds(api, pools, controller, access)
 
     @api.post("/webhooks/mlflow", include_in_schema=False)
     async def webhook(request: Request) -> Health:
