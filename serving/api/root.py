@@ -6,15 +6,15 @@ handle, as do those for a category whose own application is not there yet or no 
 
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
 
 from serving.api import problems, webhooks
-from serving.api.access import OPERATE, Access, require
+from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.ingress import create_api, problem_responses
 from serving.api.pools import Pools
 from serving.controller.client import ControllerClient
@@ -25,10 +25,20 @@ READY = ("READY", "IDLE")
 """States of a category that answers, the second after its pool has started a replica."""
 
 _CONSOLE = Path(__file__).parents[1] / "console"
+# Exactly these addresses show the console, whose script looks which of them it is.
+_CONSOLE_PATHS = (
+    "/",
+    "/searches",
+    "/c/{category}",
+    *(f"/c/{{category}}/{tab}" for tab in ("inspect", "history", "versions", "tune")),
+)
+_BASE = '<base href="/">'
 _PAGE_HEADERS = {
     # Nothing but this server: no foreign script, no frame, no address to send images to.
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:;"
-    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": "default-src 'self'; connect-src 'self'; img-src 'self' blob: data:;"
+    " object-src 'none'; frame-ancestors 'none'; base-uri 'self'; form-action 'none'",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
@@ -51,6 +61,14 @@ class CategoryList(BaseModel):
 
 class Health(BaseModel):
     status: str
+
+
+class Me(BaseModel):
+    """Who asks, as the fleet knows them."""
+
+    name: str = Field(description="Of the token; empty where the fleet has no tokens.")
+    scopes: list[str] = Field(description="What it is good for.")
+    needs_token: bool = Field(description="Whether the fleet asks for tokens at all.")
 
 
 class AuditLog(BaseModel):
@@ -106,6 +124,17 @@ def create_root_api(
                 for name, category in found.items()
             ]
         )
+
+    @api.get(
+        "/fleet/me",
+        tags=["fleet"],
+        summary="Who asks, and what for",
+        description="Any token is told its name and scopes; without one, where the fleet asks for"
+        " tokens, the answer is 401.",
+        responses=problem_responses(HTTPStatus.UNAUTHORIZED),
+    )
+    async def me(caller: Annotated[Caller, Depends(require(access, None))]) -> Me:
+        return Me(name=caller.name, scopes=list(caller.scopes), needs_token=access.needs_token)
 
     @api.get("/healthz", tags=["fleet"], summary="Whether the fleet answers at all")
     async def healthz() -> Health:
@@ -174,13 +203,22 @@ def create_root_api(
         await controller.wake(f"webhook {delivery}")
         return Health(status="ok")
 
-    @api.get("/", include_in_schema=False)
-    async def console() -> FileResponse:
-        return FileResponse(_CONSOLE / "index.html", headers=_PAGE_HEADERS)
+    def page(name: str) -> HTMLResponse:
+        # Pages of any depth link from the fleet's own address on.
+        text = (_CONSOLE / name).read_text()
+        return HTMLResponse(
+            text.replace(_BASE, f'<base href="{http.root_path}/">'), headers=_PAGE_HEADERS
+        )
+
+    for path in _CONSOLE_PATHS:
+
+        @api.get(path, include_in_schema=False)
+        def console() -> HTMLResponse:
+            return page("index.html")
 
     @api.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(_CONSOLE / "docs.html", headers=_PAGE_HEADERS)
+    def docs() -> HTMLResponse:
+        return page("docs.html")
 
     api.mount("/console", StaticFiles(directory=_CONSOLE))
     return api

@@ -243,7 +243,9 @@ def test_the_description_names_the_routes_and_the_pages_load_nothing_from_elsewh
     assert {"/v1", "/v1/{category}", "/healthz", "/readyz", "/fleet/status"} <= set(paths)
     for path in ("/", "/docs"):
         page = ask(root, "GET", path)
-        assert "default-src 'self'" in page.headers["content-security-policy"]
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'self'; connect-src 'self'" in policy
+        assert "unsafe" not in policy
         links = [part.split('"')[0] for part in page.text.split('src="')[1:]]
         links += [part.split('"')[0] for part in page.text.split('href="')[1:]]
         assert links
@@ -277,9 +279,36 @@ def test_the_fleet_works_behind_a_path_prefix(tail: Inspector) -> None:
     assert urlsplit(moved.headers["location"]).path == first
 
 
+def test_the_console_has_its_addresses_and_takes_none_of_the_apis(tail: Inspector) -> None:
+    prefixed = root_of(Answering(tail), http=LIMITS.model_copy(update={"root_path": "/fleet"}))
+    for root, base in ((root_of(Answering(tail)), "/"), (prefixed, "/fleet/")):
+        front = ask(root, "GET", "/")
+        assert f'<base href="{base}">' in front.text
+        tabs = ("", "/inspect", "/history", "/versions", "/tune")
+        for path in ("/searches", *(f"/c/blister{tab}" for tab in tabs)):
+            page = ask(root, "GET", path)
+            assert page.text == front.text, path
+            assert page.headers["content-security-policy"]
+    for path in ("/c", "/c/blister/nothing", "/v2", "/fleet/nothing", "/console/nothing.js"):
+        assert ask(root, "GET", path).status_code == 404, path
+        assert ask(root, "GET", path).headers["content-type"] == "application/problem+json"
+    assert ask(root, "POST", "/c/blister").status_code == 405
+
+
 def test_every_address_that_answers_get_answers_head(tail: Inspector) -> None:
     root = root_of(Answering(tail))
-    paths = ("/", "/docs", "/healthz", "/v1", "/v1/blister", "/openapi.json", "/fleet/status")
+    paths = (
+        "/",
+        "/docs",
+        "/healthz",
+        "/v1",
+        "/v1/blister",
+        "/openapi.json",
+        "/fleet/status",
+        "/fleet/me",
+        "/c/blister",
+        "/searches",
+    )
     for path in (*paths, "/console/console.js"):
         assert ask(root, "HEAD", path).status_code == 200, path
     assert ask(root, "HEAD", "/readyz").status_code == 503
@@ -350,6 +379,15 @@ def test_a_token_is_good_for_its_scopes_alone(
             assert "token" in answer.json()["detail"]
     for open_to_all in ("/", "/docs", "/openapi.json", "/healthz"):
         assert ask(root, "GET", open_to_all).status_code == 200
+
+
+def test_a_caller_is_told_who_it_is(tail: Inspector) -> None:
+    guarded = root_of(Answering(tail), auth=AUTH)
+    one = ask(guarded, "GET", "/fleet/me", headers={"Authorization": "Bearer one"})
+    assert one.json() == {"name": "one", "scopes": ["inspect:blister"], "needs_token": True}
+    assert ask(guarded, "GET", "/fleet/me").status_code == 401
+    anybody = ask(root_of(Answering(tail)), "GET", "/fleet/me").json()
+    assert anybody == {"name": "", "scopes": ["inspect", "operate"], "needs_token": False}
 
 
 def test_tokens_change_while_the_fleet_runs(tail: Inspector) -> None:
