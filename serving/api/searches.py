@@ -8,7 +8,7 @@ import json
 import secrets
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -111,7 +111,7 @@ class Jobs(Protocol):
         runtime_env: dict[str, Any] | None = None,
         metadata: dict[str, str] | None = None,
     ) -> str: ...
-    def list_jobs(self) -> "list[Any]": ...
+    def list_jobs(self) -> list[Any]: ...
     def stop_job(self, job_id: str) -> bool: ...
     def get_job_logs(self, job_id: str) -> str: ...
 
@@ -133,7 +133,7 @@ class Searches:
         tracking_uri: of the registry.
     """
 
-    def __init__(self, jobs: "Callable[[], Jobs]", folder: Path, *, tracking_uri: str) -> None:
+    def __init__(self, jobs: Callable[[], Jobs], folder: Path, *, tracking_uri: str) -> None:
         self._jobs, self._folder, self._tracking_uri = jobs, folder, tracking_uri
 
     def start(self, request: SearchRequest, *, by: str, images: Path) -> SearchReport:
@@ -145,7 +145,7 @@ class Searches:
         """
         running = [
             report.id
-            for report in self.list()
+            for report in self.newest_first()
             if report.category == request.category and report.ended_at is None
         ]
         if running:
@@ -173,7 +173,7 @@ class Searches:
         audit("search", id=name, by=by, **request.model_dump(exclude_defaults=True))
         return self.find(name)
 
-    def list(self) -> list[SearchReport]:
+    def newest_first(self) -> list[SearchReport]:
         """All that Ray knows of, newest first."""
         found = [job for job in self._all() if job.submission_id]
         found.sort(key=lambda job: job.start_time or 0, reverse=True)
@@ -187,8 +187,7 @@ class Searches:
         lines = self._jobs().get_job_logs(search).splitlines()
         report = self._report(job)
         if report.state == "failed":
-            said = [line for line in lines if line.startswith("error: ") or "not registered:" in line]
-            report.problem = said[-1].removeprefix("error: ") if said else job.message
+            report.problem = _why(lines, report.category) or job.message
         report.log = "\n".join(lines[-_LOG_LINES:])
         return report
 
@@ -200,14 +199,14 @@ class Searches:
             audit("search stopped", id=search, by=by)
         return self.find(search)
 
-    def _all(self) -> "list[Any]":
+    def _all(self) -> list[Any]:
         try:
             jobs = self._jobs().list_jobs()
         except RuntimeError as error:
             raise FleetError(f"Ray does not tell its jobs: {error}") from error
         return [job for job in jobs if (job.metadata or {}).get(_MARK) in (_SEARCH, _ESTIMATE)]
 
-    def _command(self, request: SearchRequest, name: str, images: Path) -> "list[str]":
+    def _command(self, request: SearchRequest, name: str, images: Path) -> list[str]:
         state = self._folder / "state"
         common = [
             *(sys.executable, "-m", "tuning.search"),
@@ -246,6 +245,16 @@ class Searches:
 
     def _progress_file(self, name: str) -> Path:
         return self._folder / "progress" / f"{name}.json"
+
+
+def _why(lines: Sequence[str], category: str) -> str | None:
+    """What the log of a search says of its failure, last."""
+    for line in reversed(lines):
+        for begin in ("error: ", f"not registered: {category}: "):
+            _, found, reason = line.partition(begin)
+            if found:
+                return reason
+    return None
 
 
 def _seconds(milliseconds: int | None) -> float | None:

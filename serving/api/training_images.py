@@ -54,7 +54,7 @@ class TrainingImages:
     def __init__(self, folder: Path, *, limits: ImageLimits, most: int) -> None:
         self.folder, self._limits, self._most = folder, limits, most
 
-    def list(self, category: str) -> list[TrainingImage]:
+    def of(self, category: str) -> list[TrainingImage]:
         """All of a category, oldest first."""
         home = self.folder / category / _GOOD
         files = home.iterdir() if home.is_dir() else ()
@@ -68,7 +68,7 @@ class TrainingImages:
                 shown.append(TrainingImage(name=file.name, width=image.width, height=image.height))
         return shown
 
-    def add(self, category: str, files: "list[bytes]") -> AddedImages:
+    def add(self, category: str, files: list[bytes]) -> AddedImages:
         """Keep image files.
 
         Raises:
@@ -77,15 +77,15 @@ class TrainingImages:
             WriteError: the disk does not take them.
         """
         named = [self._named(data) for data in files]
-        there = {image.name for image in self.list(category)}
-        new = {name: data for name, data in named if name not in there}
+        there = {Path(image.name).stem for image in self.of(category)}
+        new = {name: data for name, data in named if Path(name).stem not in there}
         if len(there) + len(new) > self._most:
             raise FullError(f"{category} has {len(there)} images, and may have {self._most}")
         for name, data in new.items():
             place = self.folder / category / _GOOD / name
             place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(place, data)
-        return AddedImages(images=self.list(category), copies=len(files) - len(new))
+        return AddedImages(images=self.of(category), copies=len(files) - len(new))
 
     def remove(self, category: str, name: str) -> None:
         """Strike an image out; FileNotFoundError if there is none of that name."""
@@ -100,7 +100,7 @@ class TrainingImages:
         return written.getvalue()
 
     def _place(self, category: str, name: str) -> Path:
-        if name not in {image.name for image in self.list(category)}:
+        if name not in {image.name for image in self.of(category)}:
             raise FileNotFoundError(name)
         return self.folder / category / _GOOD / name
 
