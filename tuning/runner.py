@@ -78,6 +78,8 @@ def run_search(
     registry: Registry,
     provenance: Mapping[str, str],
     outcome: Outcome,
+    *,
+    progress: Path | None = None,
 ) -> None:
     """Search, fit and register categories on a connected Ray.
 
@@ -89,6 +91,7 @@ def run_search(
         registry: Where winners and trials go.
         provenance: Tags of every version.
         outcome: Where it is noted what has become of each category; failures are not raised.
+        progress: File that says how far it is.
 
     Raises:
         SettingsError: No engine can be started.
@@ -142,6 +145,7 @@ def run_search(
             log=TrialLog(registry, store.name),
             outcome=outcome,
             stop_request=stop_request,
+            progress=progress,
         ).run()
     except SearchStopped:
         say(f"stopped: go on with --resume {store.name}")
@@ -196,6 +200,7 @@ class _Search:
     log: TrialLog
     outcome: Outcome
     stop_request: _StopRequest
+    progress: Path | None
     _ended: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def run(self) -> None:
@@ -235,7 +240,13 @@ class _Search:
             trials=settings.trials * len(records),
             callbacks=[
                 self.stop_request,
-                Progress(list(records), settings.trials, settings.steps, self._end_trial),
+                Progress(
+                    list(records),
+                    settings.trials,
+                    settings.steps,
+                    self._end_trial,
+                    file=self.progress,
+                ),
             ],
         )
 

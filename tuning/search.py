@@ -92,6 +92,7 @@ def _search(command: Command) -> int:
     started = time.monotonic()
     options = command.options
     check_writable(options.summary)
+    check_writable(options.progress)
     require("ray", "optuna", "sklearn", "pyarrow", "mlflow", "matplotlib", extra="tune")
 
     from tuning.records import SearchStore
@@ -120,7 +121,16 @@ def _search(command: Command) -> int:
     say(f"if it is cut off: --storage {options.storage} --resume {name}")
     outcome, is_stopped = Outcome(), False
     try:
-        run_search(categories, plan, command.engine, store, registry, provenance, outcome)
+        run_search(
+            categories,
+            plan,
+            command.engine,
+            store,
+            registry,
+            provenance,
+            outcome,
+            progress=options.progress,
+        )
     except SearchStopped:
         is_stopped = True
     seconds = time.monotonic() - started
@@ -338,6 +348,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     cluster.add_argument(
         "--summary", type=Path, metavar="FILE", help="write what was found to this JSON file"
+    )
+    cluster.add_argument(
+        "--progress",
+        type=Path,
+        metavar="FILE",
+        help="keep how far it is in this JSON file, for programs that show it",
     )
     return parser
 

@@ -14,6 +14,7 @@ from apt_ray.registry.protocol import (
     CANDIDATE,
     CHAMPION,
     LoggedTrial,
+    RegisteredCategory,
     RegisteredVersion,
     Registry,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Move",
     "Promotion",
     "Pruned",
+    "RegisteredCategory",
     "RegisteredVersion",
     "Registry",
     "default_pending",

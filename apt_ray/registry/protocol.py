@@ -9,6 +9,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from apt_ray.config import OperatorThreshold
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import (
     PromptSetError,
@@ -49,6 +50,19 @@ class RegisteredVersion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RegisteredCategory:
+    """One category, as the registry knows it.
+
+    Attributes:
+        aliases: alias -> version.
+        threshold: what a person decided last about its threshold, if anybody did.
+    """
+
+    aliases: Mapping[str, int]
+    threshold: OperatorThreshold | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoggedTrial:
     """A trial of a search, for `Registry.log_trials`; metrics are (step, value) pairs."""
 
@@ -79,8 +93,12 @@ class Registry(Protocol):
         """Raise RegistryError within seconds if the registry cannot be reached."""
 
     @abstractmethod
+    def categories(self) -> dict[str, RegisteredCategory]:
+        """Every category, in one question."""
+
     def aliases(self) -> dict[str, dict[str, int]]:
         """Category -> alias -> version, for every category."""
+        return {name: dict(category.aliases) for name, category in self.categories().items()}
 
     def champions(self) -> dict[str, int]:
         """Category -> version of its champion, for every category that has one."""
@@ -237,6 +255,11 @@ class Registry(Protocol):
     def page(self, category: str, version: int) -> str:
         """Where people read of a version, from the registry's own address on; empty if nowhere."""
         return ""
+
+    @abstractmethod
+    def set_threshold(self, category: str, threshold: OperatorThreshold) -> None:
+        """Keep what a person decided about a category's threshold, in the place of what was decided
+        before; RegistryError if there is no category."""
 
     @abstractmethod
     def annotate(

@@ -73,7 +73,7 @@ def create_api(
         api.add_middleware(
             CORSMiddleware,
             allow_origins=http.allow_origins,
-            allow_methods=("GET", "HEAD", "POST"),
+            allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
             allow_headers="*",
             expose_headers="*",
         )

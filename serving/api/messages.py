@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, Field
 
 from serving.api.problems import Problem
+from serving.controller.orders import ThresholdSource
 
 
 class RegionReport(BaseModel):
@@ -62,9 +63,6 @@ class InspectionReports(BaseModel):
     inspections: list[InspectionReport | Problem] = Field(
         description="A report for each image, or the problem with it."
     )
-
-
-ThresholdSource = Literal["prompt set", "fleet file"]
 
 
 class CategoryReport(BaseModel):

@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
@@ -21,6 +22,8 @@ from serving.api.ingress import create_api
 from serving.api.moves import add_moves
 from serving.api.pools import Pools
 from serving.api.problems import problem_responses
+from serving.api.thresholds import add_thresholds
+from serving.api.tuning import Tuning, add_tuning_routes
 from serving.controller.client import ControllerClient
 from serving.controller.orders import FleetStatus, State
 from serving.settings import HttpLimits
@@ -29,22 +32,24 @@ READY = ("READY", "IDLE")
 """States of a category that answers, the second after its pool has started a replica."""
 
 _CONSOLE = Path(__file__).parents[1] / "console"
-# Exactly these addresses show the console, whose script looks which of them it is.
+# Exactly these addresses show the console, whose router looks which of them it is.
 _CONSOLE_PATHS = (
     "/",
     "/searches",
     "/c/{category}",
     *(f"/c/{{category}}/{tab}" for tab in ("inspect", "history", "versions", "tune")),
 )
-_BASE = '<base href="/">'
+# A browser asks each time whether its copy is the last: a new fleet has a new console at once.
+_FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 _PAGE_HEADERS = {
-    # Nothing but this server: no foreign script, no frame, no address to send images to.
+    # Nothing but this server: no foreign or inline script or style, no text that becomes markup,
+    # no frame, no address to send images to.
     "Content-Security-Policy": "default-src 'self'; connect-src 'self'; img-src 'self' blob: data:;"
-    " object-src 'none'; frame-ancestors 'none'; base-uri 'self'; form-action 'none'",
+    " object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none';"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
+    **_FILE_HEADERS,
 }
 
 
@@ -90,6 +95,7 @@ def create_root_api(
     http: HttpLimits,
     access: Access,
     webhook_secret: str,
+    tuning: Tuning | None = None,
 ) -> FastAPI:
     """The API of the whole fleet.
 
@@ -99,8 +105,11 @@ def create_root_api(
         http: Limits of requests.
         access: Who may ask.
         webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
+        tuning: Images to learn from, and searches; None where the fleet file turns them off.
     """
     api = create_api(pools, http=http, access=access, history=pools)
+    if tuning is not None:
+        add_tuning_routes(api, tuning, http=http, access=access)
     anyone = [Depends(require(access, None))]
     operators = [Depends(require(access, OPERATE))]
     refusals = problem_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
@@ -211,6 +220,7 @@ def create_root_api(
         return Health(status="ok")
 
     add_moves(api, controller, access)
+    add_thresholds(api, pools, controller, access)
 
     @api.post("/webhooks/mlflow", include_in_schema=False)
     async def webhook(request: Request) -> Health:
@@ -226,10 +236,9 @@ def create_root_api(
 
     def page(name: str) -> HTMLResponse:
         # Pages of any depth link from the fleet's own address on.
-        text = (_CONSOLE / name).read_text()
-        return HTMLResponse(
-            text.replace(_BASE, f'<base href="{http.root_path}/">'), headers=_PAGE_HEADERS
-        )
+        text = (_CONSOLE / name).read_text(encoding="utf-8")
+        text = text.replace('"/console/', f'"{http.root_path}/console/')
+        return HTMLResponse(text, headers=_PAGE_HEADERS)
 
     for path in _CONSOLE_PATHS:
 
@@ -241,8 +250,17 @@ def create_root_api(
     def docs() -> HTMLResponse:
         return page("docs.html")
 
-    api.mount("/console", StaticFiles(directory=_CONSOLE))
+    api.mount("/console", _Files(directory=_CONSOLE))
     return api
+
+
+class _Files(StaticFiles):
+    """The console's files, each with an etag."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_FILE_HEADERS)
+        return response
 
 
 def _unless_current(

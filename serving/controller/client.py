@@ -3,7 +3,14 @@
 from typing import Protocol
 
 from serving.controller.moves import MoveOrder, Operation, VersionSummary
-from serving.controller.orders import FleetStatus, Orders, ReplicaReport, Routes, StoredVersion
+from serving.controller.orders import (
+    CategoryThreshold,
+    FleetStatus,
+    Orders,
+    ReplicaReport,
+    Routes,
+    StoredVersion,
+)
 
 
 class ControllerClient(Protocol):
@@ -53,4 +60,15 @@ class ControllerClient(Protocol):
 
     async def versions(self, category: str, limit: int) -> list[VersionSummary]:
         """The newest versions of a category, newest first. Raises RegistryError."""
+        ...
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        """Who says what the threshold of a category of the fleet is."""
+        ...
+
+    async def set_threshold(
+        self, category: str, value: float | None, *, reason: str, by: str
+    ) -> CategoryThreshold:
+        """Keep an operator's decision in the registry, for all to follow; None takes back what was
+        decided. A RegistryError says why it cannot be kept."""
         ...

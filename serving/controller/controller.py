@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
-from apt_ray.config import Settings
+from apt_ray.config import OperatorThreshold, Settings
 from apt_ray.errors import AptError, RegistryConflictError, RegistryUnavailableError
 from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
@@ -30,6 +30,7 @@ from serving.controller.moves import (
 )
 from serving.controller.orders import (
     CategoryStatus,
+    CategoryThreshold,
     FleetStatus,
     Order,
     Orders,
@@ -38,9 +39,10 @@ from serving.controller.orders import (
     Routes,
     State,
     StoredVersion,
+    ThresholdSource,
 )
 from serving.logs import audit
-from serving.settings import CategoryEntry
+from serving.settings import CategoryEntry, Decision
 
 if TYPE_CHECKING:
     from apt_ray.registry import Registry
@@ -57,9 +59,10 @@ Found = TypeVar("Found", Orders, Routes)
 
 
 class Aliases(Settings):
-    """The registry's aliases: category -> alias -> version."""
+    """What the registry says: category -> alias -> version, and what operators decided."""
 
     categories: dict[str, dict[str, int]] = Field(default_factory=dict)
+    thresholds: dict[str, OperatorThreshold] = Field(default_factory=dict)
 
 
 class Controller:
@@ -95,6 +98,7 @@ class Controller:
         self._registry = "not asked yet"
         self._polled_at: float | None = None
         self._reports: dict[tuple[str, str], tuple[float, ReplicaReport]] = {}
+        self._polling = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._woken = asyncio.Event()
         self._asked = asyncio.Event()
@@ -132,8 +136,12 @@ class Controller:
 
     async def poll(self) -> None:
         """Ask the registry once. Without an answer, what it last said stays true."""
+        async with self._polling:  # or an older answer could come after a newer one
+            await self._poll()
+
+    async def _poll(self) -> None:
         try:
-            found = await asyncio.to_thread(lambda: self._open_registry().aliases())
+            found = await asyncio.to_thread(lambda: self._open_registry().categories())
         except AptError as error:
             if self._registry != str(error):
                 self._note("registry away", reason=str(error))
@@ -145,9 +153,15 @@ class Controller:
         if self._registry != "ok":
             self._note("registry answers", categories=len(found))
         self._registry, self._polled_at = "ok", self._clock()
-        if found != self._aliases.categories:
-            self._note_moves(found)
-            self._aliases = Aliases(categories=found)
+        news = Aliases(
+            categories={name: dict(category.aliases) for name, category in found.items()},
+            thresholds={
+                name: category.threshold for name, category in found.items() if category.threshold
+            },
+        )
+        if news != self._aliases:
+            self._note_moves(news)
+            self._aliases = news
             await asyncio.to_thread(self._cache.remember, "aliases", self._aliases)
             await self._announce()
 
@@ -155,6 +169,36 @@ class Controller:
         """Ask the registry now instead of at the end of the interval."""
         self._note("wake", reason=reason)
         self._woken.set()
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        """Who says what the threshold of a category of the plan is."""
+        entry = next(entry for name, _, entry in self._plan.places() if name == category)
+        decision, source = self._decision(category, entry)
+        said = self._aliases.thresholds.get(category)
+        return CategoryThreshold(
+            category=category,
+            source=source,
+            threshold=decision.threshold,
+            reason=said.reason if said else "",
+            by=said.by if said else "",
+            at=said.at if said else None,
+        )
+
+    async def set_threshold(
+        self, category: str, value: float | None, *, reason: str, by: str
+    ) -> CategoryThreshold:
+        """Keep an operator's decision in the registry, for all to follow; None takes back what was
+        decided. Raises RegistryError."""
+        said = OperatorThreshold(
+            value=value,
+            reason=reason,
+            by=by,
+            at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        await asyncio.to_thread(lambda: self._open_registry().set_threshold(category, said))
+        self._note("threshold", category=category, value=value, reason=reason, by=by)
+        await self.poll()
+        return await self.threshold(category)
 
     async def follow(
         self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float = WAIT_S
@@ -346,6 +390,7 @@ class Controller:
                 None,
             ),
             last_hour=summed(hours),
+            threshold_source=self._decision(category, entry)[1],
             problem=next(iter(problems.values()), None),
             failing=tuple(sorted(problems)),
         )
@@ -365,6 +410,14 @@ class Controller:
         candidate = self._aliases.categories.get(category, {}).get(_CANDIDATE)
         return candidate if candidate is not None and candidate > (wanted or 0) else None
 
+    def _decision(self, category: str, entry: CategoryEntry) -> tuple[Decision, ThresholdSource]:
+        """How a category is decided, and who says so."""
+        said = self._aliases.thresholds.get(category)
+        if said is not None and said.value is not None:
+            return Decision(threshold=said.value), "operator"
+        decision = entry.decision
+        return decision, "prompt set" if decision == Decision() else "fleet file"
+
     def _why_no_version(self, category: str, entry: CategoryEntry) -> str:
         if self._registry != "ok":
             return self._registry
@@ -376,14 +429,19 @@ class Controller:
             f" {', '.join(known) or 'none'}: set one, or name another in the fleet file"
         )
 
+    def _order(self, category: str, entry: CategoryEntry) -> Order:
+        decision, source = self._decision(category, entry)
+        return Order(
+            version=self._version(category, entry),
+            decision=decision,
+            by_operator=source == "operator",
+            region_of_interest=entry.region_of_interest,
+        )
+
     def _orders(self, pool: str) -> Orders:
         return Orders(
             categories={
-                category: Order(
-                    version=self._version(category, entry),
-                    decision=entry.decision,
-                    region_of_interest=entry.region_of_interest,
-                )
+                category: self._order(category, entry)
                 for category, entry in self._plan.pools.get(pool, {}).items()
             },
             auth=self._plan.auth,
@@ -425,10 +483,16 @@ class Controller:
     def _note(self, operation: str, **fields: object) -> None:
         self._audit.append(audit(operation, **fields))
 
-    def _note_moves(self, found: dict[str, dict[str, int]]) -> None:
+    def _note_moves(self, news: Aliases) -> None:
         for category, _, entry in self._plan.places():
+            if (said := news.thresholds.get(category)) != self._aliases.thresholds.get(category):
+                self._note(
+                    "threshold follows",
+                    category=category,
+                    decision=said.model_dump() if said else None,
+                )
             before = self._version(category, entry)
-            after = found.get(category, {}).get(entry.alias)
+            after = news.categories.get(category, {}).get(entry.alias)
             if entry.version is None and before != after:
                 self._note(
                     "alias moved", category=category, alias=entry.alias, before=before, after=after

@@ -16,6 +16,8 @@ from serving.controller.activity import Activity, Counts
 from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolName, RegionOfInterest
 
 State = Literal["READY", "LOADING", "IDLE", "FAILED"]
+ThresholdSource = Literal["prompt set", "fleet file", "operator"]
+"""Who says what a threshold is; the later ones stand above the earlier."""
 
 
 class Message(Settings):
@@ -56,6 +58,9 @@ class Order(Message):
 
     version: int | None = Field(description="Null: the one that it serves, for want of news.")
     decision: Decision = Decision()
+    by_operator: bool = Field(
+        default=False, description="Whether the decision is an operator's, not the fleet file's."
+    )
     region_of_interest: RegionOfInterest | None = None
 
 
@@ -131,6 +136,9 @@ class CategoryStatus(Message):
         description="What its images came to, by the minute; null without any. Replicas keep it in"
         " memory and tell it every 10 s: one that ends takes its hour along.",
     )
+    threshold_source: ThresholdSource = Field(
+        default="prompt set", description="Who says what its threshold is."
+    )
     problem: str | None = None
     failing: tuple[PoolName, ...] = Field(
         default=(), description="Those of its pools that cannot serve it as they are told."
@@ -145,6 +153,20 @@ class FleetStatus(Message):
     registry: str = Field(description="`ok`, or why the registry does not answer.")
     polled_s_ago: float | None = Field(description="Since the registry last answered.")
     categories: dict[CategoryName, CategoryStatus]
+
+
+class CategoryThreshold(Settings):
+    """Who says what the threshold of a category is, and what an operator decided last."""
+
+    category: CategoryName
+    source: ThresholdSource
+    threshold: float | None = Field(
+        description="The one that holds; null where it is the prompt set's, or by a false-alarm"
+        " rate: `GET /v1/<category>` tells."
+    )
+    reason: str = Field(default="", description="Why an operator set it, or took it back.")
+    by: str = Field(default="", description="The name of that operator's token.")
+    at: str | None = Field(default=None, description="When, ISO 8601, UTC.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -168,6 +168,7 @@ def _describe_category(status: CategoryStatus) -> str:
         f"{status.replicas} replicas",
         f"pool {', '.join(status.pools)}",
         f"{status.counted_share:.2%} of an image counts" if status.counted_share < 1 else "",
+        "threshold by an operator" if status.threshold_source == "operator" else "",
         "from the local cache" if status.from_cache else "",
         status.problem or "",
     ]

@@ -8,8 +8,8 @@ from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from apt_ray.features.protocol import Backbone
-from serving.api.messages import CategoryReport, ThresholdSource
-from serving.controller.orders import Order
+from serving.api.messages import CategoryReport
+from serving.controller.orders import Order, ThresholdSource
 from serving.settings import Decision
 
 # What other processors, threads and batch sizes may change in a score. Damage of the text features
@@ -45,6 +45,7 @@ def build(
     """
     decided = decide(prompt_set, order.decision)
     interest = order.region_of_interest
+    source: ThresholdSource = "operator" if order.by_operator else "fleet file"
     detector = Detector(
         backbone, decided, region_of_interest=None if interest is None else interest.mask_HW
     )
@@ -52,7 +53,7 @@ def build(
         decided,
         version,
         run_id,
-        threshold_source="prompt set" if order.decision == Decision() else "fleet file",
+        threshold_source="prompt set" if order.decision == Decision() else source,
         counted_share=interest.share if interest else 1.0,
     )
     return ServedCategory(order=order, detector=detector, about=about)

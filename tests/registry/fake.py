@@ -6,8 +6,17 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from apt_ray.config import OperatorThreshold
 from apt_ray.errors import RegistryError, RegistryUnavailableError
-from apt_ray.registry import CANDIDATE, CHAMPION, History, LoggedTrial, Move, RegisteredVersion
+from apt_ray.registry import (
+    CANDIDATE,
+    CHAMPION,
+    History,
+    LoggedTrial,
+    Move,
+    RegisteredCategory,
+    RegisteredVersion,
+)
 from apt_ray.registry.contents import DIRECTORY, PROMPT_SET, Record
 from apt_ray.registry.history import Action
 from apt_ray.registry.protocol import Registry
@@ -29,6 +38,7 @@ class _Category:
     aliases: dict[str, int] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     registered: int = 0
+    threshold: OperatorThreshold | None = None
 
 
 class FakeRegistry(Registry):
@@ -58,9 +68,12 @@ class FakeRegistry(Registry):
         if self.is_away:
             raise RegistryUnavailableError(f"no registry answers at {self.address}: call it back")
 
-    def aliases(self) -> dict[str, dict[str, int]]:
+    def categories(self) -> dict[str, RegisteredCategory]:
         self.check()
-        return {name: dict(category.aliases) for name, category in self._categories.items()}
+        return {
+            name: RegisteredCategory(aliases=dict(category.aliases), threshold=category.threshold)
+            for name, category in self._categories.items()
+        }
 
     def submit(self, folder: Path, record: Record) -> RegisteredVersion:
         self.check()
@@ -143,6 +156,9 @@ class FakeRegistry(Registry):
             if aliases.get(CANDIDATE) != version:
                 raise self._no_candidate(category, version, aliases.get(CANDIDATE))
             del aliases[CANDIDATE]
+
+    def set_threshold(self, category: str, threshold: OperatorThreshold) -> None:
+        self._category(category, CHAMPION).threshold = threshold
 
     def annotate(
         self, registered: RegisteredVersion, tags: Mapping[str, str], *, report: str, name: str

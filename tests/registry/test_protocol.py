@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from apt_ray.config import OperatorThreshold
 from apt_ray.data.folders import Category
 from apt_ray.errors import PromptSetError, RegistryConflictError, RegistryError, SettingsError
 from apt_ray.registry import (
@@ -227,6 +228,20 @@ def test_diff_names_what_differs(registry: Registry) -> None:
     assert differences["version"] == ("1", "2")
     assert "sha256" in differences
     assert not {"context_length", "validation"} & set(differences)
+
+
+def test_what_a_person_decides_of_a_threshold_is_kept_until_the_next_decision(
+    registry: Registry,
+) -> None:
+    register(registry, "judged")
+    assert registry.categories()["judged"].threshold is None
+    for value, reason in ((0.41, "dust on the lens"), (None, "it is clean, süß")):
+        said = OperatorThreshold(value=value, reason=reason, by="shift-2", at="2025-01-01T00:00:00")
+        registry.set_threshold("judged", said)
+        assert registry.categories()["judged"].threshold == said
+    assert registry.categories()["judged"].aliases == {CHAMPION: 1, CANDIDATE: 1}
+    with pytest.raises(RegistryError, match="no category 'absent'"):
+        registry.set_threshold("absent", said)
 
 
 def test_annotations_stay_with_their_version(registry: Registry) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from apt_ray.registry import CANDIDATE, CHAMPION
 from serving.api.access import Access
@@ -21,7 +20,7 @@ from serving.controller.moves import MoveOrder, MoveResult
 from serving.controller.orders import Plan
 from serving.settings import Auth
 from tests.registry.fake import FakeRegistry
-from tests.registry.registering import make_prompt_set, register, spoilt
+from tests.registry.registering import make_prompt_set
 from tests.serving.test_root import AUTH
 
 WHY = {"reason": "the new lamp"}
@@ -129,6 +128,9 @@ def test_the_versions_say_who_let_them_serve_and_why(tmp_path: Path) -> None:
     registry = stocked(WithPages(), versions=3)
     desk = Desk(registry, tmp_path)
 
+    judged = {"difference": "+0.0400 ± 0.0100", "judged_on": "8 images against version 1"}
+    registry.annotate(registry.resolve("nut", "3"), judged, report="", name="")
+
     async def run() -> None:
         await desk.move("nut", "promote", force=True)
         registry.register(make_prompt_set("nut", seed=3), pictures={}, trials=[])
@@ -138,6 +140,7 @@ def test_the_versions_say_who_let_them_serve_and_why(tmp_path: Path) -> None:
         fourth, third, second, first = listed
         assert (third["aliases"], first["aliases"], fourth["aliases"]) == ([CHAMPION], [], [])
         assert third["verdict"] == "uncomparable"
+        assert {name: third[name] for name in judged} == judged
         assert third["reason"].startswith("forced: the new lamp (boss")
         assert third["served_since"] > "2025"
         assert third["created"] > "2025"
@@ -200,27 +203,5 @@ def test_a_move_needs_a_reason_and_an_operation_an_id(tmp_path: Path) -> None:
             async with httpx.AsyncClient(transport=transport, base_url="http://fleet") as client:
                 other = {"Authorization": "Bearer all"}
                 assert (await client.get(f"/fleet/{path}", headers=other)).status_code == 403
-
-    asyncio.run(run())
-
-
-def test_the_better_of_two_versions_is_promoted_with_its_figures(
-    tmp_path: Path, prompt_set: PromptSet, category: Any
-) -> None:
-    registry = FakeRegistry()
-    paths = [image.path for image in category.test if not image.is_anomalous]
-    for each in (spoilt(prompt_set), prompt_set):
-        named = each.with_category("nut")
-        register(registry, named, support=tuple(paths[:1]), held_out=tuple(paths[1:4]))
-    desk = Desk(registry, tmp_path)
-
-    async def run() -> None:
-        promoted = await desk.move("nut", "promote")
-        assert promoted["result"]["verdict"] == "promoted", promoted
-        assert registry.champions() == {"nut": 2}
-        assert registry.history("nut").moves[-1].why.startswith("the new lamp (boss")
-        (newest, _) = (await desk.ask("GET", "/fleet/categories/nut/versions")).json()["versions"]
-        assert newest["difference"].startswith("+")
-        assert "images against version 1" in newest["judged_on"]
 
     asyncio.run(run())

@@ -26,6 +26,7 @@ from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.problems import ProblemError
 from serving.api.root import create_root_api
+from serving.api.tuning import Tuning
 from serving.controller.cache import Cache
 from serving.controller.orders import CategoryStatus, FleetStatus, Order, Routes, StoredVersion
 from serving.replica.inspector import Inspector
@@ -94,13 +95,19 @@ def root_of(
     controller: KnownController | None = None,
     auth: Auth | None = None,
     http: HttpLimits = LIMITS,
+    tuning: Tuning | None = None,
 ) -> FastAPI:
     access = Access(Auth())
     pools = Pools(lambda pool: service, access)
     routes = {"blister": ("tail",), "washer": ("tail", "washer")}
     pools.follow(Routes(pools=routes, auth=auth or Auth()))
     return create_root_api(
-        pools, controller or KnownController(), http=http, access=access, webhook_secret=SECRET
+        pools,
+        controller or KnownController(),
+        http=http,
+        access=access,
+        webhook_secret=SECRET,
+        tuning=tuning,
     )
 
 
@@ -304,9 +311,9 @@ def test_the_fleet_works_behind_a_path_prefix(tail: Inspector) -> None:
 
 def test_the_console_has_its_addresses_and_takes_none_of_the_apis(tail: Inspector) -> None:
     prefixed = root_of(Answering(tail), http=LIMITS.model_copy(update={"root_path": "/fleet"}))
-    for root, base in ((root_of(Answering(tail)), "/"), (prefixed, "/fleet/")):
+    for root, base in ((root_of(Answering(tail)), ""), (prefixed, "/fleet")):
         front = ask(root, "GET", "/")
-        assert f'<base href="{base}">' in front.text
+        assert f'src="{base}/console/app.js"' in front.text
         tabs = ("", "/inspect", "/history", "/versions", "/tune")
         for path in ("/searches", *(f"/c/blister{tab}" for tab in tabs)):
             page = ask(root, "GET", path)
@@ -332,7 +339,7 @@ def test_every_address_that_answers_get_answers_head(tail: Inspector) -> None:
         "/c/blister",
         "/searches",
     )
-    for path in (*paths, "/console/console.js"):
+    for path in (*paths, "/c/blister/history", "/console/app.js"):
         assert ask(root, "HEAD", path).status_code == 200, path
     assert ask(root, "HEAD", "/readyz").status_code == 503
     assert ask(root, "HEAD", "/v1/blister/inspect").status_code == 405
