@@ -8,6 +8,7 @@ import asyncio
 import os
 from collections.abc import Awaitable
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -19,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
 from apt_ray.errors import AptError, FleetError
+from apt_ray.machine import expanded
 from serving.api.access import Access
 from serving.api.history import (
     NO_HISTORY,
@@ -33,6 +35,9 @@ from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.root import create_root_api
+from serving.api.searches import Jobs, Searches
+from serving.api.training_images import TrainingImages
+from serving.api.tuning import Tuning
 from serving.api.webhooks import SECRET_VARIABLE
 from serving.controller.cache import Cache
 from serving.controller.controller import WAIT_S, Controller
@@ -53,6 +58,7 @@ from serving.settings import (
     HttpLimits,
     PoolName,
     RegistrySettings,
+    SearchSettings,
 )
 
 if TYPE_CHECKING:
@@ -90,6 +96,7 @@ class RootArgs(Settings):
     registry_address: str
     registry: RegistrySettings
     http: HttpLimits
+    searches: SearchSettings | None = None
 
 
 class ControllerArgs(Settings):
@@ -218,6 +225,7 @@ class RootReplica:
             http=args.http,
             access=access,
             webhook_secret=os.environ.get(SECRET_VARIABLE, ""),
+            tuning=_tuning(args, args.searches) if args.searches else None,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -226,6 +234,23 @@ class RootReplica:
     def check_health(self) -> None:
         if self._following.done():
             raise RuntimeError("this replica no longer follows the controller")
+
+
+def _tuning(args: RootArgs, searches: SearchSettings) -> Tuning:
+    folder = expanded(Path(searches.folder))
+    return Tuning(
+        searches=Searches(_jobs, folder, tracking_uri=args.registry_address),
+        images=TrainingImages(folder / "images", limits=args.http.image, most=searches.max_images),
+    )
+
+
+def _jobs() -> Jobs:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient()
+    except (ConnectionError, RuntimeError) as error:
+        raise FleetError(f"Ray's dashboard does not take jobs: {error}") from error
 
 
 class ControllerReplica:

@@ -234,6 +234,13 @@ Categories = Annotated[
 ]
 
 
+class SearchSettings(Settings):
+    """Searches that are started over HTTP, and the images that are sent for them."""
+
+    folder: str = Field(default="~/.cache/apt-ray/searches", min_length=1)
+    max_images: int = Field(default=200, ge=1)
+
+
 class Fleet(Settings):
     """A whole fleet file."""
 
@@ -244,6 +251,7 @@ class Fleet(Settings):
     http: HttpLimits = HttpLimits()
     registry: RegistrySettings = RegistrySettings()
     history: HistorySettings = HistorySettings()
+    searches: SearchSettings | None = SearchSettings()
     auth: Auth = Auth()
 
     @field_validator("categories", "pools", mode="before")

@@ -28,7 +28,7 @@ from tuning.encoding import Encoding, HasEnded
 from tuning.finishing import Finisher
 from tuning.outcome import Outcome
 from tuning.progress import Progress, say
-from tuning.records import SearchStore
+from tuning.records import SearchPlan, SearchStore
 from tuning.searcher import CategoriesScheduler, CategoriesSearcher
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.tracking import TrialLog
@@ -72,29 +72,33 @@ class _StopRequest(tune.Callback):
 
 def run_search(
     categories: Sequence[Category],
-    settings: SearchSettings,
+    searched: SearchPlan,
     engine: EngineSettings,
     store: SearchStore,
     registry: Registry,
     provenance: Mapping[str, str],
     outcome: Outcome,
+    *,
+    progress: Path | None = None,
 ) -> None:
     """Search, fit and register categories on a connected Ray.
 
     Args:
         categories: What is searched.
-        settings: How.
+        searched: How.
         engine: Where the arithmetic is done.
         store: Where everything is kept that must not be lost.
         registry: Where winners and trials go.
         provenance: Tags of every version.
         outcome: Where it is noted what has become of each category; failures are not raised.
+        progress: File that says how far it is.
 
     Raises:
         SettingsError: No engine can be started.
         SearchStopped: SIGTERM came; what could be registered by then is.
     """
     began = time.time()
+    settings = searched.settings
     stop_request = _StopRequest()
     try:
         engines = start_engines(
@@ -132,6 +136,7 @@ def run_search(
         )
         _Search(
             categories={category.name: category for category in categories},
+            past=searched.past,
             plan=plan,
             engines=engines,
             encoding=encoding,
@@ -139,6 +144,7 @@ def run_search(
             log=TrialLog(registry, store.name),
             outcome=outcome,
             stop_request=stop_request,
+            progress=progress,
         ).run()
     except SearchStopped:
         say(f"stopped: go on with --resume {store.name}")
@@ -185,6 +191,7 @@ class _Search:
     """The trials of all categories, and the end of each category."""
 
     categories: Mapping[str, Category]
+    past: Mapping[str, Sequence[Mapping[str, Any]]]
     plan: TrialPlan
     engines: Engines
     encoding: Encoding
@@ -192,6 +199,7 @@ class _Search:
     log: TrialLog
     outcome: Outcome
     stop_request: _StopRequest
+    progress: Path | None
     _ended: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def run(self) -> None:
@@ -225,11 +233,19 @@ class _Search:
             self._wait_for_banks()
         run_trials(
             self.plan,
-            CategoriesSearcher(settings, records, self.encoding.state, self._take_in),
+            CategoriesSearcher(
+                settings, records, self.encoding.state, self._take_in, past=self.past
+            ),
             trials=settings.trials * len(records),
             callbacks=[
                 self.stop_request,
-                Progress(list(records), settings.trials, settings.steps, self._end_trial),
+                Progress(
+                    list(records),
+                    settings.trials,
+                    settings.steps,
+                    self._end_trial,
+                    file=self.progress,
+                ),
             ],
         )
 

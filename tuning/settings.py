@@ -34,6 +34,12 @@ class SearchSettings(Settings):
     live_trials: int = Field(
         default=8, ge=1, description="Trials that run at a time, over all categories."
     )
+    warm_start: int = Field(
+        default=0,
+        ge=0,
+        description="Trials that take settings of the registry's champions instead of drawn ones:"
+        " those of the category's own first, then those of other categories.",
+    )
     searcher: Literal["random", "optuna"] = Field(
         default="random",
         description="Draw settings at random, or where Optuna expects good values.",

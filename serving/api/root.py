@@ -22,6 +22,7 @@ from serving.api.moves import add_moves
 from serving.api.pools import Pools
 from serving.api.problems import problem_responses
 from serving.api.thresholds import add_thresholds
+from serving.api.tuning import Tuning, add_tuning_routes
 from serving.controller.client import ControllerClient
 from serving.controller.orders import FleetStatus, State
 from serving.settings import HttpLimits
@@ -91,6 +92,7 @@ def create_root_api(
     http: HttpLimits,
     access: Access,
     webhook_secret: str,
+    tuning: Tuning | None = None,
 ) -> FastAPI:
     """The API of the whole fleet.
 
@@ -100,8 +102,11 @@ def create_root_api(
         http: Limits of requests.
         access: Who may ask.
         webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
+        tuning: Images to learn from, and searches; None where the fleet file turns them off.
     """
     api = create_api(pools, http=http, access=access, history=pools)
+    if tuning is not None:
+        add_tuning_routes(api, tuning, http=http, access=access)
     anyone = [Depends(require(access, None))]
     operators = [Depends(require(access, OPERATE))]
     refusals = problem_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)

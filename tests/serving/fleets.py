@@ -68,7 +68,8 @@ class Deployed:
     ) -> "subprocess.CompletedProcess[str]":
         path = self.folder / "fleet.yaml"
         registry = {"poll_s": poll_s, "cache": str(self.folder / "cache")}
-        path.write_text(json.dumps({"registry": registry, **fleet}))
+        searches = {"folder": str(self.folder / "searches")}
+        path.write_text(json.dumps({"registry": registry, "searches": searches, **fleet}))
         return self.run("deploy", str(path), "--http-port", str(self.port))
 
     def replicas(self) -> dict[str, list[int]]:

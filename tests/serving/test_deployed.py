@@ -135,6 +135,18 @@ def test_a_fleet_on_a_real_cluster(
     operations = {line["operation"] for line in deployed.get("/fleet/audit")["lines"]}
     assert {"deploy", "alias moved", "serve"} <= operations
 
+    # A search is a job on the same Ray, which finds Ray, the registry and its own code.
+    wanted = {"category": "washer", "data": str(deployed.folder / "nowhere"), "trials": 1}
+    started = httpx.post(f"{deployed.url}/fleet/searches", json=wanted, trust_env=False)
+    assert started.status_code == 202, started.text
+    address = f"/fleet/searches/{started.json()['id']}"
+    deadline = time.monotonic() + 120
+    while (search := deployed.get(address))["ended_at"] is None:
+        assert time.monotonic() < deadline, search
+        time.sleep(0.5)
+    assert (search["state"], search["category"]) == ("failed", "washer")
+    assert f"{deployed.folder / 'nowhere'} is not a folder" in search["problem"], search
+
     _check_metrics(deployed)
     _check_moves(deployed)
 

@@ -26,6 +26,7 @@ from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.problems import ProblemError
 from serving.api.root import create_root_api
+from serving.api.tuning import Tuning
 from serving.controller.cache import Cache
 from serving.controller.orders import CategoryStatus, FleetStatus, Order, Routes, StoredVersion
 from serving.replica.inspector import Inspector
@@ -94,13 +95,19 @@ def root_of(
     controller: KnownController | None = None,
     auth: Auth | None = None,
     http: HttpLimits = LIMITS,
+    tuning: Tuning | None = None,
 ) -> FastAPI:
     access = Access(Auth())
     pools = Pools(lambda pool: service, access)
     routes = {"blister": ("tail",), "washer": ("tail", "washer")}
     pools.follow(Routes(pools=routes, auth=auth or Auth()))
     return create_root_api(
-        pools, controller or KnownController(), http=http, access=access, webhook_secret=SECRET
+        pools,
+        controller or KnownController(),
+        http=http,
+        access=access,
+        webhook_secret=SECRET,
+        tuning=tuning,
     )
 
 
