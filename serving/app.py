@@ -248,7 +248,8 @@ def _jobs() -> Jobs:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient()
+        # That of this replica's own Ray: a machine may run several.
+        return JobSubmissionClient(ray.get_runtime_context().gcs_address)
     except (ConnectionError, RuntimeError) as error:
         raise FleetError(f"Ray's dashboard does not take jobs: {error}") from error
 
