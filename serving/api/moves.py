@@ -17,9 +17,11 @@ from serving.controller.moves import MoveKind, MoveOrder, Operation, VersionSumm
 
 MOST_VERSIONS = 100
 
+# One line; in the dialect of regular expressions that OpenAPI has.
+_ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 Reason = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=3, max_length=500, pattern=r"^\P{Cc}*$"),
+    StringConstraints(strip_whitespace=True, min_length=3, max_length=500, pattern=_ONE_LINE),
     Field(
         description="Why, in one line; kept in the registry and the audit, with the token's name."
     ),
