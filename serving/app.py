@@ -32,7 +32,7 @@ from serving.api.history import (
     Only,
 )
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, InspectionRequest
+from serving.api.messages import CategoryReport, Explanation, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.root import create_root_api
 from serving.api.searches import Jobs, Searches
@@ -186,6 +186,11 @@ class PoolReplica:
     ) -> Inspected | Refusal:
         return await self._answering.inspect(category, data, asked)
 
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal:
+        return await self._answering.explain(category, data, asked)
+
     async def describe(self, category: str) -> CategoryReport | Refusal:
         return await self._answering.describe(category)
 
@@ -248,7 +253,8 @@ def _jobs() -> Jobs:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient()
+        # That of this replica's own Ray: a machine may run several.
+        return JobSubmissionClient(ray.get_runtime_context().gcs_address)
     except (ConnectionError, RuntimeError) as error:
         raise FleetError(f"Ray's dashboard does not take jobs: {error}") from error
 
@@ -413,6 +419,15 @@ async def _own_errors(answer: Awaitable[Any]) -> Any:
         raise
 
 
+async def _unless_gone(response: Any) -> Any:
+    """The answer; a caller that goes away costs no forward pass."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
 class _RemotePool:
     """A pool as the root reaches it."""
 
@@ -422,12 +437,17 @@ class _RemotePool:
     async def inspect(
         self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal:
-        response = self._handle.inspect.remote(category, data, asked)
-        try:
-            answer: Inspected | Refusal = await response
-        except asyncio.CancelledError:
-            response.cancel()  # type: ignore[no-untyped-call]  # the caller went away: no forward pass for it
-            raise
+        answer: Inspected | Refusal = await _unless_gone(
+            self._handle.inspect.remote(category, data, asked)
+        )
+        return answer
+
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal:
+        answer: Explanation | Refusal = await _unless_gone(
+            self._handle.explain.remote(category, data, asked)
+        )
         return answer
 
     async def describe(self, category: str) -> CategoryReport | Refusal:

@@ -27,6 +27,7 @@ from serving.api.history import NO_HISTORY, HistoryService, add_history
 from serving.api.messages import (
     Alias,
     CategoryReport,
+    Explanation,
     Inspected,
     InspectionReport,
     InspectionReports,
@@ -214,6 +215,39 @@ def create_api(
                 ]
             )
         )
+
+    @api.post(
+        "/v1/{category}/explain",
+        tags=["categories"],
+        summary="Say what the verdict on an image rests on",
+        description="The body is one image, as for `inspect`. Of each region: what it looks like,"
+        " and the place of the support images that is most like it. Maps of the prompts and of the"
+        " reference memory. It counts nowhere as an inspection, and takes some times as long.",
+        dependencies=authorized,
+        openapi_extra={"requestBody": _REQUEST_BODY},
+        responses={
+            **COMMON_PROBLEMS,
+            **problem_responses(
+                HTTPStatus.BAD_REQUEST,
+                HTTPStatus.REQUEST_TIMEOUT,
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                HTTPStatus.TOO_MANY_REQUESTS,
+            ),
+        },
+    )
+    async def explain(category: str, request: Request) -> Explanation:
+        files = await read_image_files(request, http)
+        if len(files) > 1:
+            raise problems.bad_form("the form has several images, and one is explained at a time")
+        try:
+            return await asyncio.wait_for(
+                service.explain(category, files[0], InspectionRequest()), http.timeout_s
+            )
+        except asyncio.TimeoutError:
+            raise problems.overloaded(
+                f"the image could not be explained within {http.timeout_s:g} s"
+            ) from None
 
     @api.get(
         "/v1/{category}",

@@ -99,6 +99,55 @@ class CategoryReport(BaseModel):
     metrics: dict[str, float] = Field(description="How well it does, measured at tuning time.")
 
 
+class NearestPatch(BaseModel):
+    """The place of the support images that a region is most like."""
+
+    image: str = Field(description="Name of the support image's file.")
+    x: int = Field(description="Left edge of its box, in pixels of `width` and `height`.")
+    y: int = Field(description="Upper edge.")
+    box_width: int
+    box_height: int
+    width: int = Field(description="Of the small copy that the prompt set holds of that image.")
+    height: int
+    distance: float = Field(
+        description="How far the region's worst place is from it, in standard deviations of what"
+        " good parts are from one another: about 0 for good ones."
+    )
+    picture_jpeg: str = Field(description="The box, a JPEG file in base64.")
+
+
+class ExplainedRegion(RegionReport):
+    """A region, what it looks like, and what it should have looked like."""
+
+    picture_jpeg: str = Field(
+        description="The region with some of what is around it, a JPEG file in base64."
+    )
+    nearest: NearestPatch | None = Field(
+        description="Null where the prompt set holds no copies of its support images: see `note`."
+    )
+
+
+class Explanation(BaseModel):
+    """What a verdict rests on."""
+
+    category: str
+    version: int
+    anomaly_score: float
+    threshold: float
+    is_anomalous: bool
+    width: int = Field(description="Of the image sent, upright, in pixels.")
+    height: int
+    regions: list[ExplainedRegion] = Field(description="The worst 5; none of a good part.")
+    prompts_map_png: str = Field(
+        description="What the learned prompts find unusual: 8-bit gray, 255 is 1.0, at most 256"
+        " pixels a side, stretched over the image; a PNG file in base64."
+    )
+    memory_map_png: str = Field(
+        description="What no support image explains: the distances to the reference memory, alike."
+    )
+    note: str = Field(default="", description="What is missing, and the remedy.")
+
+
 Picture = Literal["png", "overlay"]
 """What may be drawn: the anomaly map, or the image with it tinted over."""
 
@@ -145,4 +194,8 @@ class Service(Protocol):
         Raises ImageError for bytes that are no acceptable image, ProblemError if the category or
         its alias is not known or the image cannot be inspected in time.
         """
+        ...
+
+    async def explain(self, category: str, data: bytes, asked: InspectionRequest) -> Explanation:
+        """Say what the verdict on an image rests on; raises as `inspect`."""
         ...

@@ -26,7 +26,13 @@ from serving.api.history import (
     Mark,
     Only,
 )
-from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Service
+from serving.api.messages import (
+    CategoryReport,
+    Explanation,
+    Inspected,
+    InspectionRequest,
+    Service,
+)
 from serving.api.problems import Problem, ProblemError
 from serving.controller.cache import Cache
 from serving.controller.client import ControllerClient
@@ -52,6 +58,10 @@ class PoolHandle(Protocol):
     async def inspect(
         self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal: ...
+
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal: ...
 
     async def describe(self, category: str) -> CategoryReport | Refusal: ...
 
@@ -140,6 +150,9 @@ class Pools:
     async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         return await self._ask(category, lambda pool: pool.inspect(category, data, asked))
 
+    async def explain(self, category: str, data: bytes, asked: InspectionRequest) -> Explanation:
+        return await self._ask(category, lambda pool: pool.explain(category, data, asked))
+
     async def history(
         self, category: str, *, before: int | None, limit: int, only: Only
     ) -> KeptInspections:
@@ -189,6 +202,16 @@ class Answering:
     ) -> Inspected | Refusal:
         try:
             return await self._service.inspect(category, data, asked)
+        except ImageError as error:
+            return _refusal(problems.of_image(error))
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal:
+        try:
+            return await self._service.explain(category, data, asked)
         except ImageError as error:
             return _refusal(problems.of_image(error))
         except ProblemError as error:

@@ -71,11 +71,16 @@ class Beside:
         if failed and self._loading.get(key) is loading:
             del self._loading[key]
 
+    async def stored(self, category: str, version: int) -> StoredVersion:
+        """The file of a version. Raises AptError or ProblemError if nobody has it."""
+        stored = await asyncio.to_thread(self._cache.get, category, version)
+        if stored is None:
+            stored = await self._ask(self._controller.fetch(category, version))
+        return stored
+
     async def _load(self, category: str, order: Order, prepare: Prepare) -> ServedCategory:
         assert order.version is not None
-        stored = await asyncio.to_thread(self._cache.get, category, order.version)
-        if stored is None:
-            stored = await self._ask(self._controller.fetch(category, order.version))
+        stored = await self.stored(category, order.version)
         return await asyncio.to_thread(prepare, category, order, stored)
 
     async def _ask(self, question: Awaitable[Answer]) -> Answer:

@@ -7,7 +7,6 @@ and left out.
 
 import asyncio
 import hashlib
-import io
 import json
 import os
 import queue
@@ -27,7 +26,7 @@ import torch
 from PIL import Image
 
 from apt_ray.detection.rule import resize_map
-from apt_ray.images import ImageLimits, decode_image, encode_png
+from apt_ray.images import ImageLimits, decode_image, encode_jpeg, encode_png
 from apt_ray.levels import Reading
 from apt_ray.machine import expanded
 from serving.api import problems
@@ -46,7 +45,6 @@ from serving.settings import HistorySettings
 
 IMAGE_SIDE = 1024
 MAP_SIDE = 256
-_JPEG_QUALITY = 85
 # What may wait to be written: seconds of work, and no more memory than a few large images.
 _MOST_WAITING = 64
 _MOST_BYTES = 64 * 2**20
@@ -249,9 +247,7 @@ class History:
         image = decode_image(kept.data, limits=kept.limits, reading=kept.reading)
         width, height = image.size
         map_png = _map_png(kept.map_SS, image.size)
-        image.thumbnail((IMAGE_SIDE, IMAGE_SIDE), reducing_gap=2.0)
-        jpeg = io.BytesIO()
-        image.save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+        jpeg = encode_jpeg(image, side=IMAGE_SIDE)
         with self._open(report.category, is_new=True) as database:
             database.execute(
                 f"INSERT INTO inspections ({_COLUMNS}, image, map) VALUES ("
@@ -270,7 +266,7 @@ class History:
                     "request_id": kept.request_id,
                     "width": width,
                     "height": height,
-                    "image": jpeg.getvalue(),
+                    "image": jpeg,
                     "map": map_png,
                 },
             )

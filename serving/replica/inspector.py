@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -32,6 +32,7 @@ from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
 from serving.api import problems
 from serving.api.messages import (
     CategoryReport,
+    Explanation,
     Inspected,
     InspectionReport,
     InspectionRequest,
@@ -44,6 +45,7 @@ from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
 from serving.replica.beside import Beside
+from serving.replica.explain import Look, Supports, explanation
 from serving.replica.history import History
 from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
@@ -121,6 +123,7 @@ class Inspector:
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._last_hour = LastHour()
+        self._supports = Supports()
         self._costs_s: dict[str, float] = {}
         self._loading = threading.Lock()
         self._admission = Admission(
@@ -157,7 +160,8 @@ class Inspector:
         """A version that is read and tested; raises as `load`."""
         try:
             source = f"version {stored.version} of {category}"
-            prompt_set = PromptSet.from_bytes(stored.data, source=source)
+            # Thumbnails of a thousand categories are fetched when somebody looks at them.
+            prompt_set = replace(PromptSet.from_bytes(stored.data, source=source), thumbnails=())
             served = build(
                 prompt_set,
                 order,
@@ -233,6 +237,26 @@ class Inspector:
                 problem = error if isinstance(error, ProblemError) else problems.of_image(error)
                 self._meter.refused(category, problem.problem.type.rpartition(":")[2])
             raise
+
+    async def explain(self, category: str, data: bytes, asked: InspectionRequest) -> Explanation:
+        """Say what the verdict on an image rests on; see `Service.explain`."""
+        loop = asyncio.get_running_loop()
+        served = self._find(category)
+        with self._admission.admitted(category, len(data), asked.timeout_s):
+            image = await loop.run_in_executor(
+                self._decoders,
+                partial(
+                    decode_image,
+                    data,
+                    limits=self._limits,
+                    reading=served.detector.prompt_set.reading,
+                ),
+            )
+            look = await loop.run_in_executor(self._model, Look.at, served.detector, image)
+            support = await self._supports.of(served, self._beside, self._model)
+            return await loop.run_in_executor(
+                self._decoders, explanation, served.about, served.detector, image, look, support
+            )
 
     def _find(self, category: str) -> ServedCategory:
         try:

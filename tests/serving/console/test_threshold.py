@@ -51,6 +51,7 @@ def test_a_threshold_is_tried_set_with_a_reason_and_taken_back(
         expect(panel).to_contain_text("The customer wants <i>no</i> scratch")
         tab.get_by_label("Images", exact=True).set_input_files(category.test[0].path)
         expect(tab.locator(".figure.quiet")).to_have_text("0.123")
+        panel.locator("summary").click()
         tab.get_by_role("button", name="Undo the operator's").click()
         dialog.get_by_label("Reason").fill("It was a trial")
         dialog.get_by_role("button", name="Undo it").click()
