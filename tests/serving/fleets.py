@@ -40,6 +40,7 @@ class Deployed:
     stack: LocalStack
     port: int
     folder: Path
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of every deploy
 
     @property
     def url(self) -> str:
@@ -68,8 +69,8 @@ class Deployed:
     ) -> "subprocess.CompletedProcess[str]":
         path = self.folder / "fleet.yaml"
         registry = {"poll_s": poll_s, "cache": str(self.folder / "cache")}
-        searches = {"folder": str(self.folder / "searches")}
-        path.write_text(json.dumps({"registry": registry, "searches": searches, **fleet}))
+        folders = {"registry": registry, "searches": {"folder": str(self.folder / "searches")}}
+        path.write_text(json.dumps(folders | dict(self.settings) | dict(fleet)))
         return self.run("deploy", str(path), "--http-port", str(self.port))
 
     def replicas(self) -> dict[str, list[int]]:

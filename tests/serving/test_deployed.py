@@ -34,7 +34,10 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) ->
     stack = LocalStack(folder / "stack")
     stack.start()
     try:
-        fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder)
+        history = {"images": 5, "folder": str(folder / "history")}
+        fleet = Deployed(
+            stack=stack, port=free_ports(1)[0], folder=folder, settings={"history": history}
+        )
         fleet.register(prompt_set, "blister", "washer")
         done = fleet.deploy(
             TAIL | {"categories": {"blister": {"threshold": 0}, "washer": {"pool": "tail"}}}
@@ -120,6 +123,8 @@ def test_a_fleet_on_a_real_cluster(
     washer = deployed.get("/fleet/status")["categories"]["washer"]
     assert (washer["serving"], washer["candidate"], washer["threshold"]) == ([1], 2, 0.25)
     assert washer["last_hour"]["inspected"] == sum(washer["last_hour"]["scores"]) > 0
+
+    _check_history_and_threshold(deployed, picture)
 
     # What cannot be served is reported with its reason; what was there keeps serving.
     bad = {"blister": {}, "washer": {"pool": "tail", "false_alarm_rate": 0.1}}
@@ -218,6 +223,43 @@ def _check_moves(deployed: Deployed) -> None:
         time.sleep(0.5)
     assert operation["error"] is None
     assert (operation["result"]["moved"], operation["result"]["verdict"]) == (False, "uncomparable")
+
+
+def _check_history_and_threshold(deployed: Deployed, picture: bytes) -> None:
+    """Both pools keep what they inspect, and follow an operator, by whatever way they are asked."""
+    because = {"reason": "dust on the lens"}
+    with httpx.Client(base_url=deployed.url, trust_env=False, timeout=30) as client:
+
+        def follows(category: str, source: str) -> float:
+            deadline = time.monotonic() + 60
+            while (about := client.get(f"/v1/{category}").json())["threshold_source"] != source:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            threshold: float = about["threshold"]
+            return threshold
+
+        for name in ("blister", "washer"):
+            request = deployed.inspect(name, picture)["request_id"]
+            history, deadline = f"/v1/{name}/history", time.monotonic() + 60
+            while (kept := client.get(history).json()["inspections"])[0]["request_id"] != request:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert len(kept) <= 5
+            place = f"{history}/{kept[0]['id']}"
+            types = [client.get(f"{place}/{of}").headers["content-type"] for of in ("image", "map")]
+            assert types == ["image/jpeg", "image/png"]
+            marked = client.post(f"{place}/mark", json={"verdict": "good"}).json()
+            assert marked == kept[0] | {"mark": "good", "marked_by": ""}
+            assert client.get(f"{history}/17/image").status_code == 404
+
+            address = f"/fleet/categories/{name}/threshold"
+            before = client.get(address).json()["source"]
+            said = client.put(address, json={"threshold": 0.41, **because})
+            assert (said.status_code, said.json()["source"]) == (200, "operator")
+            assert follows(name, "operator") == 0.41
+            taken_back = client.request("DELETE", address, json=because).json()
+            assert taken_back["source"] == before
+            follows(name, before)
 
 
 def _check_metrics(deployed: Deployed) -> None:
