@@ -27,8 +27,6 @@ def past_settings(
     Raises:
         RegistryError: the registry does not answer.
     """
-    if not settings.warm_start:
-        return {}
     champions = registry.champions()
     own = [name for name in categories if name in champions]
     others = [name for name in champions if name not in set(own)][:_MOST_LOADED]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apt_ray.cli.common import run
 from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
@@ -34,7 +34,6 @@ from tuning.settings import EngineSettings, SearchSettings
 from tuning.space import read_space
 
 if TYPE_CHECKING:
-    from apt_ray.registry import Registry
     from tuning.records import SearchPlan, SearchStore
 
 # Ray, PyTorch and MLflow are imported inside, so that `--help` answers at once.
@@ -101,6 +100,8 @@ def _search(command: Command) -> int:
     fresh = f"apt-ray-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     name = options.resume or fresh
     store = SearchStore(options.storage, name)
+    plan, categories = _planned(command, store)
+    settings = plan.settings
 
     from apt_ray.registry import open_registry
     from tuning.outcome import Outcome
@@ -110,8 +111,6 @@ def _search(command: Command) -> int:
 
     registry = open_registry(options.mlflow)
     registry.check()
-    plan, categories = _planned(command, store, registry)
-    settings = plan.settings
     _connect(options.ray_address)
     provenance = _provenance()
     say(
@@ -188,11 +187,8 @@ def _estimate(command: Command) -> int:
     return 0
 
 
-def _planned(
-    command: Command, store: "SearchStore", registry: "Registry"
-) -> "tuple[SearchPlan, list[Category]]":
+def _planned(command: Command, store: "SearchStore") -> "tuple[SearchPlan, list[Category]]":
     """What is searched: as the command says, or as the search that is resumed has kept it."""
-    from tuning.past import past_settings
     from tuning.records import SearchPlan
 
     if command.options.resume:
@@ -209,11 +205,21 @@ def _planned(
             "data": str(data),
             "categories": names,
             "settings": command.settings,
-            "past": past_settings(registry, names, command.settings),
+            "past": _past(command, names) if command.settings.warm_start else {},
         }
     )
     store.create(plan)
     return plan, categories
+
+
+def _past(command: Command, names: Sequence[str]) -> dict[str, tuple[dict[str, Any], ...]]:
+    """Where the categories begin beside the defaults."""
+    from apt_ray.registry import open_registry
+    from tuning.past import past_settings
+
+    registry = open_registry(command.options.mlflow)
+    registry.check()
+    return past_settings(registry, names, command.settings)
 
 
 def _connect(address: str | None) -> None:

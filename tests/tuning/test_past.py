@@ -64,4 +64,4 @@ def test_what_the_space_does_not_hold_is_left_out(registry: Registry) -> None:
 def test_an_empty_registry_and_a_cold_start_give_nothing(registry: Registry) -> None:
     assert weights(registry, ["washer"]) == {"washer": []}
     champion(registry, "bolt", smgs_weight=0.9)
-    assert past_settings(registry, ["washer"], SearchSettings()) == {}
+    assert weights(registry, ["washer"], warm_start=0) == {"washer": []}
