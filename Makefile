@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-slow test-core docs fuzz mutants peers lint format clean
+.PHONY: help demo up down test test-slow test-core docs screenshots fuzz mutants peers lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +35,9 @@ test-core: $(READY) ## Install the wheel alone in an environment of its own, and
 
 docs: $(READY) ## Run every code block of the documents, servers included, as a reader would
 	$(BIN)/python -m pytest -m slow -s tests/test_docs.py $(PYTEST_ARGS)
+
+screenshots: $(READY) ## Draw the console's pages in docs/console, in Chromium
+	$(BIN)/python -m tests.serving.console.screenshots docs/console
 
 fuzz: $(READY) ## Read 120,000 damaged images, masks and forms (FUZZ_ARGS="--inputs 1000")
 	$(BIN)/python -m benchmarks.fuzz $(FUZZ_ARGS)

@@ -64,6 +64,18 @@ class Settings(BaseModel):
             raise SettingsError(f"invalid settings: {problems}") from None
 
 
+class OperatorThreshold(Settings):
+    """What a person decided last about the threshold of a category, kept in the registry.
+
+    It stands above that of any version and of any fleet file.
+    """
+
+    value: float | None = Field(ge=0, le=1, description="None: theirs hold again.")
+    reason: str
+    by: str = Field(description="Who decided.")
+    at: str = Field(description="When, ISO 8601 in UTC.")
+
+
 def _described(problem: "ErrorDetails") -> str:
     # Pydantic's own names, of a member of a union or of a key as such, are in brackets.
     place = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))

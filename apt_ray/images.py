@@ -307,6 +307,15 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def encode_jpeg(image: Image.Image, *, side: int, quality: int = 85) -> bytes:
+    """The image as a JPEG file whose longer side is at most `side` pixels."""
+    small = image.copy()
+    small.thumbnail((side, side), reducing_gap=2.0)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def _open(data: bytes, limits: ImageLimits, source: str) -> Image.Image:
     """Parses the header and holds it against the limits; decodes no pixel."""
     if len(data) > limits.max_bytes:

@@ -3,8 +3,9 @@
 Without `--data` the products are generated ones, of kinds of surface and defect that the built-in
 backbone was never trained on: what the defaults may be chosen by. With `--data DIR` it reports the
 same table on labelled images, which choose nothing. Differences to the defaults are paired over
-products and seeds, with their standard error. Writes `--out` after every variant, so that a run
-that is stopped keeps what it has.
+products and seeds, with their standard error; a second table gives their paired 95 % intervals over
+test images and seeds. Writes `--out` after every variant, so that a run that is stopped keeps what
+it has.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,6 +30,7 @@ from apt_ray.pretraining.defects import HELD_OUT_DEFECTS
 from apt_ray.pretraining.generator import generate
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES
 from apt_ray.validation.evaluation import Result, evaluate
+from apt_ray.validation.intervals import change_over_seeds, resample
 
 # What changes in the backbone's spec, and in the settings of the fit.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -43,7 +47,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smgs 0.5": ({}, {"smgs_weight": 0.5}),
     "smgs penalty": ({}, {"smgs": "penalty"}),
     "not self-optimising": ({}, {"self_optimising": False}),
+    "2 anomalous prompts": ({}, {"anomalous_prompts": 2}),
     "3 anomalous prompts": ({}, {"anomalous_prompts": 3}),
+    "4 anomalous prompts": ({}, {"anomalous_prompts": 4}),
+    "4 anomalous prompts, diversity 1": (
+        {},
+        {"anomalous_prompts": 4, "diversity_weight": 1.0},
+    ),
     "3 anomalous prompts, no diversity": ({}, {"anomalous_prompts": 3, "diversity_weight": 0.0}),
     "margin_weight 1": ({}, {"margin_weight": 1.0}),
     "noise token": ({}, {"noise": "token"}),
@@ -82,6 +92,10 @@ _COLUMNS = (
 )
 _FIRST_SEED = 2**43
 
+Values = dict[tuple[str, str], NDArray[np.float64]]
+"""Of one fit: what is scored and by which metric -> its value on all test images, then on resamples
+of them. What the data do not define is left out."""
+
 
 def main() -> None:
     """Measure every variant and print a row for each."""
@@ -103,22 +117,23 @@ def main() -> None:
         if options.data is None:
             draw_products(Path(folder), options.products, options.images)
         categories = find_categories(options.data or Path(folder), options.categories)
-        rows = [
-            "| variant | prompts image / pixel | reference image / pixel | both image / pixel |"
-            " s a fit and test |",
-            "|---|---|---|---|---|",
-        ]
-        default: list[list[float]] | None = None
+        columns = "prompts image / pixel | reference image / pixel | both image / pixel"
+        rows = [f"| variant | {columns} | s a fit and test |", "|---|---|---|---|---|"]
+        claims = [f"| variant less defaults (95 % interval) | {columns} |", "|---|---|---|---|"]
+        default: list[list[Values]] | None = None
         for name in dict.fromkeys(["defaults", *options.variants]):
             started = time.perf_counter()
             values = _measure(name, categories, options.shots, options.seeds)
             fits = len(categories) * len(options.seeds)
             seconds = (time.perf_counter() - started) / fits
-            default = default or values
-            rows.append(f"| {name} | {_cells(values, default)} | {seconds:.1f} |")
+            rows.append(f"| {name} | {_cells(values, default or values)} | {seconds:.1f} |")
             print(rows[-1], flush=True)
+            if default is not None:
+                claims.append(f"| {name} | {_intervals(values, default)} |")
+                print(claims[-1], flush=True)
+            default = default or values
             if options.out is not None:
-                write_whole(options.out, "\n".join(rows) + "\n")
+                write_whole(options.out, "\n".join([*rows, "", *claims]) + "\n")
 
 
 def draw_products(root: Path, products: int, images: int, size: int = 192) -> None:
@@ -155,11 +170,11 @@ def _save(picture_3HW: torch.Tensor, path: Path) -> None:
 
 def _measure(
     name: str, categories: Sequence[Category], shots: int, seeds: Sequence[int]
-) -> list[list[float]]:
-    """AUROC in percent, a row for each category and seed, a column for each of `_COLUMNS`."""
+) -> list[list[Values]]:
+    """The values of every category, seed by seed."""
     spec, settings = VARIANTS[name]
     backbone = load_backbone(BackboneSpec.parse(spec))
-    rows = []
+    measured = []
     for category in tqdm(categories, desc=name, leave=False, disable=None):
         results = evaluate(
             category,
@@ -168,23 +183,28 @@ def _measure(
             seeds=seeds,
             settings=FitSettings.parse(settings),
         )
-        rows += [_row(results, seed) for seed in seeds]
-    return rows
+        measured.append([_values(results, seed) for seed in seeds])
+    return measured
 
 
-def _row(results: Sequence[Result], seed: int) -> list[float]:
-    found = {result.variant: result for result in results if result.seed == seed}
-    values = [getattr(found[variant], metric) for variant, metric in _COLUMNS]
-    return [float("nan") if value is None else 100 * value for value in values]
+def _values(results: Sequence[Result], seed: int) -> Values:
+    return {
+        (result.variant, metric): values_R
+        for result in results
+        if result.seed == seed
+        for metric, values_R in resample(result.scores).items()
+    }
 
 
-def _cells(values: list[list[float]], default: list[list[float]]) -> str:
+def _cells(values: list[list[Values]], default: list[list[Values]]) -> str:
+    """Means over products and seeds in percent, with the differences to the defaults."""
     cells = []
-    for column in range(len(_COLUMNS)):
+    for column in _COLUMNS:
         known = [
-            (row[column], base[column])
-            for row, base in zip(values, default, strict=True)
-            if row[column] == row[column]
+            (100 * float(ours[column][0]), 100 * float(base[column][0]))
+            for by_seed, base_by_seed in zip(values, default, strict=True)
+            for ours, base in zip(by_seed, base_by_seed, strict=True)
+            if column in ours
         ]
         if not known:
             cells.append("-")
@@ -195,6 +215,29 @@ def _cells(values: list[list[float]], default: list[list[float]]) -> str:
             error = stdev(differences) / len(differences) ** 0.5
             cell += f" ({fmean(differences):+.1f} ± {error:.1f})"
         cells.append(cell)
+    return _paired(cells)
+
+
+def _intervals(values: list[list[Values]], default: list[list[Values]]) -> str:
+    """Differences of the means over the products that define a metric, in percentage points."""
+    cells = []
+    for column in _COLUMNS:
+        before, after = (
+            [[row[column] for row in by_seed] for by_seed in rows if column in by_seed[0]]
+            for rows in (default, values)
+        )
+        if not before:
+            cells.append("-")
+            continue
+        change = change_over_seeds(before, after)
+        cells.append(
+            f"{100 * (change.after - change.before):+.2f}"
+            f" ({100 * change.low:+.2f} to {100 * change.high:+.2f})"
+        )
+    return _paired(cells)
+
+
+def _paired(cells: Sequence[str]) -> str:
     return " | ".join(" / ".join(cells[i : i + 2]) for i in range(0, len(cells), 2))
 
 

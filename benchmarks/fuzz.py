@@ -32,7 +32,7 @@ from serving.api.messages import (
     CategoryReport,
     Inspected,
     InspectionReport,
-    Picture,
+    InspectionRequest,
     Timings,
 )
 from serving.regions import mask_of_png, mask_png
@@ -101,9 +101,7 @@ class _Decoding:
     async def describe(self, category: str) -> CategoryReport:
         raise NotImplementedError
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, request: InspectionRequest) -> Inspected:
         decode_image(data, limits=_HTTP.image)
         report = InspectionReport(
             category=category,

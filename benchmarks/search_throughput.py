@@ -137,7 +137,7 @@ def _search(
     engine = EngineSettings.parse(
         {"mode": mode, "threads": options.engine_threads, "bank_cache": ""}
     )
-    engines = start_engines(settings.backbone, engine, callers=settings.live_trials)
+    engines = start_engines(settings.backbone, engine, live_trials=settings.live_trials)
     fingerprints = engines.fingerprints(settings.judging())
     outcome = Outcome()
     encoding, banks = encode_categories(
@@ -149,6 +149,7 @@ def _search(
         banks=banks,
         fingerprints=fingerprints,
         engines=engines.actors if engines.are_shared else (),
+        live_trials=engines.live_trials,
         threads=options.engine_threads or 1,
         began=time.time(),
     )
@@ -282,7 +283,7 @@ def _ordinary_trial(config: Mapping[str, Any]) -> None:
 def _tune(
     trial: Callable[[Mapping[str, Any]], None],
     configs: Sequence[Mapping[str, Any]],
-    live: int,
+    live: int | None,
     cpus: float,
     folder: Path,
     *,

@@ -213,7 +213,7 @@ def report(names: Sequence[str], seeds: Sequence[int], done: Mapping[str, Any]) 
         f"- {name}: {json.dumps(points[winner])}"
         for name, winner in zip(names, winners, strict=True)
     ]
-    return "\n".join([markdown([header, *table]), "", "Winners:", *found])
+    return "\n".join([markdown(header, table), "", "Winners:", *found])
 
 
 def _winner(

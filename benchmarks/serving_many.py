@@ -16,6 +16,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.images import ImageLimits
 from benchmarks.fleet import prepare
 from benchmarks.rows import compared, write_rows
+from serving.api.messages import InspectionRequest
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
 from serving.settings import Batching
@@ -76,7 +77,7 @@ def _add(pool: Inspector, prompt_set: PromptSet, number: int) -> None:
 
 async def _rate(pool: Inspector, data: bytes, names: list[str]) -> float:
     started = time.perf_counter()
-    asked = [pool.inspect(name, data, picture=None, timeout_s=None) for name in names]
+    asked = [pool.inspect(name, data, InspectionRequest()) for name in names]
     await asyncio.gather(*asked)
     return len(names) / (time.perf_counter() - started)
 

@@ -6,9 +6,12 @@ when Serve makes one of the classes here; torch and MLflow are imported only the
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayTaskError
@@ -16,16 +19,31 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
-from apt_ray.errors import AptError
+from apt_ray.errors import AptError, FleetError
+from apt_ray.machine import expanded
 from serving.api.access import Access
+from serving.api.history import (
+    NO_HISTORY,
+    HistoryService,
+    KeptInspection,
+    KeptInspections,
+    KeptPicture,
+    Mark,
+    Only,
+)
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Explanation, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.root import create_root_api
+from serving.api.searches import Jobs, Searches
+from serving.api.training_images import TrainingImages
+from serving.api.tuning import Tuning
 from serving.api.webhooks import SECRET_VARIABLE
 from serving.controller.cache import Cache
 from serving.controller.controller import WAIT_S, Controller
+from serving.controller.moves import MoveOrder, MoveResult, Operation, VersionSummary, carry_out
 from serving.controller.orders import (
+    CategoryThreshold,
     FleetStatus,
     Orders,
     Plan,
@@ -33,7 +51,15 @@ from serving.controller.orders import (
     Routes,
     StoredVersion,
 )
-from serving.settings import Auth, Batching, HttpLimits, PoolName, RegistrySettings
+from serving.settings import (
+    Auth,
+    Batching,
+    HistorySettings,
+    HttpLimits,
+    PoolName,
+    RegistrySettings,
+    SearchSettings,
+)
 
 if TYPE_CHECKING:
     from apt_ray.registry import Registry
@@ -46,6 +72,9 @@ CONTROLLER = "controller"
 # A replica that cannot start now will not start in a minute: say so instead of trying on.
 _CONSTRUCTOR_RETRIES = 2
 _PATIENCE_S = 120.0
+# A promotion compares for some minutes at most, once a node has a quarter of a core for it.
+_PROMOTION_CPUS = 0.25
+_PROMOTION_S = 1800.0
 
 
 class PoolArgs(Settings):
@@ -58,6 +87,7 @@ class PoolArgs(Settings):
     device: Literal["cpu", "cuda"]
     batching: Batching
     http: HttpLimits
+    history: HistorySettings = HistorySettings()
 
 
 class RootArgs(Settings):
@@ -66,6 +96,7 @@ class RootArgs(Settings):
     registry_address: str
     registry: RegistrySettings
     http: HttpLimits
+    searches: SearchSettings | None = None
 
 
 class ControllerArgs(Settings):
@@ -108,25 +139,36 @@ class PoolReplica:
     """One replica of a pool."""
 
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        from serving.replica.follower import Follower  # with torch: for these replicas only
+        from serving.replica.beside import Beside  # with torch: for these replicas only
+        from serving.replica.follower import Follower
+        from serving.replica.history import History
         from serving.replica.inspector import Inspector
         from serving.replica.meter import Meter
 
         self._args = args
         self._access = Access(Auth())
+        controller = _RemoteController()
+        cache = Cache(args.registry.cache, args.registry_address)
+        meter = Meter()
+        kept: History | None = None
+        if args.history.images:
+            kept = History(args.history, args.registry_address, meter=meter)
+        self._history: HistoryService = kept or NO_HISTORY
         self._inspector = Inspector(
             limits=args.http.image,
             batching=args.batching,
             device=args.device,
             shared=args.shared,
-            meter=Meter(),
+            meter=meter,
+            beside=Beside(controller, cache),
+            history=kept,
         )
-        self._answering = Answering(self._inspector)
+        self._answering = Answering(self._inspector, self._history)
         follower = Follower(
             args.pool,
             serve.get_replica_context().replica_id.unique_id,
-            _RemoteController(),
-            cache=Cache(args.registry.cache, args.registry_address),
+            controller,
+            cache=cache,
             inspector=self._inspector,
             access=self._access,
             wait_s=WAIT_S,
@@ -135,15 +177,37 @@ class PoolReplica:
         self._following = asyncio.create_task(follower.follow_forever())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._inspector, http=self._args.http, access=self._access)
+        return create_api(
+            self._inspector, http=self._args.http, access=self._access, history=self._history
+        )
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal:
-        return await self._answering.inspect(category, data, picture, timeout_s)
+        return await self._answering.inspect(category, data, asked)
+
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal:
+        return await self._answering.explain(category, data, asked)
 
     async def describe(self, category: str) -> CategoryReport | Refusal:
         return await self._answering.describe(category)
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal:
+        return await self._answering.history(category, before, limit, only)
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal:
+        return await self._answering.history_picture(category, number, picture)
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal:
+        return await self._answering.mark(category, number, mark, by)
 
     def check_health(self) -> None:
         if self._following.done():
@@ -166,6 +230,7 @@ class RootReplica:
             http=args.http,
             access=access,
             webhook_secret=os.environ.get(SECRET_VARIABLE, ""),
+            tuning=_tuning(args, args.searches) if args.searches else None,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -176,6 +241,24 @@ class RootReplica:
             raise RuntimeError("this replica no longer follows the controller")
 
 
+def _tuning(args: RootArgs, searches: SearchSettings) -> Tuning:
+    folder = expanded(Path(searches.folder))
+    return Tuning(
+        searches=Searches(_jobs, folder, tracking_uri=args.registry_address),
+        images=TrainingImages(folder / "images", limits=args.http.image, most=searches.max_images),
+    )
+
+
+def _jobs() -> Jobs:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        # That of this replica's own Ray: a machine may run several.
+        return JobSubmissionClient(ray.get_runtime_context().gcs_address)
+    except (ConnectionError, RuntimeError) as error:
+        raise FleetError(f"Ray's dashboard does not take jobs: {error}") from error
+
+
 class ControllerReplica:
     """The controller as a Serve deployment."""
 
@@ -184,6 +267,8 @@ class ControllerReplica:
             partial(_open_registry, args.tracking_uri),
             Cache(args.registry.cache, args.tracking_uri),
             poll_s=args.registry.poll_s,
+            page=args.registry.page,
+            promoting=partial(_promote, args.tracking_uri),
         )
         self._polling: asyncio.Task[None] | None = None
 
@@ -198,6 +283,9 @@ class ControllerReplica:
     async def routes(self, known: str) -> Routes:
         return await self._controller.routes(known)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        return await self._controller.resolve(category, alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         return await self._controller.fetch(category, version)
 
@@ -210,6 +298,23 @@ class ControllerReplica:
     async def wake(self, reason: str) -> None:
         await self._controller.wake(reason)
 
+    async def move(self, order: MoveOrder) -> Operation:
+        return await self._controller.move(order)
+
+    async def operation(self, identifier: str) -> Operation | None:
+        return await self._controller.operation(identifier)
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        return await self._controller.versions(category, limit)
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        return await self._controller.threshold(category)
+
+    async def set_threshold(
+        self, category: str, value: float | None, reason: str, by: str
+    ) -> CategoryThreshold:
+        return await self._controller.set_threshold(category, value, reason=reason, by=by)
+
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
@@ -221,6 +326,28 @@ def _open_registry(address: str) -> "Registry":
     return open_registry(address)
 
 
+def _promote_there(address: str, order: MoveOrder) -> MoveResult:
+    return carry_out(_open_registry(address), order)
+
+
+async def _promote(address: str, order: MoveOrder) -> MoveResult:
+    """Promote in a task of its own: the controller answers meanwhile, and needs no core."""
+    # Not twice: whoever died may have moved the alias already.
+    task = ray.remote(num_cpus=_PROMOTION_CPUS, max_retries=0)(_promote_there)
+    reference = task.remote(address, order)
+    try:
+        result: MoveResult = await asyncio.wait_for(
+            _own_errors(asyncio.wrap_future(reference.future())), _PROMOTION_S
+        )
+    except asyncio.TimeoutError:
+        ray.cancel(reference)
+        raise FleetError(
+            f"the comparison did not end within {_PROMOTION_S / 60:g} minutes: see in Ray's"
+            f" dashboard whether a node has {_PROMOTION_CPUS:g} CPU free, then ask again"
+        ) from None
+    return result
+
+
 class _RemoteController:
     """A `ControllerClient` that asks by handle."""
 
@@ -230,13 +357,14 @@ class _RemoteController:
         orders: Orders = await controller_handle().follow.remote(pool, replica, report, wait_s)
         return orders
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        version: int | None = await _own_errors(controller_handle().resolve.remote(category, alias))
+        return version
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
-        try:
-            stored: StoredVersion = await controller_handle().fetch.remote(category, version)
-        except RayTaskError as error:
-            if isinstance(error.cause, AptError):
-                raise error.cause from None  # without the traceback of another process
-            raise
+        stored: StoredVersion = await _own_errors(
+            controller_handle().fetch.remote(category, version)
+        )
         return stored
 
     async def routes(self, known: str) -> Routes:
@@ -254,6 +382,51 @@ class _RemoteController:
     async def wake(self, reason: str) -> None:
         await controller_handle().wake.remote(reason)
 
+    async def move(self, order: MoveOrder) -> Operation:
+        operation: Operation = await _own_errors(controller_handle().move.remote(order))
+        return operation
+
+    async def operation(self, identifier: str) -> Operation | None:
+        operation: Operation | None = await controller_handle().operation.remote(identifier)
+        return operation
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        versions: list[VersionSummary] = await _own_errors(
+            controller_handle().versions.remote(category, limit)
+        )
+        return versions
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        threshold: CategoryThreshold = await controller_handle().threshold.remote(category)
+        return threshold
+
+    async def set_threshold(
+        self, category: str, value: float | None, *, reason: str, by: str
+    ) -> CategoryThreshold:
+        threshold: CategoryThreshold = await _own_errors(
+            controller_handle().set_threshold.remote(category, value, reason, by)
+        )
+        return threshold
+
+
+async def _own_errors(answer: Awaitable[Any]) -> Any:
+    """The answer; an AptError is raised as it was, without the traceback of another process."""
+    try:
+        return await answer
+    except RayTaskError as error:
+        if isinstance(error.cause, AptError):
+            raise error.cause from None
+        raise
+
+
+async def _unless_gone(response: Any) -> Any:
+    """The answer; a caller that goes away costs no forward pass."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
 
 class _RemotePool:
     """A pool as the root reaches it."""
@@ -262,16 +435,42 @@ class _RemotePool:
         self._handle = serve.get_deployment_handle(POOL_DEPLOYMENT, pool_application(pool))
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal:
-        response = self._handle.inspect.remote(category, data, picture, timeout_s)
-        try:
-            answer: Inspected | Refusal = await response
-        except asyncio.CancelledError:
-            response.cancel()  # type: ignore[no-untyped-call]  # the caller went away: no forward pass for it
-            raise
+        answer: Inspected | Refusal = await _unless_gone(
+            self._handle.inspect.remote(category, data, asked)
+        )
+        return answer
+
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal:
+        answer: Explanation | Refusal = await _unless_gone(
+            self._handle.explain.remote(category, data, asked)
+        )
         return answer
 
     async def describe(self, category: str) -> CategoryReport | Refusal:
         answer: CategoryReport | Refusal = await self._handle.describe.remote(category)
+        return answer
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal:
+        asked = self._handle.history.remote(category, before, limit, only)
+        answer: KeptInspections | Refusal = await asked
+        return answer
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal:
+        asked = self._handle.history_picture.remote(category, number, picture)
+        answer: bytes | Refusal = await asked
+        return answer
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal:
+        asked = self._handle.mark.remote(category, number, mark, by)
+        answer: KeptInspection | Refusal = await asked
         return answer

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from apt_ray.config import CATEGORY_NAME, Settings
+from apt_ray.config import CATEGORY_NAME, MAX_DAYS, Settings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
 from apt_ray.settings_file import read_settings
@@ -117,6 +117,19 @@ class RegistrySettings(Settings):
 
     poll_s: float = Field(default=10, gt=0)
     cache: str = Field(default="~/.cache/apt-ray/fleet", min_length=1)
+    page: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s\"'<>]+$",
+        description="Address at which people's browsers reach the registry, for links to it.",
+    )
+
+
+class HistorySettings(Settings):
+    """What each node keeps of the inspections of a category."""
+
+    images: int = Field(default=0, ge=0, description="The last so many; 0 keeps none.")
+    days: float = Field(default=30, gt=0, le=MAX_DAYS)
+    folder: str = Field(default="~/.cache/apt-ray/history", min_length=1)
 
 
 class RegionOfInterest(Settings):
@@ -221,6 +234,13 @@ Categories = Annotated[
 ]
 
 
+class SearchSettings(Settings):
+    """Searches that are started over HTTP, and the images that are sent for them."""
+
+    folder: str = Field(default="~/.cache/apt-ray/searches", min_length=1)
+    max_images: int = Field(default=200, ge=1)
+
+
 class Fleet(Settings):
     """A whole fleet file."""
 
@@ -230,6 +250,8 @@ class Fleet(Settings):
     pool: PoolName | None = None
     http: HttpLimits = HttpLimits()
     registry: RegistrySettings = RegistrySettings()
+    history: HistorySettings = HistorySettings()
+    searches: SearchSettings | None = SearchSettings()
     auth: Auth = Auth()
 
     @field_validator("categories", "pools", mode="before")

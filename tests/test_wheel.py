@@ -63,6 +63,10 @@ def test_it_is_typed_and_holds_what_is_read_at_run_time(wheel: Path) -> None:
         "apt_ray/features/builtin/apt-mini.safetensors",
         "apt_ray/features/builtin/LICENSE-WEIGHTS",
         "serving/console/index.html",
+        "serving/console/pages/fleet.js",
+        "serving/console/style/base.css",
+        "serving/console/vendor/preact/LICENSE",
+        "serving/console/vendor/inter/inter.woff2",
         "serving/dashboard.json",
         "serving/fleet.yaml",
     } <= set(ZipFile(wheel).namelist())

@@ -40,6 +40,8 @@ from tuning.settings import EngineSettings
 
 _READY_TIMEOUT_S = 300.0
 _IDLE_S = 10.0
+TRIALS_PER_ENGINE = 8
+"""Trials that run at a time for each engine that they share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,12 +156,14 @@ class Engines:
         are_shared: Whether trials ask them; else each trial has an engine of its own, and these
             fit the winners.
         threads: PyTorch's threads in each.
+        live_trials: How many trials may run at a time.
         fingerprint: Of the backbone.
     """
 
     actors: tuple["ActorHandle[Any]", ...]
     are_shared: bool
     threads: int
+    live_trials: int
     fingerprint: str
     _turns: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
@@ -198,7 +202,7 @@ def start_engines(
     backbone: BackboneSpec,
     settings: EngineSettings,
     *,
-    callers: int,
+    live_trials: int | None,
     check: Callable[[], None] = lambda: None,
 ) -> Engines:
     """Start an engine on every GPU, or on every node where there is none.
@@ -208,7 +212,7 @@ def start_engines(
     Args:
         backbone: What they load.
         settings: How they compute.
-        callers: How many may wait for an answer at a time.
+        live_trials: How many may run at a time; None is for as many as the cluster has room for.
         check: Called twice a second while they load; may raise.
 
     Raises:
@@ -223,24 +227,45 @@ def start_engines(
     if not are_shared:
         hosts = hosts[:1]
     threads = settings.threads or int(max(node["Resources"].get("CPU", 1) for node in hosts))
+    places = [
+        node for node in hosts for _ in range(_room(node, "GPU", settings.gpus) if gpu_nodes else 1)
+    ]
+    live_trials = live_trials or room_for_trials(
+        nodes, settings, shared_engines=len(places) if are_shared else 0
+    )
     actor: Any = ray.remote(EngineActor)
     actors = tuple(
         actor.options(
             num_cpus=0,
             num_gpus=settings.gpus if gpu_nodes else 0,
             max_restarts=-1,
-            max_concurrency=callers + 8,
+            max_concurrency=live_trials + 10,  # every live trial may ask, and fits may run
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
         ).remote(backbone, device="cuda" if gpu_nodes else "cpu", threads=threads)
-        for node in hosts
-        for _ in range(int(node["Resources"]["GPU"] / settings.gpus) if gpu_nodes else 1)
+        for node in places
     )
     return Engines(
         actors=actors,
         are_shared=are_shared,
         threads=threads,
+        live_trials=live_trials,
         fingerprint=_when_loaded(actors[0].fingerprint.remote(), check),
     )
+
+
+def room_for_trials(
+    nodes: Sequence[Mapping[str, Any]], settings: EngineSettings, *, shared_engines: int
+) -> int:
+    """How many trials may run at a time on these nodes of Ray: 8 for each engine that they share,
+    or as many as have their CPUs."""
+    if shared_engines:
+        return TRIALS_PER_ENGINE * shared_engines
+    return max(1, sum(_room(node, "CPU", settings.threads or 1) for node in nodes))
+
+
+def _room(node: Mapping[str, Any], resource: str, share: float) -> int:
+    """How many find room on a node that want that much of a resource each."""
+    return int(node["Resources"].get(resource, 0) / share)
 
 
 def _when_loaded(fingerprint: "ObjectRef[str]", check: Callable[[], None]) -> str:

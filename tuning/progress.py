@@ -1,15 +1,21 @@
 """Progress that a person can follow in the log of a job, where a redrawn bar is no use."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
 
+from apt_ray.errors import WriteError
+from apt_ray.files import write_json
 from apt_ray.tables import align
 
 _SECONDS_BETWEEN_TABLES = 15.0
+_SECONDS_BETWEEN_FILES = 1.0
 
 
 def say(message: str) -> None:
@@ -25,6 +31,7 @@ class Progress(tune.Callback):
         trials: Trials in each.
         steps: Steps of a whole trial.
         on_ended: Called with category and number of a trial that ended, or failed for good.
+        file: Where it is written as JSON too, for programs; None for nowhere.
     """
 
     def __init__(
@@ -33,7 +40,9 @@ class Progress(tune.Callback):
         trials: int,
         steps: int,
         on_ended: Callable[[str, int], None],
+        file: Path | None = None,
     ) -> None:
+        self._file, self._last_written = file, -math.inf
         self._rows = {category: _Row(trials, steps) for category in categories}
         self._on_ended = on_ended
         self._last_table = time.monotonic()
@@ -54,6 +63,7 @@ class Progress(tune.Callback):
         """Count a rung."""
         self._rows[trial.config["category"]].count(trial.config["number"], result)
         self._show()
+        self.write()
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -79,6 +89,18 @@ class Progress(tune.Callback):
         row.ended.add(number)
         self._on_ended(category, number)
         self._show(at_once=len(row.ended) == row.trials)
+        self.write(at_once=len(row.ended) == row.trials)
+
+    def write(self, *, at_once: bool = False) -> None:
+        """Write the file, now or if some time has passed; a full disk costs the file alone."""
+        if self._file is None or not (
+            at_once or time.monotonic() - self._last_written > _SECONDS_BETWEEN_FILES
+        ):
+            return
+        self._last_written = time.monotonic()
+        content = {name: row.summary() for name, row in self._rows.items()}
+        with suppress(WriteError):
+            write_json(self._file, {"categories": content})
 
     def _show(self, *, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._last_table > _SECONDS_BETWEEN_TABLES:
@@ -109,20 +131,40 @@ class _Row:
 
     def cells(self) -> tuple[str, ...]:
         best = "-" if self._best is None else f"{self._best[1]:.3f} ± {-self._best[2]:.3f}"
-        rate, left = "-", "-"
-        if self._first is not None and self._last > self._first[0]:
-            per_second = (self._done() - self._first[1]) / (self._last - self._first[0])
-            rate = f"{per_second:.0f}"
-            if per_second > 0:
-                left = f"{self._remaining() / per_second:.0f} s"
-        trials = f"{len(self.ended)}/{self.trials}"
-        return (trials, str(len(self.live)), best, rate, "0 s" if self._is_done() else left)
+        rate, left = self._rate(), self._left_s()
+        return (
+            f"{len(self.ended)}/{self.trials}",
+            str(len(self.live)),
+            best,
+            "-" if rate is None else f"{rate:.0f}",
+            "-" if left is None else f"{left:.0f} s",
+        )
+
+    def summary(self) -> dict[str, object]:
+        """The same for programs."""
+        return {
+            "trials": self.trials,
+            "ended": len(self.ended),
+            "live": len(self.live),
+            "best": None if self._best is None else self._best[1],
+            "best_sd": None if self._best is None else -self._best[2],
+            "left_s": self._left_s(),
+        }
+
+    def _rate(self) -> float | None:
+        """Steps a second."""
+        if self._first is None or self._last <= self._first[0]:
+            return None
+        return (self._done() - self._first[1]) / (self._last - self._first[0])
+
+    def _left_s(self) -> float | None:
+        if len(self.ended) == self.trials:
+            return 0.0
+        rate = self._rate()
+        return self._remaining() / rate if rate else None
 
     def _done(self) -> int:
         return sum(steps for _, steps in self._reached.values())
-
-    def _is_done(self) -> bool:
-        return len(self.ended) == self.trials
 
     def _remaining(self) -> float:
         """Steps to come, if trials to come take as many as those that ended did."""

@@ -40,11 +40,13 @@ class SearchPlan(Settings):
         data: Folder or address of the images.
         categories: Their names.
         settings: Of the search.
+        past: Category -> settings that have won past searches, its first trials after the defaults.
     """
 
     data: str
     categories: tuple[str, ...]
     settings: SearchSettings
+    past: dict[str, tuple[dict[str, Any], ...]] = {}  # noqa: RUF012 - pydantic copies it
 
 
 class TrialRecord(Settings):

@@ -14,8 +14,13 @@ from apt_ray.registry import RegisteredVersion
 from tuning.records import TrialRecord
 from tuning.space import Space, distributions
 
-MIN_STANDARD_ERRORS = 2.0
-"""By so many a winner must be better than the settings that hold without a search."""
+MIN_GAIN = 0.03
+"""By so much of validation value a winner must be better than the settings that hold without a
+search: smaller gains on self-generated anomalies are not found again on real ones
+(`benchmarks.search_worth`)."""
+
+MIN_STANDARD_ERRORS = 4.0
+"""And by so many of its errors, which know the judged images only, not what real defects are."""
 
 _FEWEST_FOR_IMPORTANCE = 4
 
@@ -28,8 +33,8 @@ _FEWEST_IMAGES = 3  # fewer differences tell nothing of their error
 
 
 def choose_winner(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The trial whose settings are to be fitted: the best one, if it is better than the first by
-    more than chance, and else the first."""
+    """The trial whose settings are to be fitted: the best one if it is so far ahead of the first
+    that real defects may bear it out, and else the first."""
     best = best_trial(trials)
     gain = gain_over_first(trials, best)
     if gain is None or gain.is_seen:
@@ -66,8 +71,8 @@ class Gain:
 
     @property
     def is_seen(self) -> bool:
-        """Whether it is more than chance: above `MIN_STANDARD_ERRORS` of its errors."""
-        return self.mean > MIN_STANDARD_ERRORS * self.error
+        """Whether real defects may bear it out."""
+        return self.mean > max(MIN_GAIN, MIN_STANDARD_ERRORS * self.error)
 
     def __str__(self) -> str:
         return f"{100 * self.mean:+.1f} ± {100 * self.error:.1f} points"
@@ -237,7 +242,10 @@ def say_what_was_found(trials: Sequence[TrialRecord]) -> str:
         return "the defaults have not come as far as the winner, or too few images judge them"
     if gain.is_seen:
         return f"the winner is better than the defaults by {gain} of validation value"
-    return f"the search found nothing better than the defaults: the best trial is {gain} ahead"
+    return (
+        f"the search found nothing that is far better than the defaults: the best trial is {gain}"
+        " ahead"
+    )
 
 
 def _no_result(trials: Sequence[TrialRecord]) -> AptError:

@@ -28,7 +28,7 @@ from tuning.encoding import Encoding, HasEnded
 from tuning.finishing import Finisher
 from tuning.outcome import Outcome
 from tuning.progress import Progress, say
-from tuning.records import SearchStore
+from tuning.records import SearchPlan, SearchStore
 from tuning.searcher import CategoriesScheduler, CategoriesSearcher
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.tracking import TrialLog
@@ -72,41 +72,45 @@ class _StopRequest(tune.Callback):
 
 def run_search(
     categories: Sequence[Category],
-    settings: SearchSettings,
+    searched: SearchPlan,
     engine: EngineSettings,
     store: SearchStore,
     registry: Registry,
     provenance: Mapping[str, str],
     outcome: Outcome,
+    *,
+    progress: Path | None = None,
 ) -> None:
     """Search, fit and register categories on a connected Ray.
 
     Args:
         categories: What is searched.
-        settings: How.
+        searched: How.
         engine: Where the arithmetic is done.
         store: Where everything is kept that must not be lost.
         registry: Where winners and trials go.
         provenance: Tags of every version.
         outcome: Where it is noted what has become of each category; failures are not raised.
+        progress: File that says how far it is.
 
     Raises:
         SettingsError: No engine can be started.
         SearchStopped: SIGTERM came; what could be registered by then is.
     """
     began = time.time()
+    settings = searched.settings
     stop_request = _StopRequest()
     try:
         engines = start_engines(
             settings.backbone,
             engine,
-            callers=settings.live_trials + 2,  # every live trial may ask, and fits may run
+            live_trials=settings.live_trials,
             check=stop_request.check,
         )
         say(
             f"{len(engines.actors)} engine(s) ready, {engines.threads} threads each"
             if engines.are_shared
-            else "each trial has a backbone of its own"
+            else f"each trial has a backbone of its own, {engines.live_trials} run at a time"
         )
         fingerprints = engines.fingerprints(settings.judging())
         encoding, banks = encode_categories(
@@ -118,6 +122,7 @@ def run_search(
             banks=banks,
             fingerprints=fingerprints,
             engines=engines.actors if engines.are_shared else (),
+            live_trials=engines.live_trials,
             threads=engine.threads or 1,
             began=began,
         )
@@ -132,6 +137,7 @@ def run_search(
         )
         _Search(
             categories={category.name: category for category in categories},
+            past=searched.past,
             plan=plan,
             engines=engines,
             encoding=encoding,
@@ -139,6 +145,7 @@ def run_search(
             log=TrialLog(registry, store.name),
             outcome=outcome,
             stop_request=stop_request,
+            progress=progress,
         ).run()
     except SearchStopped:
         say(f"stopped: go on with --resume {store.name}")
@@ -185,6 +192,7 @@ class _Search:
     """The trials of all categories, and the end of each category."""
 
     categories: Mapping[str, Category]
+    past: Mapping[str, Sequence[Mapping[str, Any]]]
     plan: TrialPlan
     engines: Engines
     encoding: Encoding
@@ -192,6 +200,7 @@ class _Search:
     log: TrialLog
     outcome: Outcome
     stop_request: _StopRequest
+    progress: Path | None
     _ended: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def run(self) -> None:
@@ -225,11 +234,19 @@ class _Search:
             self._wait_for_banks()
         run_trials(
             self.plan,
-            CategoriesSearcher(settings, records, self.encoding.state, self._take_in),
+            CategoriesSearcher(
+                settings, records, self.encoding.state, self._take_in, past=self.past
+            ),
             trials=settings.trials * len(records),
             callbacks=[
                 self.stop_request,
-                Progress(list(records), settings.trials, settings.steps, self._end_trial),
+                Progress(
+                    list(records),
+                    settings.trials,
+                    settings.steps,
+                    self._end_trial,
+                    file=self.progress,
+                ),
             ],
         )
 
@@ -292,7 +309,7 @@ def run_trials(
             num_samples=trials,
             search_alg=searcher,
             scheduler=CategoriesScheduler(settings),
-            max_concurrent_trials=settings.live_trials,
+            max_concurrent_trials=plan.live_trials,
             time_budget_s=settings.time_budget_s,
             reuse_actors=True,
         ),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apt_ray.cli.common import run
 from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the search from the command line; returns the exit code."""
     command = read_command(arguments)
     settle()
+    if command.options.dry_run:
+        return run(lambda: _estimate(command))
     if command.options.register_pending:
         return run(lambda: register_pending(command.options.mlflow))
     return run(lambda: _search(command))
@@ -69,6 +71,8 @@ def read_command(arguments: Sequence[str] | None = None) -> Command:
     options = parser.parse_args(arguments)
     if not (options.data or options.resume or options.register_pending):
         parser.error("--data is required, or --resume")
+    if options.dry_run and not options.data:
+        parser.error("--dry-run needs --data: a search that is resumed has its own plan")
     try:
         settings = given(
             options,
@@ -87,6 +91,7 @@ def _search(command: Command) -> int:
     started = time.monotonic()
     options = command.options
     check_writable(options.summary)
+    check_writable(options.progress)
     require("ray", "optuna", "sklearn", "pyarrow", "mlflow", "matplotlib", extra="tune")
 
     from tuning.records import SearchStore
@@ -115,7 +120,16 @@ def _search(command: Command) -> int:
     say(f"if it is cut off: --storage {options.storage} --resume {name}")
     outcome, is_stopped = Outcome(), False
     try:
-        run_search(categories, settings, command.engine, store, registry, provenance, outcome)
+        run_search(
+            categories,
+            plan,
+            command.engine,
+            store,
+            registry,
+            provenance,
+            outcome,
+            progress=options.progress,
+        )
     except SearchStopped:
         is_stopped = True
     seconds = time.monotonic() - started
@@ -151,6 +165,28 @@ def _search(command: Command) -> int:
     return status
 
 
+def _estimate(command: Command) -> int:
+    """Print what the search will take; nothing is searched, kept or registered."""
+    require("ray", "optuna", "pyarrow", extra="tune")
+    categories = find_categories(command.options.data, command.options.categories)
+
+    from tuning.estimate import Machines, estimate
+    from tuning.progress import say
+
+    if command.options.ray_address or os.environ.get("RAY_ADDRESS"):
+        _connect(command.options.ray_address)
+        import ray
+
+        has = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        machines = Machines(
+            cpus=max(1, int(has.get("CPU", 1))), gpus=int(has.get("GPU", 0)), name="the cluster"
+        )
+    else:
+        machines = Machines(cpus=os.cpu_count() or 1, gpus=0, name="this one")
+    print(estimate(categories, command.settings, command.engine, machines, say=say))
+    return 0
+
+
 def _planned(command: Command, store: "SearchStore") -> "tuple[SearchPlan, list[Category]]":
     """What is searched: as the command says, or as the search that is resumed has kept it."""
     from tuning.records import SearchPlan
@@ -163,15 +199,27 @@ def _planned(command: Command, store: "SearchStore") -> "tuple[SearchPlan, list[
         return plan, find_categories(location(plan.data), plan.categories)
     data = command.options.data
     categories = find_categories(data, command.options.categories)
+    names = tuple(category.name for category in categories)
     plan = SearchPlan.parse(
         {
             "data": str(data),
-            "categories": tuple(category.name for category in categories),
+            "categories": names,
             "settings": command.settings,
+            "past": _past(command, names) if command.settings.warm_start else {},
         }
     )
     store.create(plan)
     return plan, categories
+
+
+def _past(command: Command, names: Sequence[str]) -> dict[str, tuple[dict[str, Any], ...]]:
+    """Where the categories begin beside the defaults."""
+    from apt_ray.registry import open_registry
+    from tuning.past import past_settings
+
+    registry = open_registry(command.options.mlflow)
+    registry.check()
+    return past_settings(registry, names, command.settings)
 
 
 def _connect(address: str | None) -> None:
@@ -274,6 +322,12 @@ def _parser() -> argparse.ArgumentParser:
         "share, or s3:// (%(default)s)",
     )
     search.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="search nothing: time the parts of the search with the first category, and say what "
+        "all of it will take on the Ray cluster, or on this machine where none is named",
+    )
+    search.add_argument(
         "--resume",
         metavar="NAME",
         help="go on with a search of that name in the storage; it keeps its own settings and data, "
@@ -300,6 +354,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     cluster.add_argument(
         "--summary", type=Path, metavar="FILE", help="write what was found to this JSON file"
+    )
+    cluster.add_argument(
+        "--progress",
+        type=Path,
+        metavar="FILE",
+        help="keep how far it is in this JSON file, for programs that show it",
     )
     return parser
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -31,6 +32,7 @@ class CategoriesSearcher(Searcher):
     Args:
         settings: Of the search.
         records: Category -> what an earlier run of the same search has recorded.
+        past: Category -> settings that its first trials take, after the starting point.
         bank_state: Category -> whether its trials can start; one that has failed is left out.
         take_in: Called before each draw: finds out what has become of the banks, and may raise to
             end the search. While Ray Tune waits for a draw it does nothing else.
@@ -42,11 +44,15 @@ class CategoriesSearcher(Searcher):
         records: Mapping[str, Sequence[TrialRecord]],
         bank_state: Callable[[str], BankState],
         take_in: Callable[[], None] = lambda: None,
+        *,
+        past: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
     ) -> None:
         super().__init__(metric="validation", mode="max")
         self._settings = settings
         self._bank_state, self._take_in = bank_state, take_in
         self._distributions = distributions(settings.space)
+        start = starting_point(settings.space, settings.backbone)
+        self._first = {category: (start, *past.get(category, ())) for category in records}
         self._studies = {category: self._study() for category in records}
         self._recorded = {
             category: {record.number: dict(record.settings) for record in known}
@@ -114,9 +120,9 @@ class CategoriesSearcher(Searcher):
         number = self._next[category]
         self._next[category] += 1
         study = self._studies[category]
-        point = self._recorded[category].get(number)
-        if point is None and number == 0:
-            point = starting_point(self._settings.space, self._settings.backbone)
+        point: Mapping[str, Any] | None = self._recorded[category].get(number)
+        if point is None and number < len(self._first[category]):
+            point = self._first[category][number]
         if point is not None:
             within = {
                 name: point[name]

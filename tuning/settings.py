@@ -31,8 +31,17 @@ class SearchSettings(Settings):
         " fitted to the first.",
     )
     trials: int = Field(default=8, ge=1, description="Settings that are tried in each category.")
-    live_trials: int = Field(
-        default=8, ge=1, description="Trials that run at a time, over all categories."
+    live_trials: int | None = Field(
+        default=None,
+        ge=1,
+        description="Trials that run at a time, over all categories. By default as many as have the"
+        " CPUs that they need, and 8 an engine where they share engines.",
+    )
+    warm_start: int = Field(
+        default=0,
+        ge=0,
+        description="Trials that take settings of the registry's champions instead of drawn ones:"
+        " those of the category's own first, then those of other categories.",
     )
     searcher: Literal["random", "optuna"] = Field(
         default="random",

@@ -77,6 +77,12 @@ class Axis(Settings):
             return self.ends
         return (low, low + (high - low) / 2.1, high)  # the very middle may be a rung by chance
 
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of the values."""
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int | float) and (self.low or 0) <= value <= (self.high or 0)
+
     def distribution(self, *, is_integer: bool) -> "BaseDistribution":
         """The same as Optuna says it."""
         from optuna import distributions as d
@@ -160,7 +166,12 @@ def _is_integer(name: str) -> bool:
 def starting_point(space: Space, backbone: BackboneSpec) -> dict[str, Any]:
     """The settings that hold where nothing is searched: the first trial, which all others are held
     against."""
-    point = FitSettings().model_dump(include=set(space))
+    return point_of(space, FitSettings(), backbone)
+
+
+def point_of(space: Space, settings: FitSettings, backbone: BackboneSpec) -> dict[str, Any]:
+    """What a fit with these settings has of each that is searched, as the space says it."""
+    point = settings.model_dump(include=set(space))
     known: dict[str, Any] = {"reference_lengths": backbone.reference_lengths}
     if backbone.reads == TRUNK:
         layers = backbone.reference_layers or TRUNK_STAGES

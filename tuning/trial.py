@@ -48,6 +48,7 @@ class TrialPlan:
         banks: Category -> all banks and judges that its trials may ask for.
         fingerprints: Of all that judges see images with.
         engines: Those that may be asked; without any a trial has one of its own.
+        live_trials: How many run at a time.
         threads: PyTorch's threads of an engine of its own.
         began: Time of the search's start, in seconds since the epoch.
     """
@@ -57,6 +58,7 @@ class TrialPlan:
     banks: Mapping[str, CategoryBanks]
     fingerprints: Mapping[BackboneSpec, str]
     engines: tuple["ActorHandle[Any]", ...]
+    live_trials: int
     threads: int
     began: float
 

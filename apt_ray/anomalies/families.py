@@ -49,9 +49,9 @@ def _size(pixels_B3HW: torch.Tensor) -> tuple[int, int]:
     return pixels_B3HW.shape[-2], pixels_B3HW.shape[-1]
 
 
-def _gaussian_blur(pixels_B3HW: torch.Tensor, sigma: float) -> torch.Tensor:
-    height, width = _size(pixels_B3HW)
-    return _blurring(height, sigma) @ pixels_B3HW @ _blurring(width, sigma).T
+def _gaussian_blur(pixels_BCHW: torch.Tensor, sigma: float) -> torch.Tensor:
+    height, width = _size(pixels_BCHW)
+    return _blurring(height, sigma) @ pixels_BCHW @ _blurring(width, sigma).T
 
 
 @lru_cache(maxsize=16)
@@ -75,9 +75,8 @@ def _displace(pixels_B3HW: torch.Tensor, shift_BHW2: torch.Tensor) -> torch.Tens
 
 
 def _soft(mask_BHW: torch.Tensor, sigma: float) -> torch.Tensor:
-    """A mask with an edge of `sigma` of the image's side, `(B, 3, H, W)` in 0..1."""
-    mask_B3HW = mask_BHW[:, None].float().expand(-1, 3, -1, -1)
-    return _gaussian_blur(mask_B3HW, sigma * mask_BHW.shape[-1])
+    """A mask with an edge of `sigma` of the image's side, `(B, 1, H, W)` in 0..1."""
+    return _gaussian_blur(mask_BHW[:, None].float(), sigma * mask_BHW.shape[-1])
 
 
 def _fade_in(pixels: torch.Tensor, replacement: torch.Tensor, share: torch.Tensor) -> Perturbed:
@@ -178,7 +177,7 @@ def erase(pixels: torch.Tensor, g: torch.Generator) -> Perturbed:
     hole_BHW = blob(len(pixels), _size(pixels), g, (0.002, 0.02))
     kept_B1HW = (~hole_BHW)[:, None].float()
     sigma = 0.03 * pixels.shape[-1]
-    known = _gaussian_blur(kept_B1HW.expand(-1, 3, -1, -1), sigma).clamp_min(1e-3)
+    known = _gaussian_blur(kept_B1HW, sigma).clamp_min(1e-3)
     grain = 0.01 * torch.randn(pixels.shape, generator=g)
     filled = _gaussian_blur(pixels * kept_B1HW, sigma) / known + grain
     return _fade_in(pixels, filled, _soft(hole_BHW, 0.003))
@@ -225,10 +224,9 @@ def shade(pixels: torch.Tensor, g: torch.Generator) -> Perturbed:
     """A lighter or darker place with a soft edge."""
     batch, size = len(pixels), _size(pixels)
     sign_B111 = torch.randint(2, (batch, 1, 1, 1), generator=g) * 2.0 - 1
-    mask_B3HW = ellipse(batch, size, g)[:, None].float().expand(-1, 3, -1, -1)
-    soft_B3HW = _gaussian_blur(mask_B3HW, 0.02 * size[1])
+    soft = _soft(ellipse(batch, size, g), 0.02)
     everywhere_BHW = torch.ones(batch, *size, dtype=torch.bool)
-    return _blend(pixels, pixels + 0.35 * sign_B111 * soft_B3HW, everywhere_BHW)
+    return _blend(pixels, pixels + 0.35 * sign_B111 * soft, everywhere_BHW)
 
 
 def fade(pixels: torch.Tensor, g: torch.Generator) -> Perturbed:

@@ -48,10 +48,11 @@ def blob(
     centre_2B11 = uniform(0.1, 0.9, (2, batch, 1, 1), g)
     distance_BHW = torch.hypot(y_H1 - centre_2B11[0], x_W - centre_2B11[1])
     field_BHW = 0.08 * smooth_noise(batch, size, 8, g) - distance_BHW
+    pixels = field_BHW[0].numel()
     threshold_B = torch.stack(
         [
-            torch.quantile(field_HW, 1 - area)
-            for field_HW, area in zip(field_BHW, _areas(batch, g, areas), strict=True)
+            field_HW.flatten().kthvalue(1 + int((1 - area) * (pixels - 1))).values
+            for field_HW, area in zip(field_BHW, _areas(batch, g, areas).tolist(), strict=True)
         ]
     )
     return field_BHW > threshold_B[:, None, None]

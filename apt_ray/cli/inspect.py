@@ -39,7 +39,7 @@ def _run(options: argparse.Namespace) -> int:
     from apt_ray.detection.prompt_set import PromptSet
     from apt_ray.features.clip import load_backbone
 
-    paths = _images(options.images)
+    paths = _images(options.images, options.out)
     prompt_set = PromptSet.load(options.prompt_set)
     detector = Detector(load_backbone(prompt_set.backbone, device=options.device), prompt_set)
     # Below the folder that all have in common no two have one name.
@@ -96,12 +96,23 @@ def _inspect(detector: Detector, path: Path, overlay: Path | None) -> dict[str, 
     return row
 
 
-def _images(paths: Sequence[Path]) -> list[Path]:
+def _images(paths: Sequence[Path], out: Path | None) -> list[Path]:
+    """Files, and those below folders except in `out`: overlays of an earlier run are no images."""
     from apt_ray.data.folders import images_below
 
+    drawn = None if out is None else Path(os.path.abspath(out))
     found: list[Path] = []
     for path in paths:
-        found += images_below(path) if path.is_dir() else [path]
+        if not path.is_dir():
+            found.append(path)
+            continue
+        if drawn == Path(os.path.abspath(path)):
+            raise DataError(f"overlays in {path} would lie among its images: give another --out")
+        found += [
+            image
+            for image in images_below(path)
+            if drawn is None or drawn not in Path(os.path.abspath(image)).parents
+        ]
     if not found:
         raise DataError(f"no image in {', '.join(map(str, paths))}: give files or other folders")
     return list(dict.fromkeys(found))

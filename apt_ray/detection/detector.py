@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from scipy import ndimage
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import ScoreRule, resize_map
@@ -49,7 +50,8 @@ class Inspection:
     """What the detector says of one image.
 
     Attributes:
-        anomaly_map: `(H, W)` float32 in 0..1 at the size of the image, higher is worse.
+        anomaly_map: `(H, W)` float32 in 0..1, higher is worse; at the size of the image, unless
+            another was asked for.
         anomaly_score: root mean square of the highest 0.5 % of the map, 0..1.
         threshold: the score above which the image is anomalous.
         is_anomalous: whether it is.
@@ -130,18 +132,33 @@ class Detector:
             for image, map_HW, score in zip(images, maps_BHW.cpu(), scores_B.tolist(), strict=True)
         ]
 
-    def conclude(self, map_SS: torch.Tensor, score: float, size: tuple[int, int]) -> Inspection:
-        """What a map and a score of `score`, on the CPU, mean for an image of (width, height)."""
-        map_HW: npt.NDArray[np.float32] = resize_map(map_SS, size).numpy()
+    def conclude(
+        self,
+        map_SS: torch.Tensor,
+        score: float,
+        size: tuple[int, int],
+        *,
+        map_size: tuple[int, int] | None = None,
+    ) -> Inspection:
+        """What a map and a score of `score`, on the CPU, mean for an image of (width, height).
+
+        The anomaly map may be wanted at another size; regions are in pixels of the image.
+        """
         threshold = self.prompt_set.threshold
         is_anomalous = threshold.rejects(score)
+        map_size = map_size or size
+        map_HW: npt.NDArray[np.float32] = resize_map(map_SS, map_size).numpy()
+        regions: tuple[Region, ...] = ()
+        if is_anomalous:
+            whole_HW = map_HW if map_size == size else resize_map(map_SS, size).numpy()
+            regions = find_regions(whole_HW, threshold.value)
         return Inspection(
             anomaly_map=map_HW,
             anomaly_score=score,
             threshold=threshold.value,
             is_anomalous=is_anomalous,
             p_value=threshold.p_value(score),
-            regions=find_regions(map_HW, threshold.value) if is_anomalous else (),
+            regions=regions,
         )
 
     def probe_score(self) -> float:
@@ -199,22 +216,47 @@ def _probe_image(size: int) -> Image.Image:
 
 
 def find_regions(map_HW: npt.NDArray[np.float32], threshold: float) -> tuple[Region, ...]:
-    """The 8-connected areas of a map above a threshold, the worst `MAX_REGIONS` of them."""
-    labels_HW, count = ndimage.label(map_HW > threshold, structure=np.ones((3, 3)))
-    index = np.arange(1, count + 1)
-    peaks = np.atleast_1d(ndimage.maximum(map_HW, labels_HW, index)) if count else np.empty(0)
-    areas = np.bincount(labels_HW.ravel())[1:]
-    regions = [
-        Region(
-            x=columns.start,
-            y=rows.start,
-            width=columns.stop - columns.start,
-            height=rows.stop - rows.start,
-            peak=float(peak),
-            area=int(area),
-        )
-        for (rows, columns), peak, area in zip(
-            ndimage.find_objects(labels_HW), peaks, areas, strict=True
-        )
-    ]
-    return tuple(sorted(regions, key=lambda region: -region.peak)[:MAX_REGIONS])
+    """The 8-connected areas of a map above a threshold, the worst `MAX_REGIONS` of them.
+
+    A row's pixels above the threshold are a few runs, and it is runs that touch, not pixels: some
+    thousands in a photograph of millions of pixels.
+    """
+    above_HW = map_HW > threshold
+    height, width = above_HW.shape
+    step = width + 1  # a clear column before each row ends the runs of the row before
+    padded = np.zeros(height * step + 1, np.bool_)
+    padded[:-1].reshape(height, step)[:, 1:] = above_HW
+    edges = np.flatnonzero(padded[1:] != padded[:-1]) + 1
+    if not len(edges):
+        return ()
+    starts, ends = edges[::2], edges[1::2]
+    # Of the next row's runs, those from the first that ends behind this run's left neighbour to the
+    # last that begins no later than its right neighbour.
+    first = np.searchsorted(ends, starts + step - 1, side="right")
+    counts = np.searchsorted(starts, ends + step, side="right") - first
+    upper = np.repeat(np.arange(len(starts)), counts)
+    lower = np.arange(counts.sum()) + np.repeat(first - counts.cumsum() + counts, counts)
+    touching = sparse.coo_array((np.ones(len(upper)), (upper, lower)), shape=(len(starts),) * 2)
+    _, labels = csgraph.connected_components(touching, directed=False)
+
+    order = np.argsort(labels, kind="stable")
+    begins = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    lengths = ends - starts
+    rows, lefts = starts // step, starts % step - 1
+    # The pixels above the threshold come in the order of the runs.
+    peaks = np.maximum.reduceat(map_HW[above_HW], lengths.cumsum() - lengths)[order]
+    peaks = np.maximum.reduceat(peaks, begins)
+    worst = np.lexsort((order[begins], -peaks))[:MAX_REGIONS]
+    boxes = zip(
+        np.minimum.reduceat(lefts[order], begins)[worst].tolist(),
+        np.minimum.reduceat(rows[order], begins)[worst].tolist(),
+        np.maximum.reduceat((lefts + lengths)[order], begins)[worst].tolist(),
+        np.maximum.reduceat(rows[order], begins)[worst].tolist(),
+        peaks[worst].tolist(),
+        np.add.reduceat(lengths[order], begins)[worst].tolist(),
+        strict=True,
+    )
+    return tuple(
+        Region(x=x, y=y, width=right - x, height=bottom + 1 - y, peak=peak, area=area)
+        for x, y, right, bottom, peak, area in boxes
+    )

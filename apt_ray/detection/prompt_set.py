@@ -1,8 +1,9 @@
 """PromptSet: everything that one category needs beside the backbone, in one safetensors file.
 
 Tensors: `text_features` (P, E), `contexts` (P, L, C), `meta_features` (2, E), and
-`memory.<layer>` (M, D) in float16. The header holds everything else as JSON, and a SHA-256 over all
-of it. Nothing is ever unpickled.
+`memory.<layer>` (M, D) in float16. Newer files also have `thumbnail.<n>`, the bytes of small
+JPEG files of the support images, for people alone. The header holds everything else as JSON, and a
+SHA-256 over all of it. Nothing is ever unpickled.
 
 P prompts (0 normal, the others anomalous), E joint width, L context length, C token width, M
 patches, D width.
@@ -31,9 +32,12 @@ from apt_ray.levels import FORMER, Reading
 from apt_ray.tensors import header_of, seal, unseal
 
 FORMAT_VERSION = 1
+THUMBNAIL_SIDE = 448
+"""Pixels of the longer side of a support image that is kept to be looked at."""
 
 _FIRST_RULE = 1  # of files that do not say
 _MEMORY = "memory."
+_THUMBNAIL = "thumbnail."
 
 
 class Provenance(Settings):
@@ -78,6 +82,8 @@ class PromptSet:
         contexts: `(P, L, C)` float32, the learned prompt contexts.
         meta_features: `(2, E)` float32, the meta-prompt at the end of the training.
         memory: features of the support images.
+        thumbnails: JPEG files of the support images at `THUMBNAIL_SIDE`, in the order of their
+            names; empty in files from before they were kept.
     """
 
     provenance: Provenance
@@ -85,6 +91,7 @@ class PromptSet:
     contexts: torch.Tensor
     meta_features: torch.Tensor
     memory: ReferenceMemory
+    thumbnails: tuple[bytes, ...] = ()
 
     @property
     def category(self) -> str:
@@ -135,6 +142,10 @@ class PromptSet:
             "contexts": self.contexts,
             "meta_features": self.meta_features,
             **{f"{_MEMORY}{layer}": tokens for layer, tokens in self.memory.layers.items()},
+            **{
+                f"{_THUMBNAIL}{number}": torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                for number, data in enumerate(self.thumbnails)
+            },
         }
         contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         return save(contiguous, seal(self.provenance.model_dump_json(), contiguous))
@@ -173,6 +184,7 @@ class PromptSet:
             contexts=tensors["contexts"],
             meta_features=tensors["meta_features"],
             memory=ReferenceMemory(memory),
+            thumbnails=tuple(tensors[name].numpy().tobytes() for name in _thumbnails(tensors)),
         )
 
     def save(self, path: StrPath) -> None:
@@ -220,15 +232,24 @@ def _check_versions(header: str, source: str, remedy: str) -> None:
         )
 
 
+def _thumbnails(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the thumbnails, in their order; what misses its predecessor is none."""
+    names: list[str] = []
+    while (name := f"{_THUMBNAIL}{len(names)}") in tensors:
+        names.append(name)
+    return names
+
+
 def _check_shapes(
     tensors: dict[str, torch.Tensor], scales: Scales, source: str, remedy: str
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     memories = {f"{_MEMORY}{layer}" for layer in scales.layers}
+    thumbnails = set(_thumbnails(tensors))
     text = shapes.get("text_features", ())
     contexts = shapes.get("contexts", ())
     fits = (
-        set(shapes) == {"text_features", "contexts", "meta_features", *memories}
+        set(shapes) == {"text_features", "contexts", "meta_features", *memories, *thumbnails}
         and len(text) == 2
         and text[0] >= 2
         and shapes["meta_features"] == (2, text[1])
@@ -240,6 +261,10 @@ def _check_shapes(
             tensor.dtype == (torch.float16 if name in memories else torch.float32)
             and bool(tensor.isfinite().all())
             for name, tensor in tensors.items()
+            if name not in thumbnails
+        )
+        and all(
+            tensors[name].dtype == torch.uint8 and len(shapes[name]) == 1 for name in thumbnails
         )
     )
     if not fits:

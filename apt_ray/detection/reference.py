@@ -30,8 +30,7 @@ class ReferenceMemory:
     def __init__(self, layers: Mapping[int, torch.Tensor]) -> None:
         self.layers = {layer: tokens_KD.half() for layer, tokens_KD in layers.items()}
         self._are_directions = {
-            layer: bool(((tokens_KD.float().norm(dim=1) - 1).abs() < _UNIT).all())
-            for layer, tokens_KD in self.layers.items()
+            layer: are_directions(tokens_KD.float()) for layer, tokens_KD in self.layers.items()
         }
 
     @classmethod
@@ -66,6 +65,11 @@ class ReferenceMemory:
         half_K = memory_KD.square().sum(-1) / 2
         nearest_BM = _most(tokens_BMD, memory_KD, -half_K)
         return (tokens_BMD.square().sum(-1) - 2 * nearest_BM).clamp_min(0).sqrt()
+
+
+def are_directions(tokens_KD: torch.Tensor) -> bool:
+    """Whether tokens are compared by their directions alone: all of them are of unit length."""
+    return bool(((tokens_KD.norm(dim=1) - 1).abs() < _UNIT).all())
 
 
 def _most(

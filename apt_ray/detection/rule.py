@@ -219,9 +219,13 @@ def anomalous_log_odds(
 def top_mean(values_BX: torch.Tensor, count: int | None = None) -> torch.Tensor:
     """Mean of the `count` highest values along the last dimension; by default of the highest 1 %,
     of one value at the least."""
-    if count is None:
-        count = max(1, round(_WORST_PATCHES * values_BX.shape[-1]))
+    count = count or worst_patches(values_BX.shape[-1])
     return values_BX.topk(count, dim=-1).values.mean(-1)
+
+
+def worst_patches(patches: int) -> int:
+    """How many of them losses and trials look at: the most anomalous 1 %, one at the least."""
+    return max(1, round(_WORST_PATCHES * patches))
 
 
 def enlarge(p_BN: torch.Tensor, grid: tuple[int, int], finer: tuple[int, int]) -> torch.Tensor:

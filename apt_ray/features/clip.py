@@ -23,11 +23,12 @@ from apt_ray.features.attention import locality_mask
 from apt_ray.features.builtin.apt_mini import load_builtin
 from apt_ray.features.constants import BackboneConstants, published_constants
 from apt_ray.features.fingerprint import fingerprint
+from apt_ray.features.frozen_text import FrozenTextTower
 from apt_ray.features.pixels import resize_pixels, to_pixels
 from apt_ray.features.protocol import ImageFeatures, ReferenceEncoder
 from apt_ray.features.reference_encoder import load_reference_encoder
 from apt_ray.features.torchvision_guard import import_open_clip
-from apt_ray.features.towers import run_text_tower, run_vision_tower
+from apt_ray.features.towers import run_vision_tower
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -108,10 +109,11 @@ class FrozenCLIP:
         self._mask_SS = locality_mask(tile_grid, radius).to(self.device)
         vocabulary_NC = model.token_embedding.weight
         start, end = tokenize([""])[0][:2].tolist()
-        self._start_C, self._end_C = vocabulary_NC[start].clone(), vocabulary_NC[end].clone()
+        start_C, self._end_C = vocabulary_NC[start].clone(), vocabulary_NC[end].clone()
         self.token_width = vocabulary_NC.shape[1]
         self.token_std = float(vocabulary_NC.std())
         self.model.to(self._dtype)
+        self._text_tower = FrozenTextTower(self.model, start_C.to(self._dtype))
         self.max_context_length = model.context_length - 2
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -209,15 +211,11 @@ class FrozenCLIP:
         Each text is `[SOS] v_1 .. v_l [EOS]` with its own length l <= L; what stands behind its
         [EOS] is ignored. The text tower is causal, so nothing behind the longest [EOS] is computed.
         """
-        texts, longest, _ = contexts_TLC.shape
-        place_S = torch.arange(longest + 2, device=self.device)
-        lengths_T1 = lengths_T.to(self.device)[:, None]
-        x_TSC = torch.cat(
-            [self._start_C.expand(texts, 1, -1), contexts_TLC, self._end_C.expand(texts, 1, -1)],
-            dim=1,
-        )
-        x_TSC = torch.where((place_S == lengths_T1 + 1)[..., None], self._end_C, x_TSC)
-        return self._text_features(x_TSC, lengths_T1[:, 0] + 1)
+        lengths_T = lengths_T.to(self.device)
+        x_TSC = F.pad(contexts_TLC, (0, 0, 0, 1))
+        place_S = torch.arange(x_TSC.shape[1], device=self.device)
+        is_end_TS = place_S == lengths_T[:, None]
+        return self._text_features(torch.where(is_end_TS[..., None], self._end_C, x_TSC), lengths_T)
 
     def embed_words(self, text: str) -> torch.Tensor:
         """Written words -> their token embeddings `(L, C)`, float32, as a context has them."""
@@ -229,15 +227,16 @@ class FrozenCLIP:
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Written texts -> text features `(T, E)`, float32, L2-normalised."""
-        ids_TS = self.tokenize(list(texts)).to(self.device)
+        ids_TS = self.tokenize(list(texts)).to(self.device)[:, 1:]
         # [EOS] has the highest id of all.
         end_T = ids_TS.argmax(1)
         x_TSC = self.model.token_embedding(ids_TS[:, : int(end_T.max()) + 1])
         return self._text_features(x_TSC, end_T)
 
     def _text_features(self, x_TSC: torch.Tensor, end_T: torch.Tensor) -> torch.Tensor:
-        """Embedded texts that end at `end_T` -> `(T, E)`, float32, L2-normalised."""
-        end_TC = run_text_tower(self.model, x_TSC.to(self._dtype), end_T)
+        """Texts, embedded from behind [SOS] to their end at `end_T` -> `(T, E)`, float32,
+        L2-normalised."""
+        end_TC = self._text_tower(x_TSC.to(self._dtype), end_T)
         projection: nn.Linear | torch.Tensor | None = self.model.text_projection
         if isinstance(projection, nn.Linear):
             end_TC = projection(end_TC)

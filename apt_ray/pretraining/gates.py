@@ -32,7 +32,6 @@ from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import (
     anomalous_probability,
     anomaly_maps,
-    prompt_log_probabilities,
     top_mean,
 )
 from apt_ray.features.builtin.apt_mini import FOLDER, load_builtin
@@ -46,7 +45,7 @@ from apt_ray.pretraining.losses import participation_ratio
 from apt_ray.pretraining.surfaces import HELD_OUT_SURFACES, TRAINING_SURFACES
 from apt_ray.prompts.guidance import meta_features
 from apt_ray.prompts.lanes import Lane
-from apt_ray.prompts.losses import synthetic_loss
+from apt_ray.prompts.losses import gradients_at_text
 from apt_ray.prompts.trainer import PromptTrainer
 from apt_ray.validation.metrics import image_auroc, pixel_auroc
 
@@ -229,12 +228,12 @@ def train_free_direction(
     free_PE = torch.randn(2, tokens_XNE.shape[-1], generator=generator, requires_grad=True)
     optimizer = torch.optim.Adam([free_PE], lr=rate)
     for _ in range(_FREE_STEPS):
-        log_p_XNP = prompt_log_probabilities(
-            tokens_XNE, F.normalize(free_PE, dim=-1), backbone.constants
+        text_PE = F.normalize(free_PE, dim=-1)
+        ((at_text_PE,),) = gradients_at_text(
+            tokens_XNE[None], labels_XN[None], text_PE.detach()[None], None, backbone.constants
         )
-        loss = synthetic_loss(log_p_XNP[None], labels_XN[None]).sum()
         optimizer.zero_grad()
-        loss.backward()
+        text_PE.backward(at_text_PE)
         optimizer.step()
     return F.normalize(free_PE.detach(), dim=-1)
 

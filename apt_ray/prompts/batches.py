@@ -6,6 +6,7 @@ step, N patch tokens, E joint width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -24,46 +25,51 @@ def draw_batches(
     """Each lane's next images, noisy draws, then clean views: tokens `(T, B, N, E)`, float32, and
     labels `(T, B, N)`, 1 anomalous, 0 normal, -1 ignored.
 
-    Lanes that read the same tensors are copied together: on a GPU a copy for each lane would cost
-    more than all of the step's arithmetic.
+    Neighbours that read the same tensors are copied together: on a GPU a copy for each lane would
+    cost more than all of the step's arithmetic.
     """
     draws = [_draw(lane, g) for lane, g in zip(lanes, generators, strict=True)]
-    clean_SVNE, labels_SDN = lanes[0].bank.clean_SVNE, lanes[0].bank.noisy_labels_SDN
-    shape_TBNE = (len(lanes), _NOISY + _CLEAN, *clean_SVNE.shape[2:])
-    tokens_TBNE = clean_SVNE.new_empty(shape_TBNE, device=device)
-    labels_TBN = labels_SDN.new_zeros(shape_TBNE[:3], device=device)
-    readers: dict[tuple[int, float], list[int]] = {}
-    for number, lane in enumerate(lanes):
-        readers.setdefault((id(lane.bank), lane.settings.noise_strength), []).append(number)
-    for (_, strength), numbers in readers.items():
-        bank = lanes[numbers[0]].bank
-        noisy_GB = torch.stack([draws[number].noisy_B for number in numbers])
-        clean_GB = torch.stack([draws[number].clean_B for number in numbers])
-        at_G = torch.tensor(numbers, device=device)
-        tokens_TBNE[at_G, :_NOISY] = _rows(bank.noisy_SDNE[strength], noisy_GB).to(device)
-        tokens_TBNE[at_G, _NOISY:] = _rows(bank.clean_SVNE, clean_GB).to(device)
-        labels_TBN[at_G, :_NOISY] = _rows(bank.noisy_labels_SDN, noisy_GB).to(device)
+    bank = lanes[0].bank
+    shape_TBNE = (len(lanes), _NOISY + _CLEAN, *bank.clean_SVNE.shape[2:])
+    tokens_TBNE = torch.empty(shape_TBNE, device=device)
+    labels_TBN = bank.noisy_labels_SDN.new_zeros(shape_TBNE[:3], device=device)
+    for (_, strength), alike in groupby(range(len(lanes)), lambda number: _read_by(lanes[number])):
+        first, *others = alike
+        group, bank = slice(first, first + 1 + len(others)), lanes[first].bank
+        noisy_GB = torch.tensor([draw.noisy for draw in draws[group]])
+        clean_GB = torch.tensor([draw.clean for draw in draws[group]])
+        tokens_TBNE[group, :_NOISY] = _rows(bank.noisy_SDNE[strength], noisy_GB)
+        tokens_TBNE[group, _NOISY:] = _rows(bank.clean_SVNE, clean_GB)
+        labels_TBN[group, :_NOISY] = _rows(bank.noisy_labels_SDN, noisy_GB)
     for number, (lane, g) in enumerate(zip(lanes, generators, strict=True)):
         if lane.settings.noise != "pixel":
             _disturb_tokens(lane, draws[number], g, tokens_TBNE[number], labels_TBN[number])
-    return tokens_TBNE.float(), labels_TBN
+    return tokens_TBNE, labels_TBN
+
+
+def _read_by(lane: Lane) -> tuple[int, float]:
+    """Which tensors a lane reads."""
+    return id(lane.bank), lane.settings.noise_strength
 
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
     """Which of the bank's noisy draws and clean views, counted over all of its images."""
 
-    noisy_B: torch.Tensor
-    clean_B: torch.Tensor
+    noisy: list[int]
+    clean: list[int]
 
 
 def _draw(lane: Lane, g: torch.Generator) -> _Draw:
-    bank, images = lane.bank, torch.tensor(lane.images)
-    draws, views = bank.noisy_labels_SDN.shape[1], bank.clean_SVNE.shape[1]
-    image_B = images[torch.randint(len(images), (_NOISY + _CLEAN,), generator=g)]
+    def chosen(count: int, among: int) -> list[int]:
+        numbers: list[int] = torch.randint(among, (count,), generator=g).tolist()
+        return numbers
+
+    draws, views = lane.bank.noisy_labels_SDN.shape[1], lane.bank.clean_SVNE.shape[1]
+    images = [lane.images[number] for number in chosen(_NOISY + _CLEAN, len(lane.images))]
     return _Draw(
-        noisy_B=image_B[:_NOISY] * draws + torch.randint(draws, (_NOISY,), generator=g),
-        clean_B=image_B[_NOISY:] * views + torch.randint(views, (_CLEAN,), generator=g),
+        noisy=[i * draws + n for i, n in zip(images[:_NOISY], chosen(_NOISY, draws), strict=True)],
+        clean=[i * views + n for i, n in zip(images[_NOISY:], chosen(_CLEAN, views), strict=True)],
     )
 
 
@@ -77,8 +83,9 @@ def _disturb_tokens(
     """Put noise on tokens in place of noisy pixels: of all noisy draws, or of every other one."""
     bank, settings = lane.bank, lane.settings
     views = bank.clean_SVNE.shape[1]
-    view_B = _rows(bank.noisy_views_SD, draw.noisy_B).cpu()
-    image_B = draw.noisy_B // bank.noisy_labels_SDN.shape[1]
+    noisy_B = torch.tensor(draw.noisy)
+    view_B = _rows(bank.noisy_views_SD, noisy_B).cpu()
+    image_B = noisy_B // bank.noisy_labels_SDN.shape[1]
     undisturbed_BNE = _rows(bank.clean_SVNE, image_B * views + view_B).to(tokens_BNE.device)
     is_chosen_BN = labels_BN[:_NOISY] == 1
     on_tokens_BNE = add_token_noise(undisturbed_BNE, is_chosen_BN, settings.noise_strength, g)

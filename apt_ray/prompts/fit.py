@@ -14,12 +14,12 @@ from apt_ray.data.distinct import Distinct, pixel_digest
 from apt_ray.data.folders import support_hash
 from apt_ray.detection.calibration import Threshold, calibrate, estimate
 from apt_ray.detection.detector import Detector
-from apt_ray.detection.prompt_set import PromptSet, Provenance
+from apt_ray.detection.prompt_set import THUMBNAIL_SIDE, PromptSet, Provenance
 from apt_ray.detection.rule import RULE_VERSION, Scale, Scales, ScoreRule, anomalous_log_odds
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.protocol import Backbone
 from apt_ray.files import AnyPath, Location, location
-from apt_ray.images import find_reading, read_image
+from apt_ray.images import encode_jpeg, find_reading, read_image
 from apt_ray.levels import Reading
 from apt_ray.prompts.lanes import Lane
 from apt_ray.prompts.remember import remember
@@ -133,6 +133,7 @@ def fit(
         contexts=trainer.contexts()[0].cpu(),
         meta_features=trainer.meta_T2E[0].cpu(),
         memory=memory,
+        thumbnails=tuple(encode_jpeg(image, side=THUMBNAIL_SIDE) for image in images),
     )
     probe_score = Detector(backbone, fitted).probe_score()
     provenance = fitted.provenance.model_copy(update={"probe_score": probe_score})

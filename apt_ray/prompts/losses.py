@@ -1,17 +1,16 @@
-"""The losses of prompts on self-generated anomalies, one value a lane, and their gradients.
+"""The losses of prompts on self-generated anomalies, those of every step by their gradients alone.
 
 T lanes, P prompts (0 normal, the others anomalous), L longest context, C token width, B images a
 step, N patch tokens, E joint width.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 
-from apt_ray.detection.rule import cosine_log_probabilities, top_mean
+from apt_ray.detection.rule import worst_patches
 from apt_ray.features.constants import BackboneConstants
-
-_FOCAL_GAMMA = 2
-
 
 _SMALLEST_SQUARE = 1e-12
 
@@ -23,63 +22,72 @@ def gradients_at_text(
     meta_T2E: torch.Tensor | None,
     constants: BackboneConstants,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients `(T, P, E)` to the text features: of `synthetic_loss`, and with a meta-prompt of
-    the `divergence` from it.
+    """Gradients `(T, P, E)` to the text features: of the synthetic loss, and with a meta-prompt of
+    the divergence from it.
 
-    Each lane's loss depends on its own text features alone, so the gradient of the sum over lanes
-    holds every lane's own gradient. The tokens, by far the largest tensor, are read once for all
+    The synthetic loss of a lane, patch level: focal loss (gamma 2; Lin et al., arXiv 1708.02002)
+    plus Dice (Milletari et al., arXiv 1606.04797), smoothed by 1, on the anomalous probability.
+    Image level: cross-entropy of the mean over the most anomalous 1 % of the patches. Labels of -1
+    are ignored. The divergence is KL(p_meta || p_learned) between normal and anomalous, whichever
+    of the anomalous prompts it is, averaged over the patches.
+
+    Both see the prompts through a patch's log-odds alone, and these see how anomalous prompts
+    differ from the normal one. The tokens, by far the largest tensor, are read once for all
     cosines and once for all gradients.
     """
-    prompts, tokens_TXE = text_TPE.shape[1], tokens_TBNE.flatten(1, 2)
-    known_TQE = text_TPE if meta_T2E is None else torch.cat([text_TPE, meta_T2E], dim=1)
-    cosine_TQX = known_TQE @ tokens_TXE.mT
-    learned_TPX = cosine_TQX[:, :prompts].requires_grad_(True)
-
-    def by_image(cosine_TPX: torch.Tensor) -> torch.Tensor:
-        log_p_TXP = cosine_log_probabilities(cosine_TPX, constants)
-        return log_p_TXP.reshape(*tokens_TBNE.shape[:3], -1)
-
-    log_p_TBNP = by_image(learned_TPX)
-    losses = [synthetic_loss(log_p_TBNP, labels_TBN)]
+    scale, bias = constants.dense_scale, constants.dense_bias
+    anomalous, tokens_TXE = text_TPE.shape[1] - 1, tokens_TBNE.flatten(1, 2)
+    known = [text_TPE] if meta_T2E is None else [text_TPE, meta_T2E]
+    apart_TQE = torch.cat([text[:, 1:] - text[:, :1] for text in known], dim=1)
+    # In this order a CPU reads the tokens as they lie.
+    logit_TQX = torch.bmm(tokens_TXE, scale * apart_TQE.mT).mT.contiguous().add_(bias)
+    learned_TAX = logit_TQX[:, :anomalous]
+    odds_TX = reduce(torch.logaddexp, learned_TAX.unbind(1))
+    p_TX = odds_TX.sigmoid()
+    at_p_TBN = _gradient_of_synthetic_loss(p_TX.view(labels_TBN.shape), labels_TBN)
+    at_odds = [at_p_TBN.flatten(1) * p_TX * (1 - p_TX)]
     if meta_T2E is not None:
-        losses.append(divergence(by_image(cosine_TQX[:, prompts:]), log_p_TBNP))
-    at_cosine = [
-        torch.autograd.grad(loss_T.sum(), learned_TPX, retain_graph=True)[0] for loss_T in losses
-    ]
-    return (torch.cat(at_cosine, dim=1) @ tokens_TXE).chunk(len(losses), dim=1)
+        at_odds.append((p_TX - logit_TQX[:, -1].sigmoid()) / p_TX.shape[1])
+    slope_TAX = (learned_TAX - odds_TX[:, None]).exp_()
+    at_logit_TGAX = torch.stack(at_odds, dim=1)[:, :, None] * slope_TAX[:, None]
+    at_TYE = scale * torch.bmm(at_logit_TGAX.flatten(1, 2), tokens_TXE)
+    return tuple(
+        torch.cat([-at_TAE.sum(1, keepdim=True), at_TAE], dim=1)
+        for at_TAE in at_TYE.chunk(len(at_odds), dim=1)
+    )
 
 
-def synthetic_loss(log_p_TBNP: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:
-    """The loss on self-generated anomalies, one value a lane.
-
-    Patch level: focal loss (gamma 2; Lin et al., arXiv 1708.02002) plus Dice (Milletari et al.,
-    arXiv 1606.04797), smoothed by 1, on the anomalous probability. Image level: cross-entropy of
-    the mean over the most anomalous 1 % of the patches. Labels of -1 are ignored.
-    """
-    p_TBN = log_p_TBNP[..., 1:].exp().sum(-1).clamp(1e-6, 1 - 1e-6)
-    known_TBN = labels_TBN >= 0
+def _gradient_of_synthetic_loss(p_TBN: torch.Tensor, labels_TBN: torch.Tensor) -> torch.Tensor:
+    """`(T, B, N)`, to anomalous probabilities; nearer than 1e-6 to certain they count as that."""
+    given_TBN, p_TBN = p_TBN, p_TBN.clamp(1e-6, 1 - 1e-6)
     is_anomalous_TBN = labels_TBN == 1
-    p_true_TBN = torch.where(is_anomalous_TBN, p_TBN, 1 - p_TBN)
-    focal_TBN = -((1 - p_true_TBN) ** _FOCAL_GAMMA) * p_true_TBN.log()
-    focal_T = _mean(focal_TBN, known_TBN)
-    covered_T = (p_TBN * is_anomalous_TBN).sum((1, 2))
-    total_T = (p_TBN * known_TBN).sum((1, 2)) + is_anomalous_TBN.sum((1, 2))
-    dice_T = 1 - (2 * covered_T + 1) / (total_T + 1)
-    worst_TB = top_mean(p_TBN)
-    has_anomaly_TB = is_anomalous_TBN.any(-1)
+    anomalous_TBN = is_anomalous_TBN.to(p_TBN.dtype)
+    known_TBN = (labels_TBN >= 0).to(p_TBN.dtype)
+
+    true_TBN = torch.where(is_anomalous_TBN, p_TBN, 1 - p_TBN)
+    wrong_TBN = 1 - true_TBN
+    at_true_TBN = wrong_TBN * (2 * true_TBN.log() - wrong_TBN / true_TBN)
+    known_T11 = known_TBN.sum((1, 2), keepdim=True)
+    focal_TBN = (2 * anomalous_TBN - 1) * known_TBN * at_true_TBN / known_T11.clamp_min(1)
+
+    covered_T11 = (p_TBN * anomalous_TBN).sum((1, 2), keepdim=True)
+    total_TBN = p_TBN * known_TBN + anomalous_TBN
+    total_T11 = total_TBN.sum((1, 2), keepdim=True) + 1
+    dice_TBN = ((2 * covered_T11 + 1) / total_T11 * known_TBN - 2 * anomalous_TBN) / total_T11
+
+    count = worst_patches(p_TBN.shape[-1])
+    worst = p_TBN.topk(count)
+    worst_TB1 = worst.values.mean(-1, keepdim=True)
+    has_anomaly_TB1 = is_anomalous_TBN.any(-1, keepdim=True)
     # An image whose only region is too small for any patch says neither normal nor anomalous.
-    is_known_TB = has_anomaly_TB | (labels_TBN == 0).all(-1)
-    image_TB = -torch.where(has_anomaly_TB, worst_TB, 1 - worst_TB).log()
-    return focal_T + dice_T + _mean(image_TB, is_known_TB)
+    is_known_TB1 = has_anomaly_TB1 | (labels_TBN == 0).all(-1, keepdim=True)
+    image_TB1 = is_known_TB1 / torch.where(has_anomaly_TB1, -worst_TB1, 1 - worst_TB1)
+    image_TB1 = image_TB1 / (count * is_known_TB1.sum(1, keepdim=True).clamp_min(1))
 
-
-def divergence(meta_TBN2: torch.Tensor, learned_TBNP: torch.Tensor) -> torch.Tensor:
-    """KL(p_meta || p_learned) of log-probabilities, averaged over the patches, one value a lane.
-
-    Between normal and anomalous, whichever of the anomalous prompts it is.
-    """
-    learned_TBN2 = torch.stack([learned_TBNP[..., 0], learned_TBNP[..., 1:].logsumexp(-1)], dim=-1)
-    return (meta_TBN2.exp() * (meta_TBN2 - learned_TBN2)).sum(-1).mean((1, 2))
+    at_p_TBN = (focal_TBN + dice_TBN).scatter_add_(
+        2, worst.indices, image_TB1.expand(-1, -1, count)
+    )
+    return at_p_TBN * (p_TBN == given_TBN)
 
 
 def likeness(text_TAE: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,12 @@ champion changes. `mlflow` is the registry that there is; importing MLflow takes
 from apt_ray.machine import settle
 from apt_ray.registry.history import History, Move
 from apt_ray.registry.pending import default_pending
-from apt_ray.registry.promotion import Promotion, promote, roll_back
+from apt_ray.registry.promotion import Promotion, discard, promote, roll_back
 from apt_ray.registry.protocol import (
     CANDIDATE,
     CHAMPION,
     LoggedTrial,
+    RegisteredCategory,
     RegisteredVersion,
     Registry,
 )
@@ -27,9 +28,11 @@ __all__ = [
     "Move",
     "Promotion",
     "Pruned",
+    "RegisteredCategory",
     "RegisteredVersion",
     "Registry",
     "default_pending",
+    "discard",
     "open_registry",
     "promote",
     "prune",

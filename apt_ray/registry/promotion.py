@@ -16,7 +16,7 @@ from apt_ray.files import AnyPath, file_sha256
 from apt_ray.images import read_image
 from apt_ray.registry.contents import DATA, HELD_OUT
 from apt_ray.registry.history import Move
-from apt_ray.registry.protocol import CANDIDATE, RegisteredVersion, Registry
+from apt_ray.registry.protocol import CANDIDATE, CHAMPION, RegisteredVersion, Registry
 from apt_ray.tables import markdown
 from apt_ray.validation.versions import (
     MAX_FAMILY_LOSS,
@@ -97,6 +97,7 @@ def promote(
     *,
     normal: Sequence[AnyPath] = (),
     force: str | None = None,
+    why: str = "",
     compare: Compare = compare_prompt_sets,
 ) -> Promotion:
     """Make a version the champion if it beats the one that is; the decision is kept with it.
@@ -110,6 +111,7 @@ def promote(
     Args:
         normal: Files of further normal images.
         force: The reason for promoting it whatever the verdict is.
+        why: Who asks for it and why; kept with the move, before the verdict.
         compare: Judges the two on normal images; a caller may do that elsewhere, or watch it.
 
     Raises:
@@ -135,8 +137,13 @@ def promote(
         champion = registry.resolve(category, str(history.champion))
         promotion = _judge(registry, promotion, candidate, champion, normal, compare)
     if promotion.verdict == "promoted" or force is not None:
-        why = promotion.why if force is None else f"forced: {force} ({promotion.why})"
-        move = registry.move(history, candidate.version, action="promote", why=why)
+        verdict = promotion.why if force is None else f"forced: {force} ({promotion.why})"
+        move = registry.move(
+            history,
+            candidate.version,
+            action="promote",
+            why=f"{why}: {verdict}" if why else verdict,
+        )
         promotion = replace(promotion, move=move)
     registry.annotate(
         candidate,
@@ -165,6 +172,31 @@ def roll_back(registry: Registry, category: str, *, why: str = "") -> Move:
             " to roll back to; promote another version instead"
         )
     return registry.move(history, target, action="rollback", why=why or "no reason given")
+
+
+def discard(registry: Registry, category: str, *, why: str) -> RegisteredVersion:
+    """Take the alias `candidate` from a version that shall not serve; it stays in the registry.
+
+    Returns the version, with the reason among its tags.
+
+    Raises:
+        RegistryConflictError: Another version became the candidate meanwhile; nothing was changed.
+        RegistryError: There is no candidate, or it is the champion.
+    """
+    candidate = registry.resolve(category, CANDIDATE)
+    if CHAMPION in candidate.aliases:
+        raise RegistryError(
+            f"version {candidate.version} of {category} is the champion, and no other waits: there"
+            " is nothing to discard; roll back, or promote another version instead"
+        )
+    registry.withdraw(category, candidate.version)
+    registry.annotate(
+        candidate,
+        {"discarded": why},
+        report=f"### Discarded: version {candidate.version} of {category}\n\n{why}",
+        name="discarded",
+    )
+    return registry.resolve(category, str(candidate.version))
 
 
 def _judge(

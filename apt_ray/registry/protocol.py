@@ -9,8 +9,14 @@ from typing import Protocol
 
 from PIL import Image
 
+from apt_ray.config import OperatorThreshold
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import PromptSetError, RegistryError, WriteError
+from apt_ray.errors import (
+    PromptSetError,
+    RegistryConflictError,
+    RegistryError,
+    WriteError,
+)
 from apt_ray.files import AnyPath, StrPath, location
 from apt_ray.registry import pending as waiting_room
 from apt_ray.registry.contents import Record, sha256, write_version
@@ -30,6 +36,7 @@ class RegisteredVersion:
         tags: its provenance.
         settings: of its fit and its backbone, as text.
         metrics: validation values and others.
+        created: when it was registered, ISO 8601 in UTC; empty if the registry does not say.
     """
 
     category: str
@@ -39,6 +46,20 @@ class RegisteredVersion:
     tags: Mapping[str, str]
     settings: Mapping[str, str]
     metrics: Mapping[str, float]
+    created: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegisteredCategory:
+    """One category, as the registry knows it.
+
+    Attributes:
+        aliases: alias -> version.
+        threshold: what a person decided last about its threshold, if anybody did.
+    """
+
+    aliases: Mapping[str, int]
+    threshold: OperatorThreshold | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +93,12 @@ class Registry(Protocol):
         """Raise RegistryError within seconds if the registry cannot be reached."""
 
     @abstractmethod
+    def categories(self) -> dict[str, RegisteredCategory]:
+        """Every category, in one question."""
+
     def aliases(self) -> dict[str, dict[str, int]]:
         """Category -> alias -> version, for every category."""
+        return {name: dict(category.aliases) for name, category in self.categories().items()}
 
     def champions(self) -> dict[str, int]:
         """Category -> version of its champion, for every category that has one."""
@@ -220,6 +245,23 @@ class Registry(Protocol):
         """
 
     @abstractmethod
+    def withdraw(self, category: str, version: int) -> None:
+        """Take the alias `candidate` from a version.
+
+        Raises:
+            RegistryConflictError: It is no longer the candidate; nothing was changed.
+        """
+
+    def page(self, category: str, version: int) -> str:
+        """Where people read of a version, from the registry's own address on; empty if nowhere."""
+        return ""
+
+    @abstractmethod
+    def set_threshold(self, category: str, threshold: OperatorThreshold) -> None:
+        """Keep what a person decided about a category's threshold, in the place of what was decided
+        before; RegistryError if there is no category."""
+
+    @abstractmethod
     def annotate(
         self, registered: RegisteredVersion, tags: Mapping[str, str], *, report: str, name: str
     ) -> None:
@@ -242,6 +284,14 @@ class Registry(Protocol):
             search: Name of the search.
             trials: Ended trials.
         """
+
+    def _no_candidate(self, category: str, version: int, candidate: int | None) -> RegistryError:
+        """For whoever takes the alias from a version that does not have it."""
+        now = "there is none" if candidate is None else f"version {candidate} is"
+        return RegistryConflictError(
+            f"version {version} of {category} is no longer the candidate, {now}; nothing was"
+            " changed: look at the versions, then decide again"
+        )
 
     def _absent(self, category: str, reference: str) -> RegistryError:
         """For a reference to what does not exist; names what does."""

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated
 
@@ -22,6 +23,17 @@ _HELP = (
 _bearer = HTTPBearer(auto_error=False, description="A token of the fleet file.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who asks: the name of the token, empty where there are no tokens at all, and its scopes."""
+
+    name: str
+    scopes: tuple[str, ...]
+
+
+_ANYBODY = Caller(name="", scopes=(INSPECT, OPERATE))
+
+
 class Access:
     """The tokens of this moment: they change while the fleet runs, through `allow`."""
 
@@ -32,13 +44,19 @@ class Access:
         """These tokens and no others from now on."""
         self._auth = auth
 
-    def check(self, token: str | None, *scopes: str) -> None:
-        """ProblemError unless the token is known and has one of `scopes`, any if none are given.
+    @property
+    def needs_token(self) -> bool:
+        """Whether anything is asked of callers."""
+        return bool(self._auth.tokens)
 
-        Where there are no tokens at all, everything passes.
+    def check(self, token: str | None, *scopes: str) -> Caller:
+        """Who has this token.
+
+        ProblemError unless it is known and has one of `scopes`, any if none are given. Where there
+        are no tokens at all, everything passes.
         """
-        if not self._auth.tokens:
-            return
+        if not self.needs_token:
+            return _ANYBODY
         if token is None:
             raise _unauthorized("the request carries no token", "Bearer")
         digest = hashlib.sha256(token.encode()).hexdigest()
@@ -56,10 +74,12 @@ class Access:
                 f" {' or '.join(scopes)}",
                 "Use another token, or add the scope to this one in the fleet file and deploy.",
             )
+        return Caller(name=known.name, scopes=known.scopes)
 
 
-def require(access: Access, scope: str | None) -> Callable[..., Awaitable[None]]:
-    """A dependency that lets a request pass only with a token of this scope, of any if None.
+def require(access: Access, scope: str | None) -> Callable[..., Awaitable[Caller]]:
+    """A dependency that lets a request pass only with a token of this scope, of any if None, and
+    says whose it is.
 
     With `inspect`, the routes of a category are also open to `inspect:<category>`.
     """
@@ -67,11 +87,11 @@ def require(access: Access, scope: str | None) -> Callable[..., Awaitable[None]]
     async def check(
         request: Request,
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    ) -> None:
+    ) -> Caller:
         scopes = [] if scope is None else [scope]
         if scope == INSPECT and (category := request.path_params.get("category")):
             scopes.append(f"{INSPECT}:{category}")
-        access.check(credentials.credentials if credentials else None, *scopes)
+        return access.check(credentials.credentials if credentials else None, *scopes)
 
     return check
 

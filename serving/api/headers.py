@@ -60,6 +60,12 @@ def quality(accept: str, media_type: str) -> tuple[float, int]:
     return 0.0, 0
 
 
+def is_current(if_none_match: str, etag: str) -> bool:
+    """Whether a caller has what `etag` names, by its If-None-Match header (RFC 9110, 13.1.2)."""
+    known = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]
+    return known == ["*"] or etag.removeprefix("W/") in known
+
+
 def _passes(name: bytes, value: bytes) -> bool:
     name = name.lower().replace(b"_", b"-")
     if name not in _ACCEPTED:

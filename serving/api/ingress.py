@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from pydantic import WithJsonSchema
@@ -23,15 +23,19 @@ from serving.api import problems
 from serving.api.access import INSPECT, Access, require
 from serving.api.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_files, unless_gone
 from serving.api.headers import PassedHeaders, quality
+from serving.api.history import NO_HISTORY, HistoryService, add_history
 from serving.api.messages import (
+    Alias,
     CategoryReport,
+    Explanation,
     Inspected,
     InspectionReport,
     InspectionReports,
+    InspectionRequest,
     Picture,
     Service,
 )
-from serving.api.problems import Problem, ProblemError
+from serving.api.problems import COMMON_PROBLEMS, Problem, ProblemError, problem_responses
 from serving.logs import logger
 from serving.settings import HttpLimits
 
@@ -54,27 +58,9 @@ _REQUEST_BODY = {
 }
 
 
-def problem_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries of the problems that a route may answer with."""
-    return {
-        int(status): {
-            "description": status.phrase,
-            "content": {problems.MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
-        }
-        for status in statuses
-    }
-
-
-COMMON_PROBLEMS = problem_responses(
-    HTTPStatus.UNAUTHORIZED,
-    HTTPStatus.FORBIDDEN,
-    HTTPStatus.NOT_FOUND,
-    HTTPStatus.UNPROCESSABLE_ENTITY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-)
-
-
-def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI:
+def create_api(
+    service: Service, *, http: HttpLimits, access: Access, history: HistoryService = NO_HISTORY
+) -> FastAPI:
     """The API of categories that `service` answers for."""
     api = FastAPI(
         title="apt-ray",
@@ -88,7 +74,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
         api.add_middleware(
             CORSMiddleware,
             allow_origins=http.allow_origins,
-            allow_methods=("GET", "HEAD", "POST"),
+            allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
             allow_headers="*",
             expose_headers="*",
         )
@@ -102,7 +88,8 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
         description="The body is a PNG, JPEG, BMP, TIFF or WebP file, raw or as a file of a"
         " multipart form. Several files in one form give `{inspections: [...]}`, a report or a"
         " problem for each, in order. With `Accept: image/png` the answer is the overlay of the one"
-        " image: what is unusual tinted and outlined.",
+        " image: what is unusual tinted and outlined. With `alias` another version answers than the"
+        " one that serves, by the threshold and region of interest that the fleet file gives.",
         dependencies=authorized,
         response_model=InspectionReport | InspectionReports,
         openapi_extra={"requestBody": _REQUEST_BODY},
@@ -113,6 +100,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 HTTPStatus.BAD_REQUEST,
                 HTTPStatus.NOT_ACCEPTABLE,
                 HTTPStatus.REQUEST_TIMEOUT,
+                HTTPStatus.CONFLICT,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -129,6 +117,25 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
                 alias="map",
                 description="Adds an image to the answer: `png` the anomaly map (16-bit gray,"
                 " 65535 is 1.0), `overlay` the overlay.",
+            ),
+        ] = None,
+        alias: Annotated[
+            Alias | None,
+            WithJsonSchema({"type": "string", "enum": get_args(Alias)}),
+            Query(
+                description="Asks the version behind this alias of the registry, and counts nowhere"
+                " as an inspection of the last hour. The first image waits until it is loaded."
+            ),
+        ] = None,
+        map_side: Annotated[
+            int | None,
+            WithJsonSchema({"type": "integer", "minimum": 64, "maximum": 4096}),
+            Query(
+                ge=64,
+                le=4096,
+                description="The longer side, in pixels, to which that image is reduced; without"
+                " it, or if it is larger, it has the size of the image sent. Regions are in pixels"
+                " of the image sent in any case.",
             ),
         ] = None,
         timeout_ms: Annotated[
@@ -170,15 +177,20 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
             wants_overlay = False
 
         async def answer(data: bytes) -> Inspected:
-            return await _in_time(
-                service,
-                category,
-                data,
-                "overlay" if wants_overlay else picture,
-                seconds,
-                started,
-                is_asked_for=timeout_ms is not None,
+            left = max(seconds - (time.monotonic() - started), 0.001)
+            asked = InspectionRequest(
+                id=request_id,
+                picture="overlay" if wants_overlay else picture,
+                picture_side=map_side,
+                timeout_s=left if timeout_ms is not None else None,
+                alias=alias,
             )
+            try:
+                return await asyncio.wait_for(service.inspect(category, data, asked), left)
+            except asyncio.TimeoutError:
+                raise problems.overloaded(
+                    f"the image could not be inspected within {seconds:g} s"
+                ) from None
 
         try:
             if len(files) == 1:
@@ -204,6 +216,39 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
             )
         )
 
+    @api.post(
+        "/v1/{category}/explain",
+        tags=["categories"],
+        summary="Say what the verdict on an image rests on",
+        description="The body is one image, as for `inspect`. Of each region: what it looks like,"
+        " and the place of the support images that is most like it. Maps of the prompts and of the"
+        " reference memory. It counts nowhere as an inspection, and takes some times as long.",
+        dependencies=authorized,
+        openapi_extra={"requestBody": _REQUEST_BODY},
+        responses={
+            **COMMON_PROBLEMS,
+            **problem_responses(
+                HTTPStatus.BAD_REQUEST,
+                HTTPStatus.REQUEST_TIMEOUT,
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                HTTPStatus.TOO_MANY_REQUESTS,
+            ),
+        },
+    )
+    async def explain(category: str, request: Request) -> Explanation:
+        files = await read_image_files(request, http)
+        if len(files) > 1:
+            raise problems.bad_form("the form has several images, and one is explained at a time")
+        try:
+            return await asyncio.wait_for(
+                service.explain(category, files[0], InspectionRequest()), http.timeout_s
+            )
+        except asyncio.TimeoutError:
+            raise problems.overloaded(
+                f"the image could not be explained within {http.timeout_s:g} s"
+            ) from None
+
     @api.get(
         "/v1/{category}",
         tags=["categories"],
@@ -214,6 +259,7 @@ def create_api(service: Service, *, http: HttpLimits, access: Access) -> FastAPI
     async def describe(category: str) -> CategoryReport:
         return await service.describe(category)
 
+    add_history(api, history, access)
     return api
 
 
@@ -239,28 +285,6 @@ class _Routing:
                 "method": "GET" if method == "HEAD" else method,
             }
         await self._app(scope, receive, send)
-
-
-async def _in_time(
-    service: Service,
-    category: str,
-    data: bytes,
-    picture: Picture | None,
-    timeout_s: float,
-    since: float,
-    *,
-    is_asked_for: bool,
-) -> Inspected:
-    left = max(timeout_s - (time.monotonic() - since), 0.001)
-    asked_for = left if is_asked_for else None
-    try:
-        return await asyncio.wait_for(
-            service.inspect(category, data, picture=picture, timeout_s=asked_for), left
-        )
-    except asyncio.TimeoutError:
-        raise problems.overloaded(
-            f"the image could not be inspected within {timeout_s:g} s"
-        ) from None
 
 
 async def _each(

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, Field
 
 from serving.api.problems import Problem
+from serving.controller.orders import ThresholdSource
 
 
 class RegionReport(BaseModel):
@@ -26,7 +27,7 @@ class Timings(BaseModel):
     decode: float = Field(description="Image file to pixels.")
     queue: float = Field(description="Waiting for the batch that it was inspected in.")
     inspect: float = Field(description="That batch's forward pass and scores.")
-    conclude: float = Field(description="The map at the size of the image, regions, the image.")
+    conclude: float = Field(description="Regions, and the map or overlay.")
 
 
 class InspectionReport(BaseModel):
@@ -47,6 +48,8 @@ class InspectionReport(BaseModel):
         " promises nothing."
     )
     regions: list[RegionReport] = Field(description="Where, worst first.")
+    width: int = Field(default=0, description="Of the image sent, upright, in pixels.")
+    height: int = Field(default=0, description="Likewise.")
     request_id: str = ""
     timings_ms: Timings
     map_png: str | None = Field(
@@ -71,7 +74,21 @@ class CategoryReport(BaseModel):
     backbone: str
     fingerprint: str = Field(description="Digest of the backbone's weights and preprocessing.")
     threshold: float
+    threshold_source: ThresholdSource = Field(
+        default="prompt set", description="Who says what the threshold is."
+    )
     certified_false_alarm_rate: float | None
+    normal_scores: list[float] = Field(
+        default=[],
+        description="Anomaly scores of good parts, lowest first, that its prompt set's threshold is"
+        " from; of more than 500, 500 evenly taken. Those of the whole image, also with a region of"
+        " interest.",
+    )
+    normal_scores_of: str = Field(
+        default="",
+        description="Which good parts: `calibration images`, `left-out support images` or `copies"
+        " of the support image`. New parts score like the first alone.",
+    )
     counted_share: float = Field(
         default=1.0,
         description="Share of an image that counts; below 1 with a region of interest.",
@@ -82,8 +99,80 @@ class CategoryReport(BaseModel):
     metrics: dict[str, float] = Field(description="How well it does, measured at tuning time.")
 
 
+class NearestPatch(BaseModel):
+    """The place of the support images that a region is most like."""
+
+    image: str = Field(description="Name of the support image's file.")
+    x: int = Field(description="Left edge of its box, in pixels of `width` and `height`.")
+    y: int = Field(description="Upper edge.")
+    box_width: int
+    box_height: int
+    width: int = Field(description="Of the small copy that the prompt set holds of that image.")
+    height: int
+    distance: float = Field(
+        description="How far the region's worst place is from it, in standard deviations of what"
+        " good parts are from one another: about 0 for good ones."
+    )
+    picture_jpeg: str = Field(description="The box, a JPEG file in base64.")
+
+
+class ExplainedRegion(RegionReport):
+    """A region, what it looks like, and what it should have looked like."""
+
+    picture_jpeg: str = Field(
+        description="The region with some of what is around it, a JPEG file in base64."
+    )
+    nearest: NearestPatch | None = Field(
+        description="Null where the prompt set holds no copies of its support images: see `note`."
+    )
+
+
+class Explanation(BaseModel):
+    """What a verdict rests on."""
+
+    category: str
+    version: int
+    anomaly_score: float
+    threshold: float
+    is_anomalous: bool
+    width: int = Field(description="Of the image sent, upright, in pixels.")
+    height: int
+    regions: list[ExplainedRegion] = Field(description="The worst 5; none of a good part.")
+    prompts_map_png: str = Field(
+        description="What the learned prompts find unusual: 8-bit gray, 255 is 1.0, at most 256"
+        " pixels a side, stretched over the image; a PNG file in base64."
+    )
+    memory_map_png: str = Field(
+        description="What no support image explains: the distances to the reference memory, alike."
+    )
+    note: str = Field(default="", description="What is missing, and the remedy.")
+
+
 Picture = Literal["png", "overlay"]
 """What may be drawn: the anomaly map, or the image with it tinted over."""
+
+Alias = Literal["candidate", "champion"]
+"""Whose version may be asked for beside the one that serves."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectionRequest:
+    """What a caller wants to know of an image.
+
+    Attributes:
+        id: the name of the request.
+        picture: what is to be drawn, if anything.
+        picture_side: the longer side that the picture may have, in pixels; None leaves it the
+            image's.
+        timeout_s: by when; None leaves it to the service how long an image may wait.
+        alias: whose version is to answer, as it would serve; None asks the one that serves.
+    """
+
+    id: str = ""
+    picture: Picture | None = None
+    picture_side: int | None = None
+    timeout_s: float | None = None
+    alias: Alias | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +188,14 @@ class Service(Protocol):
 
     async def describe(self, category: str) -> CategoryReport: ...
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         """Inspect an image file; whoever cancels this costs no forward pass.
 
-        Raises ImageError for bytes that are no acceptable image, ProblemError if the category is
-        not known or the image cannot be inspected within `timeout_s`; None leaves it to the
-        service how long an image may wait.
+        Raises ImageError for bytes that are no acceptable image, ProblemError if the category or
+        its alias is not known or the image cannot be inspected in time.
         """
+        ...
+
+    async def explain(self, category: str, data: bytes, asked: InspectionRequest) -> Explanation:
+        """Say what the verdict on an image rests on; raises as `inspect`."""
         ...

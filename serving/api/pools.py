@@ -17,7 +17,22 @@ from ray.serve.exceptions import (
 from apt_ray.errors import FleetError, ImageError
 from serving.api import problems
 from serving.api.access import Access
-from serving.api.messages import CategoryReport, Inspected, Picture, Service
+from serving.api.history import (
+    NO_HISTORY,
+    HistoryService,
+    KeptInspection,
+    KeptInspections,
+    KeptPicture,
+    Mark,
+    Only,
+)
+from serving.api.messages import (
+    CategoryReport,
+    Explanation,
+    Inspected,
+    InspectionRequest,
+    Service,
+)
 from serving.api.problems import Problem, ProblemError
 from serving.controller.cache import Cache
 from serving.controller.client import ControllerClient
@@ -41,10 +56,26 @@ class PoolHandle(Protocol):
     """A pool as the root reaches it."""
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal: ...
 
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal: ...
+
     async def describe(self, category: str) -> CategoryReport | Refusal: ...
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal: ...
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal: ...
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal: ...
 
 
 class Pools:
@@ -116,12 +147,24 @@ class Pools:
     async def describe(self, category: str) -> CategoryReport:
         return await self._ask(category, lambda pool: pool.describe(category))
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
+        return await self._ask(category, lambda pool: pool.inspect(category, data, asked))
+
+    async def explain(self, category: str, data: bytes, asked: InspectionRequest) -> Explanation:
+        return await self._ask(category, lambda pool: pool.explain(category, data, asked))
+
+    async def history(
+        self, category: str, *, before: int | None, limit: int, only: Only
+    ) -> KeptInspections:
+        return await self._ask(category, lambda pool: pool.history(category, before, limit, only))
+
+    async def history_picture(self, category: str, number: int, picture: KeptPicture) -> bytes:
         return await self._ask(
-            category, lambda pool: pool.inspect(category, data, picture, timeout_s)
+            category, lambda pool: pool.history_picture(category, number, picture)
         )
+
+    async def mark(self, category: str, number: int, mark: Mark, by: str) -> KeptInspection:
+        return await self._ask(category, lambda pool: pool.mark(category, number, mark, by))
 
     async def _ask(
         self, category: str, question: Callable[[PoolHandle], Awaitable[Answer | Refusal]]
@@ -147,16 +190,28 @@ class Pools:
 
 
 class Answering:
-    """A service for others to reach by handle: problems are values, which travel well."""
+    """A service and a history for others to reach by handle: problems are values, which travel
+    well."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, history: HistoryService = NO_HISTORY) -> None:
         self._service = service
+        self._history = history
 
     async def inspect(
-        self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+        self, category: str, data: bytes, asked: InspectionRequest
     ) -> Inspected | Refusal:
         try:
-            return await self._service.inspect(category, data, picture=picture, timeout_s=timeout_s)
+            return await self._service.inspect(category, data, asked)
+        except ImageError as error:
+            return _refusal(problems.of_image(error))
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def explain(
+        self, category: str, data: bytes, asked: InspectionRequest
+    ) -> Explanation | Refusal:
+        try:
+            return await self._service.explain(category, data, asked)
         except ImageError as error:
             return _refusal(problems.of_image(error))
         except ProblemError as error:
@@ -165,6 +220,30 @@ class Answering:
     async def describe(self, category: str) -> CategoryReport | Refusal:
         try:
             return await self._service.describe(category)
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def history(
+        self, category: str, before: int | None, limit: int, only: Only
+    ) -> KeptInspections | Refusal:
+        try:
+            return await self._history.history(category, before=before, limit=limit, only=only)
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def history_picture(
+        self, category: str, number: int, picture: KeptPicture
+    ) -> bytes | Refusal:
+        try:
+            return await self._history.history_picture(category, number, picture)
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def mark(
+        self, category: str, number: int, mark: Mark, by: str
+    ) -> KeptInspection | Refusal:
+        try:
+            return await self._history.mark(category, number, mark, by)
         except ProblemError as error:
             return _refusal(error)
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -10,7 +11,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from apt_ray.errors import ImageError, ImageTooLargeError, UnsupportedImageError
+from apt_ray.errors import (
+    ImageError,
+    ImageTooLargeError,
+    RegistryError,
+    RegistryUnavailableError,
+    UnsupportedImageError,
+)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -66,6 +73,26 @@ class ProblemError(Exception):
         )
 
 
+def problem_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of the problems that a route may answer with."""
+    return {
+        int(status): {
+            "description": status.phrase,
+            "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+        }
+        for status in statuses
+    }
+
+
+COMMON_PROBLEMS = problem_responses(
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
+
+
 def busy(detail: str, *, if_it_lasts: str, retry_after_s: int = 1) -> ProblemError:
     """The fleet cannot answer now but soon will."""
     return ProblemError(
@@ -113,6 +140,46 @@ def unknown_category(category: str, known: Iterable[str]) -> ProblemError:
         "Unknown category",
         f"the fleet has no category {category!r}",
         f"Use one of: {', '.join(sorted(known)) or 'none yet'}.",
+    )
+
+
+def of_registry(error: RegistryError) -> ProblemError:
+    """Why the registry does not do what is asked of it."""
+    if isinstance(error, RegistryUnavailableError):
+        return ProblemError(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "Registry unavailable",
+            str(error),
+            "Ask again once the registry is back; until then the fleet serves as it does now.",
+            headers={"Retry-After": "10"},
+        )
+    return ProblemError(
+        HTTPStatus.CONFLICT,
+        "Refused by the registry",
+        str(error),
+        "Look at what the registry has, `GET /fleet/categories/<category>/versions`, and decide"
+        " again.",
+    )
+
+
+def no_version(category: str, alias: str) -> ProblemError:
+    """A category whose registry has nothing under an alias."""
+    return ProblemError(
+        HTTPStatus.NOT_FOUND,
+        f"No {alias}",
+        f"{category} has no {alias}",
+        "Ask without alias for the version that serves. A search registers a candidate, and"
+        " `apt-ray registry promote` makes it the champion.",
+    )
+
+
+def unusable(category: str, alias: str, reason: str) -> ProblemError:
+    """A version that somebody asked for cannot be served."""
+    return ProblemError(
+        HTTPStatus.CONFLICT,
+        "Unusable version",
+        f"the {alias} of {category} cannot inspect ({reason})",
+        "Ask without alias for the version that serves; fit and register the category again.",
     )
 
 

@@ -4,19 +4,26 @@ It runs without torch. Requests for categories that share a pool come through he
 handle, as do those for a category whose own application is not there yet or no more.
 """
 
+import hashlib
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serving.api import problems, webhooks
-from serving.api.access import OPERATE, Access, require
-from serving.api.ingress import create_api, problem_responses
+from serving.api.access import OPERATE, Access, Caller, require
+from serving.api.headers import is_current
+from serving.api.ingress import create_api
+from serving.api.moves import add_moves
 from serving.api.pools import Pools
+from serving.api.problems import problem_responses
+from serving.api.thresholds import add_thresholds
+from serving.api.tuning import Tuning, add_tuning_routes
 from serving.controller.client import ControllerClient
 from serving.controller.orders import FleetStatus, State
 from serving.settings import HttpLimits
@@ -25,13 +32,29 @@ READY = ("READY", "IDLE")
 """States of a category that answers, the second after its pool has started a replica."""
 
 _CONSOLE = Path(__file__).parents[1] / "console"
+# Exactly these addresses show the console, whose router looks which of them it is.
+_CONSOLE_PATHS = (
+    "/",
+    "/searches",
+    "/c/{category}",
+    *(f"/c/{{category}}/{tab}" for tab in ("inspect", "history", "versions", "tune")),
+)
+# A browser asks each time whether its copy is the last: a new fleet has a new console at once.
+_FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 _PAGE_HEADERS = {
-    # Nothing but this server: no foreign script, no frame, no address to send images to.
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:;"
+    # Nothing but this server: no foreign or inline script or style, no text that becomes markup,
+    # no frame, no address to send images to.
+    "Content-Security-Policy": "default-src 'self'; connect-src 'self'; img-src 'self' blob: data:;"
+    " object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none';"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
+    **_FILE_HEADERS,
 }
+
+
+_POLLED = " The answer has an ETag: with it in If-None-Match, 304 says that all is as it was then."
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "As it was."}}
 
 
 class CategoryLink(BaseModel):
@@ -53,6 +76,14 @@ class Health(BaseModel):
     status: str
 
 
+class Me(BaseModel):
+    """Who asks, as the fleet knows them."""
+
+    name: str = Field(description="Of the token; empty where the fleet has no tokens.")
+    scopes: list[str] = Field(description="What it is good for.")
+    needs_token: bool = Field(description="Whether the fleet asks for tokens at all.")
+
+
 class AuditLog(BaseModel):
     lines: list[dict[str, Any]] = Field(description="The last operations, oldest first.")
 
@@ -64,6 +95,7 @@ def create_root_api(
     http: HttpLimits,
     access: Access,
     webhook_secret: str,
+    tuning: Tuning | None = None,
 ) -> FastAPI:
     """The API of the whole fleet.
 
@@ -73,8 +105,11 @@ def create_root_api(
         http: Limits of requests.
         access: Who may ask.
         webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
+        tuning: Images to learn from, and searches; None where the fleet file turns them off.
     """
-    api = create_api(pools, http=http, access=access)
+    api = create_api(pools, http=http, access=access, history=pools)
+    if tuning is not None:
+        add_tuning_routes(api, tuning, http=http, access=access)
     anyone = [Depends(require(access, None))]
     operators = [Depends(require(access, OPERATE))]
     refusals = problem_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
@@ -90,13 +125,19 @@ def create_root_api(
         "/v1",
         tags=["fleet"],
         summary="The categories",
+        description="For any token." + _POLLED,
         dependencies=anyone,
-        responses={**problem_responses(HTTPStatus.UNAUTHORIZED), **unavailable},
+        response_model=CategoryList,
+        responses={
+            **_NOT_MODIFIED,
+            **problem_responses(HTTPStatus.UNAUTHORIZED),
+            **unavailable,
+        },
     )
-    async def list_categories(request: Request) -> CategoryList:
+    async def list_categories(request: Request) -> Response:
         found = (await status()).categories
         prefix = request.scope["root_path"]
-        return CategoryList(
+        categories = CategoryList(
             categories=[
                 CategoryLink(
                     category=name,
@@ -106,6 +147,18 @@ def create_root_api(
                 for name, category in found.items()
             ]
         )
+        return _unless_current(request, categories)
+
+    @api.get(
+        "/fleet/me",
+        tags=["fleet"],
+        summary="Who asks, and what for",
+        description="Any token is told its name and scopes; without one, where the fleet asks for"
+        " tokens, the answer is 401.",
+        responses=problem_responses(HTTPStatus.UNAUTHORIZED),
+    )
+    async def me(caller: Annotated[Caller, Depends(require(access, None))]) -> Me:
+        return Me(name=caller.name, scopes=list(caller.scopes), needs_token=access.needs_token)
 
     @api.get("/healthz", tags=["fleet"], summary="Whether the fleet answers at all")
     async def healthz() -> Health:
@@ -133,11 +186,15 @@ def create_root_api(
         "/fleet/status",
         tags=["operation"],
         summary="What every category serves, and why not what it should",
+        description="With the last hour of each, and the candidate that waits."
+        + _POLLED
+        + " `polled_s_ago` alone is no change.",
         dependencies=operators,
-        responses={**refusals, **unavailable},
+        response_model=FleetStatus,
+        responses={**_NOT_MODIFIED, **refusals, **unavailable},
     )
-    async def fleet_status() -> FleetStatus:
-        return await status()
+    async def fleet_status(request: Request) -> Response:
+        return _unless_current(request, await status(), beside={"polled_s_ago"})
 
     @api.get(
         "/fleet/audit",
@@ -162,6 +219,9 @@ def create_root_api(
         await controller.wake("refresh")
         return Health(status="ok")
 
+    add_moves(api, controller, access)
+    add_thresholds(api, pools, controller, access)
+
     @api.post("/webhooks/mlflow", include_in_schema=False)
     async def webhook(request: Request) -> Health:
         body = bytearray()
@@ -174,13 +234,43 @@ def create_root_api(
         await controller.wake(f"webhook {delivery}")
         return Health(status="ok")
 
-    @api.get("/", include_in_schema=False)
-    async def console() -> FileResponse:
-        return FileResponse(_CONSOLE / "index.html", headers=_PAGE_HEADERS)
+    def page(name: str) -> HTMLResponse:
+        # Pages of any depth link from the fleet's own address on.
+        text = (_CONSOLE / name).read_text(encoding="utf-8")
+        text = text.replace('"/console/', f'"{http.root_path}/console/')
+        return HTMLResponse(text, headers=_PAGE_HEADERS)
+
+    for path in _CONSOLE_PATHS:
+
+        @api.get(path, include_in_schema=False)
+        def console() -> HTMLResponse:
+            return page("index.html")
 
     @api.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(_CONSOLE / "docs.html", headers=_PAGE_HEADERS)
+    def docs() -> HTMLResponse:
+        return page("docs.html")
 
-    api.mount("/console", StaticFiles(directory=_CONSOLE))
+    api.mount("/console", _Files(directory=_CONSOLE))
     return api
+
+
+class _Files(StaticFiles):
+    """The console's files, each with an etag."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_FILE_HEADERS)
+        return response
+
+
+def _unless_current(
+    request: Request, content: BaseModel, *, beside: set[str] | None = None
+) -> Response:
+    """The content, or that the caller has it already, where fields `beside` it do not count."""
+    kept = content.model_dump_json(exclude=beside)
+    # Weak: what does not count may differ.
+    etag = f'W/"{hashlib.sha256(kept.encode()).hexdigest()[:16]}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if is_current(request.headers.get("if-none-match", ""), etag):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return Response(content.model_dump_json(), media_type="application/json", headers=headers)

@@ -6,6 +6,10 @@ const make = (tag, content = [], attributes = {}) => {
   return made;
 };
 
+// What stands between backticks is code.
+const prose = (text) =>
+  String(text).split("`").map((part, index) => (index % 2 ? make("code", part) : part));
+
 const description = await (await fetch("openapi.json")).json();
 
 const resolve = (schema) =>
@@ -23,7 +27,7 @@ function typeOf(schema) {
 
 const table = (rows) =>
   make("table", make("tbody", rows.map(([name, text]) =>
-    make("tr", [make("td", make("code", name)), make("td", text)]))));
+    make("tr", [make("td", make("code", name)), make("td", prose(text))]))));
 
 // The fields of an object, those of objects inside it under dotted names.
 function fields(schema, prefix = "") {
@@ -41,7 +45,7 @@ function describe(method, path, operation) {
     make("h2", [make("span", method.toUpperCase(), { className: "method" }), make("code", path)]),
     make("p", operation.summary ?? ""),
   ];
-  if (operation.description) parts.push(make("p", operation.description));
+  if (operation.description) parts.push(make("p", prose(operation.description)));
   const parameters = (operation.parameters ?? []).map(({ name, in: place, schema, description: text }) =>
     [name, [`in the ${place}`, typeOf(schema), text].filter(Boolean).join(": ")]);
   if (parameters.length) parts.push(make("h3", "Parameters"), table(parameters));

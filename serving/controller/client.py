@@ -2,16 +2,32 @@
 
 from typing import Protocol
 
-from serving.controller.orders import FleetStatus, Orders, ReplicaReport, Routes, StoredVersion
+from serving.controller.moves import MoveOrder, Operation, VersionSummary
+from serving.controller.orders import (
+    CategoryThreshold,
+    FleetStatus,
+    Orders,
+    ReplicaReport,
+    Routes,
+    StoredVersion,
+)
 
 
 class ControllerClient(Protocol):
-    """What may be asked of the controller; any error means that it does not answer."""
+    """What may be asked of the controller; any error but an AptError means that it does not
+    answer."""
 
     async def follow(
         self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float
     ) -> Orders:
         """What a pool shall serve, once it differs from `report.orders` or after `wait_s`."""
+        ...
+
+    async def resolve(self, category: str, alias: str) -> int | None:
+        """The version behind an alias of a category, None if there is none.
+
+        RegistryUnavailableError if the registry has not said yet.
+        """
         ...
 
     async def fetch(self, category: str, version: int) -> StoredVersion:
@@ -32,4 +48,27 @@ class ControllerClient(Protocol):
 
     async def wake(self, reason: str) -> None:
         """Ask the registry now."""
+        ...
+
+    async def move(self, order: MoveOrder) -> Operation:
+        """Begin to move an alias of a category; RegistryConflictError while another is moved."""
+        ...
+
+    async def operation(self, identifier: str) -> Operation | None:
+        """A move that was begun, if the controller knows it."""
+        ...
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        """The newest versions of a category, newest first. Raises RegistryError."""
+        ...
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        """Who says what the threshold of a category of the fleet is."""
+        ...
+
+    async def set_threshold(
+        self, category: str, value: float | None, *, reason: str, by: str
+    ) -> CategoryThreshold:
+        """Keep an operator's decision in the registry, for all to follow; None takes back what was
+        decided. A RegistryError says why it cannot be kept."""
         ...

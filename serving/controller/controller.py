@@ -8,17 +8,29 @@ report again, and the last aliases lie in the local cache.
 
 import asyncio
 import time
+import uuid
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
-from apt_ray.config import Settings
-from apt_ray.errors import AptError
+from apt_ray.config import OperatorThreshold, Settings
+from apt_ray.errors import AptError, RegistryConflictError, RegistryUnavailableError
+from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
+from serving.controller.moves import (
+    MoveOrder,
+    MoveResult,
+    Operation,
+    VersionSummary,
+    carry_out,
+    versions_of,
+)
 from serving.controller.orders import (
     CategoryStatus,
+    CategoryThreshold,
     FleetStatus,
     Order,
     Orders,
@@ -27,9 +39,10 @@ from serving.controller.orders import (
     Routes,
     State,
     StoredVersion,
+    ThresholdSource,
 )
 from serving.logs import audit
-from serving.settings import CategoryEntry
+from serving.settings import CategoryEntry, Decision
 
 if TYPE_CHECKING:
     from apt_ray.registry import Registry
@@ -39,14 +52,17 @@ WAIT_S = 10.0
 
 _LOST_AFTER_S = 2.5 * WAIT_S
 _AUDIT_LINES = 200
+_OPERATIONS = 200
+_CANDIDATE = "candidate"
 
 Found = TypeVar("Found", Orders, Routes)
 
 
 class Aliases(Settings):
-    """The registry's aliases: category -> alias -> version."""
+    """What the registry says: category -> alias -> version, and what operators decided."""
 
     categories: dict[str, dict[str, int]] = Field(default_factory=dict)
+    thresholds: dict[str, OperatorThreshold] = Field(default_factory=dict)
 
 
 class Controller:
@@ -56,6 +72,8 @@ class Controller:
         registry: opens the registry; called in threads, since importing MLflow takes seconds.
         cache: what is known when the registry is away.
         poll_s: seconds between two queries.
+        page: the registry's address for people, if it has one.
+        promoting: promotes elsewhere, since it takes minutes of a core; None does it here.
         clock: seconds that never go back.
     """
 
@@ -65,21 +83,28 @@ class Controller:
         cache: Cache,
         *,
         poll_s: float,
+        page: str | None = None,
+        promoting: Callable[[MoveOrder], Awaitable[MoveResult]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_registry = registry
         self._cache = cache
         self._poll_s = poll_s
+        self._page = page
+        self._promoting = promoting
         self._clock = clock
         self._plan = Plan()
         self._aliases = cache.recall("aliases", Aliases) or Aliases()
         self._registry = "not asked yet"
         self._polled_at: float | None = None
         self._reports: dict[tuple[str, str], tuple[float, ReplicaReport]] = {}
+        self._polling = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._woken = asyncio.Event()
         self._asked = asyncio.Event()
         self._audit: deque[dict[str, object]] = deque(maxlen=_AUDIT_LINES)
+        self._operations: dict[str, Operation] = {}
+        self._moving: set[asyncio.Task[None]] = set()
 
     async def plan(self, plan: Plan) -> None:
         """Follow this plan from now on."""
@@ -111,8 +136,12 @@ class Controller:
 
     async def poll(self) -> None:
         """Ask the registry once. Without an answer, what it last said stays true."""
+        async with self._polling:  # or an older answer could come after a newer one
+            await self._poll()
+
+    async def _poll(self) -> None:
         try:
-            found = await asyncio.to_thread(lambda: self._open_registry().aliases())
+            found = await asyncio.to_thread(lambda: self._open_registry().categories())
         except AptError as error:
             if self._registry != str(error):
                 self._note("registry away", reason=str(error))
@@ -124,9 +153,15 @@ class Controller:
         if self._registry != "ok":
             self._note("registry answers", categories=len(found))
         self._registry, self._polled_at = "ok", self._clock()
-        if found != self._aliases.categories:
-            self._note_moves(found)
-            self._aliases = Aliases(categories=found)
+        news = Aliases(
+            categories={name: dict(category.aliases) for name, category in found.items()},
+            thresholds={
+                name: category.threshold for name, category in found.items() if category.threshold
+            },
+        )
+        if news != self._aliases:
+            self._note_moves(news)
+            self._aliases = news
             await asyncio.to_thread(self._cache.remember, "aliases", self._aliases)
             await self._announce()
 
@@ -134,6 +169,36 @@ class Controller:
         """Ask the registry now instead of at the end of the interval."""
         self._note("wake", reason=reason)
         self._woken.set()
+
+    async def threshold(self, category: str) -> CategoryThreshold:
+        """Who says what the threshold of a category of the plan is."""
+        entry = next(entry for name, _, entry in self._plan.places() if name == category)
+        decision, source = self._decision(category, entry)
+        said = self._aliases.thresholds.get(category)
+        return CategoryThreshold(
+            category=category,
+            source=source,
+            threshold=decision.threshold,
+            reason=said.reason if said else "",
+            by=said.by if said else "",
+            at=said.at if said else None,
+        )
+
+    async def set_threshold(
+        self, category: str, value: float | None, *, reason: str, by: str
+    ) -> CategoryThreshold:
+        """Keep an operator's decision in the registry, for all to follow; None takes back what was
+        decided. Raises RegistryError."""
+        said = OperatorThreshold(
+            value=value,
+            reason=reason,
+            by=by,
+            at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        await asyncio.to_thread(lambda: self._open_registry().set_threshold(category, said))
+        self._note("threshold", category=category, value=value, reason=reason, by=by)
+        await self.poll()
+        return await self.threshold(category)
 
     async def follow(
         self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float = WAIT_S
@@ -152,17 +217,97 @@ class Controller:
         """Where to ask for what, once it differs from `known` or `wait_s` have passed."""
         return await self._until(self._routes, known, wait_s)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        """The version behind an alias of a category, None if there is none.
+
+        Raises RegistryUnavailableError if the registry has not said yet.
+        """
+        if self._registry != "ok" and category not in self._aliases.categories:
+            raise RegistryUnavailableError(self._registry)
+        return self._aliases.categories.get(category, {}).get(alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         """A version's prompt set, from the cache or the registry. Raises RegistryError."""
         stored = await asyncio.to_thread(self._cache.get, category, version)
         if stored is None:
             stored = await asyncio.to_thread(self._load, category, version)
-            await asyncio.to_thread(self._cache.put, stored)
+            # What is only tried must not push out of the cache what serves.
+            if version in self._wanted(category):
+                await asyncio.to_thread(self._cache.put, stored)
         return stored
+
+    async def move(self, order: MoveOrder) -> Operation:
+        """Begin to move an alias of a category; `operation` tells what comes of it.
+
+        RegistryConflictError while another move of the category is being made.
+        """
+        for other in self._operations.values():
+            if other.category == order.category and other.state == "running":
+                raise RegistryConflictError(
+                    f"{other.by or 'somebody'} asked to {other.kind} {other.category} at"
+                    f" {other.started}, which is not done yet: wait for operation {other.id}"
+                )
+        operation = Operation(
+            id=uuid.uuid4().hex,
+            started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **order.model_dump(),
+        )
+        while len(self._operations) >= _OPERATIONS:
+            del self._operations[next(iter(self._operations))]
+        self._operations[operation.id] = operation
+        self._note(**self._line_of(operation))
+        task = asyncio.create_task(self._carry_out(operation, order))
+        self._moving.add(task)
+        task.add_done_callback(self._moving.discard)
+        return operation
+
+    async def operation(self, identifier: str) -> Operation | None:
+        """A move that was begun; None if this controller has begun none of that id."""
+        return self._operations.get(identifier)
+
+    async def versions(self, category: str, limit: int) -> list[VersionSummary]:
+        """The newest versions of a category, newest first. Raises RegistryError."""
+        return await asyncio.to_thread(
+            lambda: versions_of(self._open_registry(), category, limit=limit, page=self._page)
+        )
+
+    async def _carry_out(self, operation: Operation, order: MoveOrder) -> None:
+        end: dict[str, object]
+        try:
+            if order.kind == "promote" and self._promoting is not None:
+                result = await self._promoting(order)
+            else:
+                result = await asyncio.to_thread(lambda: carry_out(self._open_registry(), order))
+            end = {"state": "done", "result": result}
+        except Exception as error:
+            end = {
+                "state": "failed",
+                "error": str(error) if isinstance(error, AptError) else repr(error),
+            }
+        ended = operation.model_copy(update=end)
+        if operation.id in self._operations:
+            self._operations[operation.id] = ended
+        self._note(**self._line_of(ended))
+        self._woken.set()
+
+    def _line_of(self, operation: Operation) -> dict[str, Any]:
+        line = operation.model_dump(exclude={"kind", "id", "started", "result"}, exclude_none=True)
+        result = operation.result
+        return {
+            "operation": operation.kind,
+            "operation_id": operation.id,
+            **line,
+            **(result.model_dump(include={"moved", "version", "verdict", "why"}) if result else {}),
+        }
 
     async def status(self) -> FleetStatus:
         """Everything at a glance."""
-        reports = self._live_reports()
+        reports: dict[str, list[ReplicaReport]] = {pool: [] for pool in self._plan.pools}
+        hours: dict[str, list[Counts]] = {}
+        for (pool, _), report in self._live_reports().items():
+            reports[pool].append(report)
+            for category, counts in report.last_hour.items():
+                hours.setdefault(category, []).append(counts)
         etags = {pool: self._orders(pool).etag for pool in self._plan.pools}
         pools: dict[str, tuple[str, ...]] = {}
         for category, pool, _ in self._plan.places():
@@ -173,7 +318,9 @@ class Controller:
             registry=self._registry,
             polled_s_ago=None if self._polled_at is None else self._clock() - self._polled_at,
             categories={
-                category: self._status_of(category, pools[category], reports, etags)
+                category: self._status_of(
+                    category, pools[category], reports, etags, hours.get(category, [])
+                )
                 for category in sorted(pools)
             },
         )
@@ -195,31 +342,32 @@ class Controller:
         self,
         category: str,
         pools: tuple[str, ...],
-        reports: dict[tuple[str, str], ReplicaReport],
+        reports: dict[str, list[ReplicaReport]],
         etags: dict[str, str],
+        hours: list[Counts],
     ) -> CategoryStatus:
         # Every replica of every pool that shall serve it counts: only then may one pool go.
-        expected = {key: report for key, report in reports.items() if key[0] in pools}
-        serving = {
-            key: report.categories[category]
-            for key, report in expected.items()
-            if category in report.categories
-        }
-        versions = {served.version for served in serving.values() if served.version is not None}
+        expected = [
+            (pool, report.orders, report.categories.get(category))
+            for pool in pools
+            for report in reports[pool]
+        ]
+        serving = [served for _, _, served in expected if served is not None]
+        versions = {served.version for served in serving if served.version is not None}
         entry = self._plan.pools[pools[0]][category]
         wanted = self._version(category, entry)
         # A problem with earlier orders may be none with these.
         problems = {
-            key[0]: served.problem
-            for key, served in serving.items()
-            if served.problem and reports[key].orders == etags[key[0]]
+            pool: served.problem
+            for pool, orders, served in expected
+            if served and served.problem and orders == etags[pool]
         }
         if wanted is None:
             problems = dict.fromkeys(pools, self._why_no_version(category, entry))
         is_late = any(
-            key not in serving or serving[key].problem or serving[key].version != wanted
-            for key in expected
-            if key[0] not in problems
+            served is None or served.problem or served.version != wanted
+            for pool, _, served in expected
+            if pool not in problems
         )
         state: State = "LOADING" if is_late else "READY" if expected else "IDLE"
         if problems and not is_late:
@@ -229,9 +377,20 @@ class Controller:
             pools=pools,
             wanted=wanted,
             serving=tuple(sorted(versions)),
-            replicas=sum(served.version is not None for served in serving.values()),
-            from_cache=any(served.source == "cache" for served in serving.values()),
+            replicas=sum(served.version is not None for served in serving),
+            from_cache=any(served.source == "cache" for served in serving),
             counted_share=entry.region_of_interest.share if entry.region_of_interest else 1.0,
+            candidate=self._candidate(category, wanted),
+            threshold=next(
+                (
+                    served.threshold
+                    for served in sorted(serving, key=lambda served: -(served.version or 0))
+                    if served.threshold is not None
+                ),
+                None,
+            ),
+            last_hour=summed(hours),
+            threshold_source=self._decision(category, entry)[1],
             problem=next(iter(problems.values()), None),
             failing=tuple(sorted(problems)),
         )
@@ -240,6 +399,24 @@ class Controller:
         if entry.version is not None:
             return entry.version
         return self._aliases.categories.get(category, {}).get(entry.alias)
+
+    def _wanted(self, category: str) -> set[int | None]:
+        """The versions of a category that pools shall serve."""
+        entries = (pool.get(category) for pool in self._plan.pools.values())
+        return {self._version(category, entry) for entry in entries if entry is not None}
+
+    def _candidate(self, category: str, wanted: int | None) -> int | None:
+        """The candidate that waits."""
+        candidate = self._aliases.categories.get(category, {}).get(_CANDIDATE)
+        return candidate if candidate is not None and candidate > (wanted or 0) else None
+
+    def _decision(self, category: str, entry: CategoryEntry) -> tuple[Decision, ThresholdSource]:
+        """How a category is decided, and who says so."""
+        said = self._aliases.thresholds.get(category)
+        if said is not None and said.value is not None:
+            return Decision(threshold=said.value), "operator"
+        decision = entry.decision
+        return decision, "prompt set" if decision == Decision() else "fleet file"
 
     def _why_no_version(self, category: str, entry: CategoryEntry) -> str:
         if self._registry != "ok":
@@ -252,14 +429,19 @@ class Controller:
             f" {', '.join(known) or 'none'}: set one, or name another in the fleet file"
         )
 
+    def _order(self, category: str, entry: CategoryEntry) -> Order:
+        decision, source = self._decision(category, entry)
+        return Order(
+            version=self._version(category, entry),
+            decision=decision,
+            by_operator=source == "operator",
+            region_of_interest=entry.region_of_interest,
+        )
+
     def _orders(self, pool: str) -> Orders:
         return Orders(
             categories={
-                category: Order(
-                    version=self._version(category, entry),
-                    decision=entry.decision,
-                    region_of_interest=entry.region_of_interest,
-                )
+                category: self._order(category, entry)
                 for category, entry in self._plan.pools.get(pool, {}).items()
             },
             auth=self._plan.auth,
@@ -301,10 +483,16 @@ class Controller:
     def _note(self, operation: str, **fields: object) -> None:
         self._audit.append(audit(operation, **fields))
 
-    def _note_moves(self, found: dict[str, dict[str, int]]) -> None:
+    def _note_moves(self, news: Aliases) -> None:
         for category, _, entry in self._plan.places():
+            if (said := news.thresholds.get(category)) != self._aliases.thresholds.get(category):
+                self._note(
+                    "threshold follows",
+                    category=category,
+                    decision=said.model_dump() if said else None,
+                )
             before = self._version(category, entry)
-            after = found.get(category, {}).get(entry.alias)
+            after = news.categories.get(category, {}).get(entry.alias)
             if entry.version is None and before != after:
                 self._note(
                     "alias moved", category=category, alias=entry.alias, before=before, after=after

@@ -12,9 +12,23 @@ from typing import Any, Literal
 from pydantic import Field
 
 from apt_ray.config import Settings
+from serving.controller.activity import Activity, Counts
 from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolName, RegionOfInterest
 
 State = Literal["READY", "LOADING", "IDLE", "FAILED"]
+ThresholdSource = Literal["prompt set", "fleet file", "operator"]
+"""Who says what a threshold is; the later ones stand above the earlier."""
+
+
+class Message(Settings):
+    """Passes between processes, one of which may run an earlier version than the other."""
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """What the sender did not know has its default."""
+        super().__setstate__(state)
+        for name, field in type(self).model_fields.items():
+            if name not in self.__dict__ and not field.is_required():
+                self.__dict__[name] = field.get_default(call_default_factory=True)
 
 
 class Plan(Settings):
@@ -39,15 +53,18 @@ class Plan(Settings):
                 yield category, pool, entry
 
 
-class Order(Settings):
+class Order(Message):
     """One category as a pool shall serve it."""
 
     version: int | None = Field(description="Null: the one that it serves, for want of news.")
     decision: Decision = Decision()
+    by_operator: bool = Field(
+        default=False, description="Whether the decision is an operator's, not the fleet file's."
+    )
     region_of_interest: RegionOfInterest | None = None
 
 
-class Orders(Settings):
+class Orders(Message):
     """All that one pool shall serve."""
 
     categories: dict[CategoryName, Order] = Field(default_factory=dict)
@@ -59,7 +76,7 @@ class Orders(Settings):
         return digest(self)
 
 
-class Routes(Settings):
+class Routes(Message):
     """All that the root needs: category -> the pools that may be asked."""
 
     pools: dict[CategoryName, tuple[PoolName, ...]] = Field(default_factory=dict)
@@ -70,7 +87,7 @@ class Routes(Settings):
         return digest(self)
 
 
-class ServedVersion(Settings):
+class ServedVersion(Message):
     """What a replica does for one category."""
 
     version: int | None = Field(description="What it serves; null if nothing.")
@@ -78,17 +95,21 @@ class ServedVersion(Settings):
         default=None, description="Where it was loaded from; `cache` means the registry was away."
     )
     problem: str | None = Field(default=None, description="Why it does not do as ordered.")
+    threshold: float | None = Field(default=None, description="By which it decides now.")
 
 
-class ReplicaReport(Settings):
+class ReplicaReport(Message):
     """What a replica serves now."""
 
     orders: str = Field(default="", description="Etag of the orders that it has carried out.")
     followed: bool = Field(default=True, description="False while it runs from its cache alone.")
     categories: dict[CategoryName, ServedVersion] = Field(default_factory=dict)
+    last_hour: dict[CategoryName, Counts] = Field(
+        default_factory=dict, description="Of the categories with traffic."
+    )
 
 
-class CategoryStatus(Settings):
+class CategoryStatus(Message):
     """One category as the whole fleet serves it."""
 
     state: State
@@ -101,13 +122,30 @@ class CategoryStatus(Settings):
         default=1.0,
         description="Share of an image that counts; below 1 with a region of interest.",
     )
+    candidate: int | None = Field(
+        default=None,
+        description="The registry's candidate where it is newer than what is wanted: it waits to be"
+        " promoted or discarded.",
+    )
+    threshold: float | None = Field(
+        default=None,
+        description="The anomaly score above which a part is anomalous, by what serves now.",
+    )
+    last_hour: Activity | None = Field(
+        default=None,
+        description="What its images came to, by the minute; null without any. Replicas keep it in"
+        " memory and tell it every 10 s: one that ends takes its hour along.",
+    )
+    threshold_source: ThresholdSource = Field(
+        default="prompt set", description="Who says what its threshold is."
+    )
     problem: str | None = None
     failing: tuple[PoolName, ...] = Field(
         default=(), description="Those of its pools that cannot serve it as they are told."
     )
 
 
-class FleetStatus(Settings):
+class FleetStatus(Message):
     """The state of the fleet as its controller knows it."""
 
     revision: int
@@ -115,6 +153,20 @@ class FleetStatus(Settings):
     registry: str = Field(description="`ok`, or why the registry does not answer.")
     polled_s_ago: float | None = Field(description="Since the registry last answered.")
     categories: dict[CategoryName, CategoryStatus]
+
+
+class CategoryThreshold(Settings):
+    """Who says what the threshold of a category is, and what an operator decided last."""
+
+    category: CategoryName
+    source: ThresholdSource
+    threshold: float | None = Field(
+        description="The one that holds; null where it is the prompt set's, or by a false-alarm"
+        " rate: `GET /v1/<category>` tells."
+    )
+    reason: str = Field(default="", description="Why an operator set it, or took it back.")
+    by: str = Field(default="", description="The name of that operator's token.")
+    at: str | None = Field(default=None, description="When, ISO 8601, UTC.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

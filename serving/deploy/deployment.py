@@ -164,9 +164,11 @@ def _describe_category(status: CategoryStatus) -> str:
     parts = [
         f"{status.state:8}",
         f"version {', '.join(map(str, status.serving)) or '-'} of {status.wanted or '?'}",
+        f"candidate {status.candidate} waits" if status.candidate else "",
         f"{status.replicas} replicas",
         f"pool {', '.join(status.pools)}",
         f"{status.counted_share:.2%} of an image counts" if status.counted_share < 1 else "",
+        "threshold by an operator" if status.threshold_source == "operator" else "",
         "from the local cache" if status.from_cache else "",
         status.problem or "",
     ]

@@ -176,7 +176,10 @@ def serve_config(
         "route_prefix": "/",
         "import_path": f"{IMPORT_PATH}build_root",
         "args": RootArgs(
-            registry_address=tracking_uri, registry=fleet.registry, http=fleet.http
+            registry_address=tracking_uri,
+            registry=fleet.registry,
+            http=fleet.http,
+            searches=fleet.searches,
         ).model_dump(mode="json"),
         "deployments": [
             {
@@ -215,6 +218,7 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
             device="cuda" if num_gpus else "cpu",
             batching=settings.batching,
             http=fleet.http,
+            history=fleet.history,
         ).model_dump(mode="json"),
         "deployments": [
             {

@@ -92,7 +92,8 @@ class Follower:
                 await self._carry_out(orders, followed=True)
 
     async def _follow(self, wait_s: float) -> Orders:
-        return await self._controller.follow(self._pool, self._replica, self._report, wait_s=wait_s)
+        report = self._report.model_copy(update={"last_hour": self._inspector.last_hour()})
+        return await self._controller.follow(self._pool, self._replica, report, wait_s=wait_s)
 
     async def _ask(self, wait_s: float, patience_s: float) -> Orders:
         deadline = asyncio.get_running_loop().time() + patience_s
@@ -138,7 +139,15 @@ class Follower:
         for category in set(self._inspector.serves()) - set(orders.categories):
             if category not in self._dropping:
                 self._dropping[category] = loop.call_later(_GRACE_S, self._drop, category)
-        self._report = ReplicaReport(orders=orders.etag, followed=followed, categories=states)
+        thresholds = self._inspector.thresholds()
+        self._report = ReplicaReport(
+            orders=orders.etag,
+            followed=followed,
+            categories={
+                category: state.model_copy(update={"threshold": thresholds.get(category)})
+                for category, state in states.items()
+            },
+        )
         if followed:
             await asyncio.to_thread(self._cache.remember, self._key, orders)
 

@@ -11,8 +11,9 @@ import math
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from apt_ray.detection.detector import Inspection
+from apt_ray.detection.detector import Inspection, Region
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ImageError
 from apt_ray.features.clip import load_backbone
@@ -31,16 +32,22 @@ from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
 from serving.api import problems
 from serving.api.messages import (
     CategoryReport,
+    Explanation,
     Inspected,
     InspectionReport,
-    Picture,
+    InspectionRequest,
     RegionReport,
     Timings,
 )
 from serving.api.problems import ProblemError
+from serving.controller.activity import Counts
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
+from serving.replica.beside import Beside
+from serving.replica.explain import Look, Supports, explanation
+from serving.replica.history import History
+from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory, build, self_test
 from serving.settings import Batching
@@ -51,12 +58,23 @@ _DECODERS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """An image on its way to the model; `queued_at` is of `time.monotonic`."""
+    """An image on its way to the model.
+
+    Attributes:
+        served: the version that it was decoded for.
+        follows: whether a version that takes over meanwhile answers in its place.
+        size: of the image sent, (width, height).
+        drawn_size: of the picture of it that is drawn.
+        ground: the image at that size, if the map is to be drawn over it.
+        queued_at: of `time.monotonic`.
+    """
 
     served: ServedCategory
+    follows: bool
     pixels_1CHW: torch.Tensor
     size: tuple[int, int]
-    image: Image.Image | None
+    drawn_size: tuple[int, int]
+    ground: Image.Image | None
     queued_at: float
 
 
@@ -82,6 +100,8 @@ class Inspector:
         device: where the backbones run.
         shared: whether several categories share the replica.
         meter: counts; None where nothing does.
+        beside: has versions beside those that serve; None where there are no others.
+        history: keeps what was inspected; None where nothing does.
     """
 
     def __init__(
@@ -92,12 +112,18 @@ class Inspector:
         device: Literal["cpu", "cuda"] = "cpu",
         shared: bool = False,
         meter: Meter | None = None,
+        beside: Beside | None = None,
+        history: History | None = None,
     ) -> None:
         self._limits = limits
+        self._beside = beside
         self._device = device
         self._meter = meter
+        self._history = history
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
+        self._last_hour = LastHour()
+        self._supports = Supports()
         self._costs_s: dict[str, float] = {}
         self._loading = threading.Lock()
         self._admission = Admission(
@@ -124,24 +150,33 @@ class Inspector:
         Raises PromptSetError or BackboneError if it cannot be loaded, FleetError if it fails its
         test or cannot decide as ordered; then what was served before still is.
         """
+        served = self._prepare(category, order, stored)
+        backbone, before = served.detector.backbone, self._served.get(category)
+        if before is None or before.detector.backbone is not backbone:
+            self._admission.expect(category, self._cost_s(backbone))
+        self._served[category] = served
+
+    def _prepare(self, category: str, order: Order, stored: StoredVersion) -> ServedCategory:
+        """A version that is read and tested; raises as `load`."""
         try:
             source = f"version {stored.version} of {category}"
-            prompt_set = PromptSet.from_bytes(stored.data, source=source)
-            backbone = self._backbone(prompt_set)
+            # Thumbnails of a thousand categories are fetched when somebody looks at them.
+            prompt_set = replace(PromptSet.from_bytes(stored.data, source=source), thumbnails=())
             served = build(
-                prompt_set, order, backbone, version=stored.version, run_id=stored.run_id
+                prompt_set,
+                order,
+                self._backbone(prompt_set),
+                version=stored.version,
+                run_id=stored.run_id,
             )
             self._model.submit(self_test, served, prompt_set).result()
-            before = self._served.get(category)
-            if before is None or before.detector.backbone is not backbone:
-                self._admission.expect(category, self._cost_s(backbone))
         except Exception:
             if self._meter:
                 self._meter.loaded(category, stored.version, succeeded=False)
             raise
-        self._served[category] = served
         if self._meter:
             self._meter.loaded(category, stored.version, succeeded=True)
+        return served
 
     def drop(self, category: str) -> None:
         """Serve a category no more; images of it that wait already are still inspected."""
@@ -151,31 +186,77 @@ class Inspector:
         """What is served, by category."""
         return {category: served.order for category, served in self._served.items()}
 
+    def thresholds(self) -> dict[str, float]:
+        """The scores above which parts are anomalous, by category."""
+        return {category: served.about.threshold for category, served in self._served.items()}
+
+    def last_hour(self) -> dict[str, Counts]:
+        """What the images of the last hour came to, by category."""
+        return self._last_hour.counts()
+
     async def describe(self, category: str) -> CategoryReport:
         return self._find(category).about
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         """Inspect an image file; see `Service.inspect`."""
-        received_at = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             served = self._find(category)
-            with self._admission.admitted(category, len(data), timeout_s):
-                job = await loop.run_in_executor(
-                    self._decoders, self._decode, served, data, picture == "overlay"
-                )
+            if asked.alias is not None:
+                if self._beside is None:
+                    raise problems.no_version(category, asked.alias)
+                served = await self._beside.find(asked.alias, served, self._prepare)
+            received_at = time.monotonic()
+            with self._admission.admitted(category, len(data), asked.timeout_s):
+                job = await loop.run_in_executor(self._decoders, self._decode, served, data, asked)
                 result = await self._batcher.submit(category, job)
-                conclude = partial(self._conclude, job, result, picture, received_at)
-                if picture is None and not result.is_anomalous:
-                    return conclude()  # no map at the size of the image
-                return await loop.run_in_executor(self._decoders, conclude)
+                conclude = partial(self._conclude, job, result, asked, received_at)
+                if asked.picture is None and not result.is_anomalous:
+                    inspected = conclude()  # no map at the size of the image
+                else:
+                    inspected = await loop.run_in_executor(self._decoders, conclude)
+            if asked.alias is None:
+                self._last_hour.add(
+                    category,
+                    score=inspected.report.anomaly_score,
+                    is_anomalous=inspected.report.is_anomalous,
+                    ms=1000 * (time.monotonic() - received_at),
+                )
+            if self._history and asked.alias is None:
+                self._history.keep(
+                    inspected.report,
+                    request_id=asked.id,
+                    data=data,
+                    limits=self._limits,
+                    reading=result.served.detector.prompt_set.reading,
+                    map_SS=result.map_SS,
+                )
+            return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:
                 problem = error if isinstance(error, ProblemError) else problems.of_image(error)
                 self._meter.refused(category, problem.problem.type.rpartition(":")[2])
             raise
+
+    async def explain(self, category: str, data: bytes, asked: InspectionRequest) -> Explanation:
+        """Say what the verdict on an image rests on; see `Service.explain`."""
+        loop = asyncio.get_running_loop()
+        served = self._find(category)
+        with self._admission.admitted(category, len(data), asked.timeout_s):
+            image = await loop.run_in_executor(
+                self._decoders,
+                partial(
+                    decode_image,
+                    data,
+                    limits=self._limits,
+                    reading=served.detector.prompt_set.reading,
+                ),
+            )
+            look = await loop.run_in_executor(self._model, Look.at, served.detector, image)
+            support = await self._supports.of(served, self._beside, self._model)
+            return await loop.run_in_executor(
+                self._decoders, explanation, served.about, served.detector, image, look, support
+            )
 
     def _find(self, category: str) -> ServedCategory:
         try:
@@ -183,21 +264,27 @@ class Inspector:
         except KeyError:
             raise problems.not_ready(category) from None
 
-    def _decode(self, served: ServedCategory, data: bytes, keep_image: bool) -> _Job:
+    def _decode(self, served: ServedCategory, data: bytes, asked: InspectionRequest) -> _Job:
         started_at = time.monotonic()
         try:
             image = decode_image(
                 data, limits=self._limits, reading=served.detector.prompt_set.reading
             )
             pixels_1CHW = served.detector.backbone.preprocess([image])
+            drawn_size = _bounded(image.size, asked.picture_side)
+            ground = None
+            if asked.picture == "overlay":
+                ground = image if drawn_size == image.size else _reduced(image, drawn_size)
         finally:
             ended_at = time.monotonic()
             self._admission.took(served.about.category, "decode", ended_at - started_at)
         return _Job(
             served=served,
+            follows=asked.alias is None,
             pixels_1CHW=pixels_1CHW,
             size=image.size,
-            image=image if keep_image else None,
+            drawn_size=drawn_size,
+            ground=ground,
             queued_at=ended_at,
         )
 
@@ -239,6 +326,8 @@ class Inspector:
         ]
 
     def _newest(self, job: _Job) -> ServedCategory:
+        if not job.follows:
+            return job.served
         newest = self._served.get(job.served.about.category, job.served)
         # Pixels were made for the size that the old version's backbone sees, by its reading.
         now, then = newest.detector, job.served.detector
@@ -246,14 +335,19 @@ class Inspector:
         return newest if same else job.served
 
     def _conclude(
-        self, job: _Job, result: _Result, picture: Picture | None, received_at: float
+        self, job: _Job, result: _Result, asked: InspectionRequest, received_at: float
     ) -> Inspected:
         started_at = time.monotonic()
         about, threshold = result.served.about, result.served.detector.prompt_set.threshold
-        inspection: Inspection | None = None
-        if picture is not None or result.is_anomalous:
-            inspection = result.served.detector.conclude(result.map_SS, result.score, job.size)
-        drawn = _draw(inspection, job.image, picture) if inspection and picture else None
+        regions: Sequence[Region] = ()
+        drawn: bytes | None = None
+        if asked.picture is not None or result.is_anomalous:
+            found = result.served.detector.conclude(
+                result.map_SS, result.score, job.size, map_size=job.drawn_size
+            )
+            regions = found.regions
+            if asked.picture is not None:
+                drawn = _draw(found, job.ground)
         timings = Timings(
             receive=0.0,
             decode=round(1000 * (job.queued_at - received_at), 2),
@@ -279,8 +373,10 @@ class Inspector:
                     peak=region.peak,
                     area=region.area,
                 )
-                for region in (inspection.regions if inspection else ())
+                for region in regions
             ],
+            width=job.size[0],
+            height=job.size[1],
             timings_ms=timings,
         )
         if self._meter:
@@ -322,10 +418,24 @@ def _pass_s(backbone: Backbone) -> float:
     return time.monotonic() - started_at
 
 
-def _draw(inspection: Inspection, image: Image.Image | None, picture: Picture) -> bytes:
-    if picture == "png" or image is None:
+def _bounded(size: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """A size of the same shape whose longer side is no longer than `side`."""
+    longer = max(size)
+    if side is None or longer <= side:
+        return size
+    width, height = (max(1, round(each * side / longer)) for each in size)
+    return width, height
+
+
+def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+
+
+def _draw(inspection: Inspection, ground: Image.Image | None) -> bytes:
+    """The map, or the overlay where there is an image to lay it on."""
+    if ground is None:
         return encode_png(_gray16(inspection.anomaly_map))
-    return encode_png(draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold))
+    return encode_png(draw_overlay(ground, inspection.anomaly_map, threshold=inspection.threshold))
 
 
 def _gray16(map_HW: NDArray[np.float32]) -> Image.Image:

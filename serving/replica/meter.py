@@ -28,6 +28,9 @@ class Meter:
         )
         self._scores = _histogram("anomaly_score", "Anomaly scores.", _SCORES, _WHO)
         self._batches = _histogram("batch_size", "Images of one forward pass.", _BATCHES, ())
+        self._history = _counter(
+            "history", "Inspections for the history, by `outcome`.", ("category", "outcome")
+        )
         self._queue = metrics.Gauge(
             f"{PREFIX}queue", "Images that wait in a replica.", tag_keys=("category",)
         )
@@ -52,6 +55,10 @@ class Meter:
         """A prompt set was loaded and passed its test, or was refused."""
         outcome = "ok" if succeeded else "refused"
         self._loads.inc(tags=_who(category, version) | {"outcome": outcome})
+
+    def kept(self, category: str, outcome: str) -> None:
+        """An inspection was kept in the history, dropped for want of time, or could not be."""
+        self._history.inc(tags={"category": category, "outcome": outcome})
 
     def batch(self, size: int) -> None:
         """A forward pass took this many images."""

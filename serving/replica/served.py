@@ -9,12 +9,14 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from apt_ray.features.protocol import Backbone
 from serving.api.messages import CategoryReport
-from serving.controller.orders import Order
+from serving.controller.orders import Order, ThresholdSource
 from serving.settings import Decision
 
 # What other processors, threads and batch sizes may change in a score. Damage of the text features
 # changes it by more; of the memory, not always.
 _PROBE_TOLERANCE = 0.01
+# Enough for a histogram, and a few kilobytes of an answer.
+_MOST_SCORES = 500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +45,17 @@ def build(
     """
     decided = decide(prompt_set, order.decision)
     interest = order.region_of_interest
+    source: ThresholdSource = "operator" if order.by_operator else "fleet file"
     detector = Detector(
         backbone, decided, region_of_interest=None if interest is None else interest.mask_HW
     )
-    about = _describe(decided, version, run_id, counted_share=interest.share if interest else 1.0)
+    about = _describe(
+        decided,
+        version,
+        run_id,
+        threshold_source="prompt set" if order.decision == Decision() else source,
+        counted_share=interest.share if interest else 1.0,
+    )
     return ServedCategory(order=order, detector=detector, about=about)
 
 
@@ -95,19 +104,36 @@ def _recalibrate(prompt_set: PromptSet, false_alarm_rate: float) -> Threshold:
 
 
 def _describe(
-    prompt_set: PromptSet, version: int, run_id: str, *, counted_share: float
+    prompt_set: PromptSet,
+    version: int,
+    run_id: str,
+    *,
+    threshold_source: ThresholdSource,
+    counted_share: float,
 ) -> CategoryReport:
+    threshold = prompt_set.threshold
     return CategoryReport(
         category=prompt_set.category,
         version=version,
         run_id=run_id,
         backbone=prompt_set.backbone.name,
         fingerprint=prompt_set.fingerprint,
-        threshold=prompt_set.threshold.value,
-        certified_false_alarm_rate=prompt_set.threshold.certified_false_alarm_rate,
+        threshold=threshold.value,
+        threshold_source=threshold_source,
+        certified_false_alarm_rate=threshold.certified_false_alarm_rate,
+        normal_scores=_thinned(sorted(threshold.scores)),
+        normal_scores_of=threshold.source,
         counted_share=counted_share,
         shots=prompt_set.provenance.shots,
         trained_at=prompt_set.provenance.created,
         settings=prompt_set.settings.model_dump(mode="json"),
         metrics=prompt_set.metrics,
     )
+
+
+def _thinned(ordered: list[float]) -> list[float]:
+    """At most `_MOST_SCORES` of them, evenly taken, the lowest and the highest among them."""
+    last, steps = len(ordered) - 1, _MOST_SCORES - 1
+    if last <= steps:
+        return ordered
+    return [ordered[step * last // steps] for step in range(_MOST_SCORES)]

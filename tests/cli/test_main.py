@@ -276,6 +276,20 @@ def test_every_image_has_an_overlay_of_its_own(
     assert found == ["0/1.png.png", *(f"0/{name}" for name in lines), *(f"1/{n}" for n in lines)]
 
 
+def test_overlays_are_no_images_of_the_next_run(
+    category: Category, set_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    day = tmp_path / "day"
+    day.mkdir()
+    Image.open(category.good[0]).save(day / "1.png")
+    for _ in range(2):
+        assert main(["inspect", set_file, str(day), "--out", str(day / "overlays")]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 1
+    assert [path.name for path in (day / "overlays").iterdir()] == ["1.png.png"]
+    assert main(["inspect", set_file, str(day), "--out", str(day)]) == 1
+    assert "would lie among its images: give another --out" in capsys.readouterr().err
+
+
 def test_a_reader_that_goes_away_ends_a_command_without_a_word(
     category: Category, set_file: str, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from apt_ray.config import BackboneSpec
 from apt_ray.data.folders import Category
@@ -88,6 +89,27 @@ def test_regions_are_connected_areas_in_pixels_worst_first() -> None:
     assert first.peak == pytest.approx(0.9)
     assert (second.x, second.y, second.width, second.height, second.area) == (2, 1, 4, 3, 7)
     assert find_regions(map_HW, 0.95) == ()
+
+
+def test_regions_are_those_that_labelled_pixels_have() -> None:
+    draw = np.random.default_rng(0)
+    for number in range(300):
+        map_HW = draw.random(draw.integers(1, 14, 2), dtype=np.float32)
+        if number % 2:
+            map_HW = np.round(3 * map_HW) / 3  # peaks alike, and none above the threshold
+        above_HW = map_HW > 0.6
+        labels_HW, count = ndimage.label(above_HW, structure=np.ones((3, 3)))
+        expected = []
+        for label, (rows, columns) in enumerate(ndimage.find_objects(labels_HW), 1):
+            of_region = map_HW[labels_HW == label]
+            box = (columns.start, rows.start, columns.stop, rows.stop)
+            expected.append((-float(of_region.max()), label, box, of_region.size))
+        found = [
+            (-each.peak, (each.x, each.y, each.x + each.width, each.y + each.height), each.area)
+            for each in find_regions(map_HW, 0.6)
+        ]
+        worst = sorted(expected)[:MAX_REGIONS]
+        assert found == [(peak, box, area) for peak, _, box, area in worst], (number, count)
 
 
 def test_no_more_regions_are_reported_than_a_person_reads() -> None:

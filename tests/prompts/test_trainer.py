@@ -22,10 +22,11 @@ from apt_ray.prompts.guidance import (
     state_contexts,
 )
 from apt_ray.prompts.lanes import Lane, LaneState
-from apt_ray.prompts.losses import divergence, likeness, margin, synthetic_loss
+from apt_ray.prompts.losses import likeness, margin
 from apt_ray.prompts.trainer import PromptTrainer
 from tests.fakes import FakeBackbone
 from tests.prompts.banks import Image, family_bank, random_bank
+from tests.prompts.losses import divergence, synthetic_loss
 
 
 def _lane(
@@ -179,12 +180,12 @@ def _train(lane: Lane, backbone: FakeBackbone, steps: int) -> torch.Tensor:
         tokens, labels = draw_batches([lane], [g], backbone.device)
         contexts = contexts.requires_grad_()
         text = backbone.encode_contexts(contexts, torch.full((prompts,), length))
-        log_p = prompt_log_probabilities(tokens, text, constants)
-        loss = synthetic_loss(log_p, labels)
+        (log_p,) = prompt_log_probabilities(tokens, text, constants)
+        loss = synthetic_loss(log_p[..., 1:].exp().sum(-1), labels[0])
         if prompts > 2:
             loss = loss + settings.diversity_weight * likeness(text[None, 1:])
         loss = loss + settings.margin_weight * margin(tokens, labels, text[None])
-        guide = divergence(prompt_log_probabilities(tokens, meta, constants), log_p)
+        guide = divergence(prompt_log_probabilities(tokens[0], meta, constants), log_p)
         of_loss, of_guide = (
             torch.autograd.grad(value, contexts, retain_graph=True)[0] for value in (loss, guide)
         )
@@ -400,5 +401,5 @@ def test_a_meta_prompt_that_moves_changes_what_is_learned() -> None:
         trainer.join([replace(lane, settings=settings)], [state])
     trainer.advance(3 * ROUND)
     moving, kept, fixed = trainer.text_features()
-    assert torch.equal(kept, fixed)
+    torch.testing.assert_close(kept, fixed, atol=1e-4, rtol=0)
     assert not torch.allclose(moving, kept, atol=1e-3)

@@ -3,10 +3,20 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
+from apt_ray.config import OperatorThreshold
 from apt_ray.errors import RegistryError, RegistryUnavailableError
-from apt_ray.registry import CANDIDATE, CHAMPION, History, LoggedTrial, Move, RegisteredVersion
+from apt_ray.registry import (
+    CANDIDATE,
+    CHAMPION,
+    History,
+    LoggedTrial,
+    Move,
+    RegisteredCategory,
+    RegisteredVersion,
+)
 from apt_ray.registry.contents import DIRECTORY, PROMPT_SET, Record
 from apt_ray.registry.history import Action
 from apt_ray.registry.protocol import Registry
@@ -17,6 +27,9 @@ class _Version:
     record: Record
     files: dict[str, bytes]
     tags: dict[str, str]
+    created: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
 
 
 @dataclass
@@ -25,6 +38,7 @@ class _Category:
     aliases: dict[str, int] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     registered: int = 0
+    threshold: OperatorThreshold | None = None
 
 
 class FakeRegistry(Registry):
@@ -54,9 +68,12 @@ class FakeRegistry(Registry):
         if self.is_away:
             raise RegistryUnavailableError(f"no registry answers at {self.address}: call it back")
 
-    def aliases(self) -> dict[str, dict[str, int]]:
+    def categories(self) -> dict[str, RegisteredCategory]:
         self.check()
-        return {name: dict(category.aliases) for name, category in self._categories.items()}
+        return {
+            name: RegisteredCategory(aliases=dict(category.aliases), threshold=category.threshold)
+            for name, category in self._categories.items()
+        }
 
     def submit(self, folder: Path, record: Record) -> RegisteredVersion:
         self.check()
@@ -94,6 +111,7 @@ class FakeRegistry(Registry):
             tags=dict(version.tags),
             settings=version.record.params,
             metrics=version.record.metrics,
+            created=version.created,
         )
 
     def fetch(self, registered: RegisteredVersion) -> bytes:
@@ -131,6 +149,16 @@ class FakeRegistry(Registry):
             known.aliases[CHAMPION] = target
             known.moves += moves
             return moves[-1]
+
+    def withdraw(self, category: str, version: int) -> None:
+        with self._lock:
+            aliases = self._category(category, CANDIDATE).aliases
+            if aliases.get(CANDIDATE) != version:
+                raise self._no_candidate(category, version, aliases.get(CANDIDATE))
+            del aliases[CANDIDATE]
+
+    def set_threshold(self, category: str, threshold: OperatorThreshold) -> None:
+        self._category(category, CHAMPION).threshold = threshold
 
     def annotate(
         self, registered: RegisteredVersion, tags: Mapping[str, str], *, report: str, name: str

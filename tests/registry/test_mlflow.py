@@ -42,6 +42,11 @@ def register(registry: Registry, category: str, *, seed: int = 0) -> int:
     return registered.version
 
 
+def test_a_version_has_its_page_in_mlflow(registry: Registry) -> None:
+    version = register(registry, "paged")
+    assert registry.page("paged", version) == "#/models/apt-paged/versions/1"
+
+
 def test_champions_leave_out_categories_without_one(registry: Registry, mlflow_server: str) -> None:
     register(registry, "demoted")
     MlflowClient(mlflow_server).delete_registered_model_alias("apt-demoted", "champion")

@@ -4,14 +4,24 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from apt_ray.config import OperatorThreshold
 from apt_ray.data.folders import Category
 from apt_ray.errors import PromptSetError, RegistryConflictError, RegistryError, SettingsError
-from apt_ray.registry import CANDIDATE, CHAMPION, LoggedTrial, Move, Registry, open_registry
+from apt_ray.registry import (
+    CANDIDATE,
+    CHAMPION,
+    LoggedTrial,
+    Move,
+    Registry,
+    discard,
+    open_registry,
+)
 from apt_ray.registry.mlflow.names import model_name
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set
@@ -193,6 +203,24 @@ def test_of_moves_at_once_one_wins_and_the_others_are_told(registry: Registry) -
         registry.move(seen, 3, action="promote", why="late")
 
 
+def test_a_candidate_can_be_withdrawn_and_says_why(registry: Registry) -> None:
+    register(registry, "withdrawn", versions=3)
+    with pytest.raises(RegistryConflictError, match="2 of withdrawn is no longer the candidate"):
+        registry.withdraw("withdrawn", 2)
+    discarded = discard(registry, "withdrawn", why="blurred images")
+    assert (discarded.version, discarded.aliases) == (3, ())
+    assert discarded.tags["discarded"] == "blurred images"
+    assert registry.aliases()["withdrawn"] == {CHAMPION: 1}
+    with pytest.raises(RegistryError, match="no version or alias 'candidate'"):
+        discard(registry, "withdrawn", why="again")
+    register(registry, "alone")
+    with pytest.raises(RegistryError, match="is the champion"):
+        discard(registry, "alone", why="why not")
+    registered = registry.resolve("alone")
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(registered.created)
+    assert age < timedelta(minutes=5)
+
+
 def test_diff_names_what_differs(registry: Registry) -> None:
     register(registry, "diff", versions=2)
     differences = {name: (left, right) for name, left, right in registry.diff("diff")}
@@ -200,6 +228,20 @@ def test_diff_names_what_differs(registry: Registry) -> None:
     assert differences["version"] == ("1", "2")
     assert "sha256" in differences
     assert not {"context_length", "validation"} & set(differences)
+
+
+def test_what_a_person_decides_of_a_threshold_is_kept_until_the_next_decision(
+    registry: Registry,
+) -> None:
+    register(registry, "judged")
+    assert registry.categories()["judged"].threshold is None
+    for value, reason in ((0.41, "dust on the lens"), (None, "it is clean, süß")):
+        said = OperatorThreshold(value=value, reason=reason, by="shift-2", at="2025-01-01T00:00:00")
+        registry.set_threshold("judged", said)
+        assert registry.categories()["judged"].threshold == said
+    assert registry.categories()["judged"].aliases == {CHAMPION: 1, CANDIDATE: 1}
+    with pytest.raises(RegistryError, match="no category 'absent'"):
+        registry.set_threshold("absent", said)
 
 
 def test_annotations_stay_with_their_version(registry: Registry) -> None:

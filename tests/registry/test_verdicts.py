@@ -90,11 +90,15 @@ def test_a_candidate_serves_if_it_is_better_by_more_than_chance(
         register(
             registry, make_prompt_set("washer", seed=seed), support=files[:2], held_out=files[2:]
         )
-    promotion = promote(registry, "washer", compare=compare, normal=[Path(files[0])])
+    promotion = promote(
+        registry, "washer", compare=compare, normal=[Path(files[0])], why="the new lamp"
+    )
     assert seen == [1], "images of the support set do not judge"
     assert promotion.verdict == verdict
     assert registry.champions()["washer"] == (2 if verdict == "promoted" else 1)
     assert registry.resolve("washer", "2").tags["verdict"] == verdict
+    if promotion.move:
+        assert promotion.move.why == f"the new lamp: {promotion.why}"
 
 
 def comparison_of(*gains: float, spread: float = 0.01) -> VersionComparison:

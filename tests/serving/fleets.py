@@ -40,6 +40,7 @@ class Deployed:
     stack: LocalStack
     port: int
     folder: Path
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of every deploy
 
     @property
     def url(self) -> str:
@@ -68,7 +69,8 @@ class Deployed:
     ) -> "subprocess.CompletedProcess[str]":
         path = self.folder / "fleet.yaml"
         registry = {"poll_s": poll_s, "cache": str(self.folder / "cache")}
-        path.write_text(json.dumps({"registry": registry, **fleet}))
+        folders = {"registry": registry, "searches": {"folder": str(self.folder / "searches")}}
+        path.write_text(json.dumps(folders | dict(self.settings) | dict(fleet)))
         return self.run("deploy", str(path), "--http-port", str(self.port))
 
     def replicas(self) -> dict[str, list[int]]:
@@ -93,9 +95,9 @@ class Deployed:
         answer: dict[str, Any] = json.loads(fetch(Request(f"{self.url}{path}")))
         return answer
 
-    def inspect(self, category: str, data: bytes) -> dict[str, Any]:
+    def inspect(self, category: str, data: bytes, *, query: str = "") -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(
-            fetch(Request(f"{self.url}/v1/{category}/inspect", data=data))
+            fetch(Request(f"{self.url}/v1/{category}/inspect{query}", data=data))
         )
         return answer
 

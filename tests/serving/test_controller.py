@@ -2,15 +2,19 @@
 
 import asyncio
 import dataclasses
+import pickle
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from ray.serve.schema import ServeInstanceDetails
 
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import FleetError
+from apt_ray.errors import FleetError, ImageError
+from apt_ray.images import encode_png
 from apt_ray.registry import CHAMPION
 from serving.api.access import Access
+from serving.api.messages import InspectionRequest
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.orders import (
@@ -89,6 +93,61 @@ def test_the_status_says_what_share_of_an_image_counts(tmp_path: Path) -> None:
     assert "counts" not in bolt
 
 
+def test_the_status_says_which_candidate_waits_and_what_the_last_hour_was(
+    tmp_path: Path, prompt_set: PromptSet
+) -> None:
+    registry = stocked(prompt_set)
+    data = encode_png(Image.new("RGB", (40, 30), "gray"))
+
+    async def run() -> None:
+        controller = await started(registry, tmp_path / "controller")
+        line = Line(controller)
+        followers: list[asyncio.Task[None]] = []
+        for name, images in (("one", 2), ("two", 1)):
+            follower, inspector, _ = replica(line, tmp_path / name, name)
+            await follower.start(patience_s=20)
+            for _ in range(images):
+                await inspector.inspect("nut", data, InspectionRequest())
+            with pytest.raises(ImageError):
+                await inspector.inspect("nut", b"no image", InspectionRequest())
+            followers.append(asyncio.create_task(follower.follow_forever()))
+        while True:
+            status = (await controller.status()).categories
+            if (hour := status["nut"].last_hour) and hour.inspected == 3:
+                break
+            await asyncio.sleep(0.05)
+        assert sum(hour.scores) == 3
+        assert hour.latency_ms_p50
+        assert hour.latency_ms_p95
+        assert 0 < hour.latency_ms_p50 <= hour.latency_ms_p95
+        assert status["bolt"].last_hour is None
+        # Version 2 of nut is the candidate, 1 serves; the plan wants bolt's newest itself.
+        assert (status["nut"].candidate, status["bolt"].candidate) == (2, None)
+        assert status["nut"].threshold == prompt_set.threshold.value
+        registry.set_alias("nut", CHAMPION, 2)
+        await controller.poll()
+        assert (await controller.status()).categories["nut"].candidate is None
+        for task in followers:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_replica_of_an_earlier_version_is_heard(tmp_path: Path) -> None:
+    report = ReplicaReport.parse({"categories": {"nut": {"version": 1, "source": "registry"}}})
+    for message, unknown in ((report, "last_hour"), (report.categories["nut"], "threshold")):
+        del message.__dict__[unknown]
+    sent = pickle.loads(pickle.dumps(report))  # noqa: S301  # as Ray does
+
+    async def run() -> None:
+        controller = await started(stocked(), tmp_path)
+        await controller.follow("tail", "r", sent, wait_s=0)
+        status = (await controller.status()).categories["nut"]
+        assert (status.replicas, status.threshold, status.last_hour) == (1, None, None)
+
+    asyncio.run(run())
+
+
 def test_without_the_registry_the_last_news_holds(tmp_path: Path) -> None:
     registry = stocked()
 
@@ -161,18 +220,23 @@ class Line:
             raise ConnectionError("the line is cut")
         return await self.controller.follow(pool, replica, report, wait_s=wait_s)
 
+    async def resolve(self, category: str, alias: str) -> int | None:
+        if self.cut:
+            raise ConnectionError("the line is cut")
+        return await self.controller.resolve(category, alias)
+
     async def fetch(self, category: str, version: int) -> StoredVersion:
         if self.cut:
             raise ConnectionError("the line is cut")
         return await self.controller.fetch(category, version)
 
 
-def replica(line: Line, folder: Path) -> tuple[Follower, Inspector, Access]:
+def replica(line: Line, folder: Path, name: str = "r") -> tuple[Follower, Inspector, Access]:
     inspector = Inspector(limits=HttpLimits().image, batching=Batching(), shared=True)
     access = Access(Auth())
     follower = Follower(
         "tail",
-        "r",
+        name,
         line,
         cache=Cache(str(folder), "registry"),
         inspector=inspector,

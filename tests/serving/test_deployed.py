@@ -1,6 +1,7 @@
 """A fleet on a real cluster, used through the commands and HTTP alone."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from urllib.request import Request
@@ -33,7 +34,10 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) ->
     stack = LocalStack(folder / "stack")
     stack.start()
     try:
-        fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder)
+        history = {"images": 5, "folder": str(folder / "history")}
+        fleet = Deployed(
+            stack=stack, port=free_ports(1)[0], folder=folder, settings={"history": history}
+        )
         fleet.register(prompt_set, "blister", "washer")
         done = fleet.deploy(
             TAIL | {"categories": {"blister": {"threshold": 0}, "washer": {"pool": "tail"}}}
@@ -60,7 +64,7 @@ def test_a_fleet_on_a_real_cluster(
         assert answer["threshold"] == pytest.approx(threshold)
         assert answer["anomaly_score"] == pytest.approx(expected.anomaly_score, abs=1e-4)
         assert answer["is_anomalous"] == (expected.anomaly_score > threshold)
-    for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/console.js"):
+    for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/app.js"):
         assert fetch(Request(deployed.url + page))
     for name, content, status in (
         ("screw", picture, 404),
@@ -99,6 +103,9 @@ def test_a_fleet_on_a_real_cluster(
             assert load.wait_for(name, 2) < 15
         deployed.promote("washer", 1)
         assert load.wait_for("washer", 1) < 15
+        # The candidate answers beside it, and is loaded for that alone.
+        for name in ("washer", "blister"):
+            assert deployed.inspect(name, picture, query="?alias=candidate")["version"] == 2
         # Bounds, decisions and tokens change without a new process.
         fleet = {
             "categories": {
@@ -113,6 +120,11 @@ def test_a_fleet_on_a_real_cluster(
     assert "washer: changed in pool tail" in done.stderr
     assert deployed.replicas() == before
     assert deployed.inspect("washer", picture)["threshold"] == 0.25
+    washer = deployed.get("/fleet/status")["categories"]["washer"]
+    assert (washer["serving"], washer["candidate"], washer["threshold"]) == ([1], 2, 0.25)
+    assert washer["last_hour"]["inspected"] == sum(washer["last_hour"]["scores"]) > 0
+
+    _check_history_and_threshold(deployed, picture)
 
     # What cannot be served is reported with its reason; what was there keeps serving.
     bad = {"blister": {}, "washer": {"pool": "tail", "false_alarm_rate": 0.1}}
@@ -128,7 +140,20 @@ def test_a_fleet_on_a_real_cluster(
     operations = {line["operation"] for line in deployed.get("/fleet/audit")["lines"]}
     assert {"deploy", "alias moved", "serve"} <= operations
 
+    # A search is a job on the same Ray, which finds Ray, the registry and its own code.
+    wanted = {"category": "washer", "data": str(deployed.folder / "nowhere"), "trials": 1}
+    started = httpx.post(f"{deployed.url}/fleet/searches", json=wanted, trust_env=False)
+    assert started.status_code == 202, started.text
+    address = f"/fleet/searches/{started.json()['id']}"
+    deadline = time.monotonic() + 120
+    while (search := deployed.get(address))["ended_at"] is None:
+        assert time.monotonic() < deadline, search
+        time.sleep(0.5)
+    assert (search["state"], search["category"]) == ("failed", "washer")
+    assert f"{deployed.folder / 'nowhere'} is not a folder" in search["problem"], search
+
     _check_metrics(deployed)
+    _check_moves(deployed)
 
     # What others keep on the same server is no category, and one that no replica can serve holds up
     # no other: neither a new one, nor one that moves.
@@ -182,6 +207,59 @@ def _check_proxy(deployed: Deployed) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening == {("127.0.0.1", deployed.port)}
+
+
+def _check_moves(deployed: Deployed) -> None:
+    """Operators decide on versions over HTTP; a promotion runs in a task of its own."""
+    address = f"{deployed.url}/fleet/categories/washer"
+    listed = httpx.get(f"{address}/versions", trust_env=False).json()["versions"]
+    assert [each["version"] for each in listed] == [2, 1]
+    asked = {"reason": "it was tried in the morning"}
+    begun = httpx.post(f"{address}/promote", json=asked, trust_env=False)
+    assert begun.status_code == 202
+    deadline = time.monotonic() + 120
+    while (operation := deployed.get(begun.headers["location"]))["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert operation["error"] is None
+    assert (operation["result"]["moved"], operation["result"]["verdict"]) == (False, "uncomparable")
+
+
+def _check_history_and_threshold(deployed: Deployed, picture: bytes) -> None:
+    """Both pools keep what they inspect, and follow an operator, by whatever way they are asked."""
+    because = {"reason": "dust on the lens"}
+    with httpx.Client(base_url=deployed.url, trust_env=False, timeout=30) as client:
+
+        def follows(category: str, source: str) -> float:
+            deadline = time.monotonic() + 60
+            while (about := client.get(f"/v1/{category}").json())["threshold_source"] != source:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            threshold: float = about["threshold"]
+            return threshold
+
+        for name in ("blister", "washer"):
+            request = deployed.inspect(name, picture)["request_id"]
+            history, deadline = f"/v1/{name}/history", time.monotonic() + 60
+            while (kept := client.get(history).json()["inspections"])[0]["request_id"] != request:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert len(kept) <= 5
+            place = f"{history}/{kept[0]['id']}"
+            types = [client.get(f"{place}/{of}").headers["content-type"] for of in ("image", "map")]
+            assert types == ["image/jpeg", "image/png"]
+            marked = client.post(f"{place}/mark", json={"verdict": "good"}).json()
+            assert marked == kept[0] | {"mark": "good", "marked_by": ""}
+            assert client.get(f"{history}/17/image").status_code == 404
+
+            address = f"/fleet/categories/{name}/threshold"
+            before = client.get(address).json()["source"]
+            said = client.put(address, json={"threshold": 0.41, **because})
+            assert (said.status_code, said.json()["source"]) == (200, "operator")
+            assert follows(name, "operator") == 0.41
+            taken_back = client.request("DELETE", address, json=because).json()
+            assert taken_back["source"] == before
+            follows(name, before)
 
 
 def _check_metrics(deployed: Deployed) -> None:

@@ -70,7 +70,7 @@ def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     assert shipped == Fleet() == Fleet.read(write(tmp_path, ""))
     assert shipped.categories == "all"
     shown = (shipped.defaults, shipped.defaults.autoscaling, shipped.http, shipped.registry)
-    for settings in (*shown, shipped.auth):
+    for settings in (*shown, shipped.history, shipped.auth):
         for name in type(settings).model_fields:
             assert f"  {name}:" in SHIPPED.read_text()
     for name in Fleet.model_fields:

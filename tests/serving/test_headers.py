@@ -4,7 +4,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from serving.api.headers import middlewares, quality
+from serving.api.headers import is_current, middlewares, quality
 
 PNG, JSON = "image/png", "application/json"
 
@@ -37,6 +37,22 @@ def test_the_best_range_of_an_accept_header_decides(
 ) -> None:
     assert (quality(accept, PNG) > quality(accept, JSON)) is prefers_png
     assert (quality(accept, JSON)[0] > 0) is takes_json
+
+
+@pytest.mark.parametrize(
+    ("if_none_match", "is_known"),
+    [
+        ('W/"a"', True),
+        ('"a"', True),
+        ('"b" , W/"a"', True),
+        ("*", True),
+        ("", False),
+        ("a", False),
+        ('W/"aa"', False),
+    ],
+)
+def test_a_caller_says_what_it_has(if_none_match: str, is_known: bool) -> None:
+    assert is_current(if_none_match, 'W/"a"') is is_known
 
 
 @pytest.mark.parametrize(

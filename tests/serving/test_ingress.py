@@ -21,7 +21,7 @@ from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import decode_image, read_image
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Picture
 from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
@@ -57,7 +57,7 @@ def inspector(
 async def ask_for(
     inspecting: Inspector, data: bytes, name: str = "blister", picture: Picture | None = None
 ) -> Inspected:
-    return await inspecting.inspect(name, data, picture=picture, timeout_s=None)
+    return await inspecting.inspect(name, data, InspectionRequest(picture=picture))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,40 @@ def test_the_map_comes_along_when_asked_for(
     np.testing.assert_allclose(
         np.asarray(sent, dtype=np.float32) / 65535, expected.anomaly_map, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("picture", ["png", "overlay"])
+def test_a_picture_is_as_small_as_it_is_wanted_and_regions_stay_where_they_are(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category, picture: str
+) -> None:
+    path = next(image.path for image in category.test if image.is_anomalous)
+    image = read_image(path).resize((400, 200))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    (found,) = Detector(backbone, prompt_set).inspect([image])
+    api = create_api(
+        inspector(backbone, with_threshold(prompt_set, found.anomaly_score * 0.9)),
+        http=LIMITS,
+        access=OPEN,
+    )
+
+    def ask_at(**params: str | int) -> tuple[dict[str, Any], Image.Image]:
+        answer = inspect(api, buffer.getvalue(), params={"map": picture, **params}).json()
+        return answer, Image.open(io.BytesIO(base64.b64decode(answer["map_png"])))
+
+    whole, large = ask_at()
+    small, drawn = ask_at(map_side=100)
+    _, same = ask_at(map_side=4096)
+    assert large.size == same.size == (whole["width"], whole["height"]) == (400, 200)
+    assert drawn.size == (100, 50)
+    assert small["regions"] == whole["regions"] != []
+    shrunk = np.asarray(large.resize(drawn.size, Image.Resampling.BOX), dtype=np.float32)
+    scale = 65535 if picture == "png" else 255
+    apart = np.abs(shrunk - np.asarray(drawn, dtype=np.float32)).mean() / scale
+    assert apart < (0.005 if picture == "png" else 0.1)  # outlines are as thin, so less of it
+    for side in (63, 4097):
+        refused = inspect(api, png(), params={"map_side": side})
+        assert_problem(refused, 422, "map_side")
 
 
 @pytest.mark.parametrize("how", ["accept", "query"])
@@ -230,9 +264,7 @@ def test_a_failure_of_the_service_itself_tells_nothing_of_its_inside() -> None:
         async def describe(self, category: str) -> CategoryReport:
             raise RuntimeError("the secret of the inside")
 
-        async def inspect(
-            self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-        ) -> Inspected:
+        async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
             raise RuntimeError("the secret of the inside")
 
     response = inspect(create_api(Broken(), http=LIMITS, access=OPEN), png())

@@ -14,4 +14,17 @@ def test_the_documented_errors_are_those_that_are_answered() -> None:
 def test_every_kind_of_error_is_documented() -> None:
     lines = DOCUMENT.read_text().splitlines()
     statuses = {line.split()[1] for line in lines if line.startswith("HTTP/1.1")}
-    assert statuses == {"400", "401", "403", "404", "406", "413", "415", "422", "429", "500", "503"}
+    assert statuses == {
+        "400",
+        "401",
+        "403",
+        "404",
+        "406",
+        "409",
+        "413",
+        "415",
+        "422",
+        "429",
+        "500",
+        "503",
+    }

@@ -22,10 +22,11 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.pools import Answering, Pools, Refusal
 from serving.api.problems import ProblemError
 from serving.api.root import create_root_api
+from serving.api.tuning import Tuning
 from serving.controller.cache import Cache
 from serving.controller.orders import CategoryStatus, FleetStatus, Order, Routes, StoredVersion
 from serving.replica.inspector import Inspector
@@ -47,6 +48,7 @@ class KnownController:
         self.woken: list[str] = []
         self.states = {"blister": "READY", "washer": "LOADING"}
         self.away = False
+        self.polled_s_ago = 1.0
 
     async def routes(self, known: str) -> Routes:
         raise NotImplementedError
@@ -58,7 +60,7 @@ class KnownController:
             revision=3,
             deployed_by="me@here",
             registry="ok",
-            polled_s_ago=1.0,
+            polled_s_ago=self.polled_s_ago,
             categories={
                 name: CategoryStatus(
                     state=state,  # type: ignore[arg-type]
@@ -93,13 +95,19 @@ def root_of(
     controller: KnownController | None = None,
     auth: Auth | None = None,
     http: HttpLimits = LIMITS,
+    tuning: Tuning | None = None,
 ) -> FastAPI:
     access = Access(Auth())
     pools = Pools(lambda pool: service, access)
     routes = {"blister": ("tail",), "washer": ("tail", "washer")}
     pools.follow(Routes(pools=routes, auth=auth or Auth()))
     return create_root_api(
-        pools, controller or KnownController(), http=http, access=access, webhook_secret=SECRET
+        pools,
+        controller or KnownController(),
+        http=http,
+        access=access,
+        webhook_secret=SECRET,
+        tuning=tuning,
     )
 
 
@@ -129,6 +137,8 @@ def test_a_shared_pool_answers_by_handle_what_it_answers_directly(
         ("POST", "/v1/blister/inspect", {"content": picture[:-50]}),
         ("POST", "/v1/blister/inspect", {"content": bytes(300_000)}),
         ("POST", "/v1/blister/inspect?map=tiff", {"content": picture}),
+        ("POST", "/v1/blister/inspect?alias=candidate", {"content": picture}),
+        ("POST", "/v1/blister/inspect?alias=7", {"content": picture}),
         ("POST", "/v1/blister/inspect", {"json": {}}),
         ("GET", "/v1/blister", {}),
     ]
@@ -157,11 +167,11 @@ def test_a_pool_in_trouble_is_explained(tail: Inspector) -> None:
             self.errors = list(errors)
 
         async def inspect(
-            self, category: str, data: bytes, picture: Picture | None, timeout_s: float | None
+            self, category: str, data: bytes, asked: InspectionRequest
         ) -> Inspected | Refusal:
             if self.errors:
                 raise self.errors.pop(0)
-            return await Answering(tail).inspect("blister", data, picture, timeout_s)
+            return await Answering(tail).inspect("blister", data, asked)
 
         async def describe(self, category: str) -> CategoryReport | Refusal:
             raise RayServeException("the application is gone")
@@ -231,11 +241,35 @@ def test_the_root_lists_and_explains(tail: Inspector) -> None:
     assert ask(root, "GET", "/healthz").status_code == 200
 
 
+def test_whoever_polls_gets_nothing_while_nothing_changes(tail: Inspector) -> None:
+    controller = KnownController()
+    root = root_of(Answering(tail), controller)
+    for path in ("/v1", "/fleet/status"):
+        controller.states["washer"] = "LOADING"
+        first = ask(root, "GET", path)
+        known = {"If-None-Match": first.headers["etag"]}
+        controller.polled_s_ago += 1  # as it does all the time
+        for method in ("GET", "HEAD"):
+            same = ask(root, method, path, headers=known)
+            assert (same.status_code, same.content) == (304, b"")
+            assert same.headers["etag"] == first.headers["etag"]
+        controller.states["washer"] = "READY"
+        second = ask(root, "GET", path, headers=known)
+        assert (second.status_code, second.headers["etag"] != first.headers["etag"]) == (200, True)
+        assert second.json() != first.json()
+    guarded = root_of(Answering(tail), controller, AUTH)
+    assert ask(guarded, "GET", "/fleet/status", headers=known).status_code == 401
+
+
 def test_the_description_names_the_routes_and_the_pages_load_nothing_from_elsewhere(
     tail: Inspector,
 ) -> None:
     root = root_of(Answering(tail))
-    paths = ask(root, "GET", "/openapi.json").json()["paths"]
+    description = ask(root, "GET", "/openapi.json")
+    paths = description.json()["paths"]
+    # Whoever makes a client of it has no more of regular expressions than this.
+    for pattern in re.findall(r'"pattern":("(?:[^"\\]|\\.)*")', description.text):
+        re.compile(json.loads(pattern))
     operation = paths["/v1/{category}/inspect"]["post"]
     assert {"image/png", "multipart/form-data"} <= set(operation["requestBody"]["content"])
     statuses = {"200", "400", "401", "403", "404", "408", "413", "415", "422", "429", "503"}
@@ -243,7 +277,9 @@ def test_the_description_names_the_routes_and_the_pages_load_nothing_from_elsewh
     assert {"/v1", "/v1/{category}", "/healthz", "/readyz", "/fleet/status"} <= set(paths)
     for path in ("/", "/docs"):
         page = ask(root, "GET", path)
-        assert "default-src 'self'" in page.headers["content-security-policy"]
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'self'; connect-src 'self'" in policy
+        assert "unsafe" not in policy
         links = [part.split('"')[0] for part in page.text.split('src="')[1:]]
         links += [part.split('"')[0] for part in page.text.split('href="')[1:]]
         assert links
@@ -277,10 +313,37 @@ def test_the_fleet_works_behind_a_path_prefix(tail: Inspector) -> None:
     assert urlsplit(moved.headers["location"]).path == first
 
 
+def test_the_console_has_its_addresses_and_takes_none_of_the_apis(tail: Inspector) -> None:
+    prefixed = root_of(Answering(tail), http=LIMITS.model_copy(update={"root_path": "/fleet"}))
+    for root, base in ((root_of(Answering(tail)), ""), (prefixed, "/fleet")):
+        front = ask(root, "GET", "/")
+        assert f'src="{base}/console/app.js"' in front.text
+        tabs = ("", "/inspect", "/history", "/versions", "/tune")
+        for path in ("/searches", *(f"/c/blister{tab}" for tab in tabs)):
+            page = ask(root, "GET", path)
+            assert page.text == front.text, path
+            assert page.headers["content-security-policy"]
+    for path in ("/c", "/c/blister/nothing", "/v2", "/fleet/nothing", "/console/nothing.js"):
+        assert ask(root, "GET", path).status_code == 404, path
+        assert ask(root, "GET", path).headers["content-type"] == "application/problem+json"
+    assert ask(root, "POST", "/c/blister").status_code == 405
+
+
 def test_every_address_that_answers_get_answers_head(tail: Inspector) -> None:
     root = root_of(Answering(tail))
-    paths = ("/", "/docs", "/healthz", "/v1", "/v1/blister", "/openapi.json", "/fleet/status")
-    for path in (*paths, "/console/console.js"):
+    paths = (
+        "/",
+        "/docs",
+        "/healthz",
+        "/v1",
+        "/v1/blister",
+        "/openapi.json",
+        "/fleet/status",
+        "/fleet/me",
+        "/c/blister",
+        "/searches",
+    )
+    for path in (*paths, "/c/blister/history", "/console/app.js"):
         assert ask(root, "HEAD", path).status_code == 200, path
     assert ask(root, "HEAD", "/readyz").status_code == 503
     assert ask(root, "HEAD", "/v1/blister/inspect").status_code == 405
@@ -350,6 +413,15 @@ def test_a_token_is_good_for_its_scopes_alone(
             assert "token" in answer.json()["detail"]
     for open_to_all in ("/", "/docs", "/openapi.json", "/healthz"):
         assert ask(root, "GET", open_to_all).status_code == 200
+
+
+def test_a_caller_is_told_who_it_is(tail: Inspector) -> None:
+    guarded = root_of(Answering(tail), auth=AUTH)
+    one = ask(guarded, "GET", "/fleet/me", headers={"Authorization": "Bearer one"})
+    assert one.json() == {"name": "one", "scopes": ["inspect:blister"], "needs_token": True}
+    assert ask(guarded, "GET", "/fleet/me").status_code == 401
+    anybody = ask(root_of(Answering(tail)), "GET", "/fleet/me").json()
+    assert anybody == {"name": "", "scopes": ["inspect", "operate"], "needs_token": False}
 
 
 def test_tokens_change_while_the_fleet_runs(tail: Inspector) -> None:

@@ -6,6 +6,7 @@
 import asyncio
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from apt_ray.images import decode_image
 from serving.api import problems
 from serving.api.access import Access
 from serving.api.ingress import create_api
-from serving.api.messages import CategoryReport, Inspected, Picture
+from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.settings import Auth, HttpLimits
 from tests.mutations import png_that_claims
 
@@ -38,9 +39,15 @@ class _Scene:
     async def describe(self, category: str) -> CategoryReport:
         raise problems.unknown_category(category, ["bottle", "screw"])
 
-    async def inspect(
-        self, category: str, data: bytes, *, picture: Picture | None, timeout_s: float | None
-    ) -> Inspected:
+    async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
+        if asked.alias is not None and category == "bottle":
+            raise problems.no_version(category, asked.alias)
+        if asked.alias is not None:
+            raise problems.unusable(
+                category,
+                asked.alias,
+                f"version 3 of {category} is damaged: fit the category again and register it",
+            )
         if category == "flooded":
             raise problems.too_many(
                 "64 images are waiting for this replica already, 64 of them of flooded: this"
@@ -71,12 +78,19 @@ def _api(*, tokens: bool) -> FastAPI:
 
 
 _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
-    ("not an image", "--data-binary @notes.txt", "bottle", b"hello", {}, False),
-    ("a damaged image", "--data-binary @half.png", "bottle", b"\x89PNG\r\n\x1a\n", {}, False),
+    ("not an image", "--data-binary @notes.txt", "bottle/inspect", b"hello", {}, False),
+    (
+        "a damaged image",
+        "--data-binary @half.png",
+        "bottle/inspect",
+        b"\x89PNG\r\n\x1a\n",
+        {},
+        False,
+    ),
     (
         "a form that lost its end",
         "-H 'Content-Type: multipart/form-data; boundary=x' --data-binary @half.form",
-        "bottle",
+        "bottle/inspect",
         _FORM_PART,
         _FORM,
         False,
@@ -84,7 +98,7 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
     (
         "an overlay of several images",
         "-H 'Accept: image/png' -F image=@part.png -F image=@other.png",
-        "bottle",
+        "bottle/inspect",
         2 * _FORM_PART + b"--x--",
         _FORM | {"Accept": "image/png"},
         False,
@@ -92,16 +106,16 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
     (
         "too many images",
         "-F image=@1.png -F image=@2.png -F image=@3.png",
-        "bottle",
+        "bottle/inspect",
         3 * _FORM_PART + b"--x--",
         _FORM,
         False,
     ),
-    ("no token", "--data-binary @part.png", "bottle", b"", {}, True),
+    ("no token", "--data-binary @part.png", "bottle/inspect", b"", {}, True),
     (
         "an unknown token",
         "-H 'Authorization: Bearer ...' --data-binary @part.png",
-        "bottle",
+        "bottle/inspect",
         b"",
         {"Authorization": "Bearer ..."},
         True,
@@ -109,19 +123,19 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
     (
         "a token for something else",
         "-H 'Authorization: Bearer '$TOKEN --data-binary @part.png",
-        "bottle",
+        "bottle/inspect",
         b"",
         {"Authorization": f"Bearer {_TOKEN}"},
         True,
     ),
-    ("an unknown category", "--data-binary @part.png", "nut", b"BM", {}, False),
-    ("too many bytes", "--data-binary @film.png", "bottle", bytes(1001), {}, False),
-    ("too many pixels", "--data-binary @huge.png", "bottle", _LARGE, {}, False),
-    ("another kind of file", "--data-binary @part.gif", "bottle", _GIF, {}, False),
+    ("an unknown category", "--data-binary @part.png", "nut/inspect", b"BM", {}, False),
+    ("too many bytes", "--data-binary @film.png", "bottle/inspect", bytes(1001), {}, False),
+    ("too many pixels", "--data-binary @huge.png", "bottle/inspect", _LARGE, {}, False),
+    ("another kind of file", "--data-binary @part.gif", "bottle/inspect", _GIF, {}, False),
     (
         "another content type",
         "-H 'Content-Type: application/json' -d '{}'",
-        "bottle",
+        "bottle/inspect",
         b"{}",
         {"Content-Type": "application/json"},
         False,
@@ -129,23 +143,46 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
     (
         "a wrong parameter",
         "-H 'X-Timeout-Ms: soon' --data-binary @part.png",
-        "bottle",
+        "bottle/inspect",
         b"",
         {"X-Timeout-Ms": "soon"},
         False,
     ),
-    ("one category too many at once", "--data-binary @part.png", "flooded", b"BM", {}, False),
-    ("all too many at once", "--data-binary @part.png", "busy", b"BM", {}, False),
-    ("a category that is not ready", "--data-binary @part.png", "new", b"BM", {}, False),
-    ("a fault of the fleet's own", "--data-binary @part.png", "broken", b"BM", {}, False),
+    (
+        "one category too many at once",
+        "--data-binary @part.png",
+        "flooded/inspect",
+        b"BM",
+        {},
+        False,
+    ),
+    ("all too many at once", "--data-binary @part.png", "busy/inspect", b"BM", {}, False),
+    ("a category that is not ready", "--data-binary @part.png", "new/inspect", b"BM", {}, False),
+    (
+        "a candidate that is not there",
+        "--data-binary @part.png",
+        "bottle/inspect?alias=candidate",
+        b"BM",
+        {},
+        False,
+    ),
+    (
+        "a version that cannot inspect",
+        "--data-binary @part.png",
+        "screw/inspect?alias=candidate",
+        b"BM",
+        {},
+        False,
+    ),
+    ("a fault of the fleet's own", "--data-binary @part.png", "broken/inspect", b"BM", {}, False),
 ]
 
 
 def transcripts() -> str:
     """All of them, as Markdown."""
     parts = ["# Each kind of error, as curl shows it\n"]
-    for title, options, category, body, headers, tokens in _CASES:
-        response = asyncio.run(_ask(_api(tokens=tokens), category, body, headers))
+    for title, options, address, body, headers, tokens in _CASES:
+        response = asyncio.run(_ask(_api(tokens=tokens), address, body, headers))
         shown = {
             name: value
             for name, value in response.headers.items()
@@ -153,7 +190,7 @@ def transcripts() -> str:
         }
         parts.append(
             f"## {title[0].upper()}{title[1:]}\n\n```console\n"
-            f"$ curl -i {options} {URL}/v1/{category}/inspect\n"
+            f"$ curl -i {options} {shlex.quote(f'{URL}/v1/{address}')}\n"
             f"HTTP/1.1 {response.status_code} {response.reason_phrase}\n"
             + "".join(f"{name}: {value}\n" for name, value in sorted(shown.items()))
             + f"\n{json.dumps(response.json(), indent=2)}\n```\n"
@@ -162,11 +199,11 @@ def transcripts() -> str:
 
 
 async def _ask(
-    served: FastAPI, category: str, body: bytes, headers: dict[str, str]
+    served: FastAPI, address: str, body: bytes, headers: dict[str, str]
 ) -> httpx.Response:
     transport = httpx.ASGITransport(served, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url=URL) as client:
-        return await client.post(f"/v1/{category}/inspect", content=body, headers=headers)
+        return await client.post(f"/v1/{address}", content=body, headers=headers)
 
 
 if __name__ == "__main__":

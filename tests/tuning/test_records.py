@@ -90,7 +90,7 @@ def test_a_plan_on_disk_is_resumed_as_it_was_written(tmp_path: Path) -> None:
     plan = SearchStore(str(tmp_path), "monday").plan()
     assert plan.categories == ("washer", "textile")
     assert plan.settings == SearchSettings(
-        trials=16, space={"noise_strength": Axis(choices=(0.1, 0.3))}
+        trials=16, live_trials=8, space={"noise_strength": Axis(choices=(0.1, 0.3))}
     )
 
 

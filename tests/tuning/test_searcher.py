@@ -82,3 +82,13 @@ def test_a_trial_that_failed_or_was_stopped_is_taken_note_of() -> None:
     searcher.on_trial_complete("trial1", {"rung": 1, "validation": 0.4})
     searcher.on_trial_complete("trial2", {"rung": 4, "validation": 0.7})
     assert searcher.suggest("next")["number"] == 3
+
+
+@pytest.mark.parametrize("kind", ["random", "optuna"])
+def test_past_settings_come_after_the_defaults(kind: str) -> None:
+    chosen = settings(searcher=kind)
+    start = starting_point(chosen.space, chosen.backbone)
+    past = {**start, "context_length": 11}
+    drawn = draw(CategoriesSearcher(chosen, {"a": []}, ready, past={"a": [past]}), 3)
+    assert [each["settings"] for each in drawn[:2]] == [start, past]
+    assert drawn[2]["settings"] not in (start, past)

@@ -18,6 +18,7 @@ SEARCH_FLAGS: dict[str, tuple[str, Any]] = {
     "trials": ("--trials 5", 5),
     "live_trials": ("--live-trials 3", 3),
     "searcher": ("--searcher optuna", "optuna"),
+    "warm_start": ("--warm-start 3", 3),
     "scheduler": ("--scheduler none", "none"),
     "objective": ("--searcher optuna --scheduler none --objective pareto", "pareto"),
     "steps": ("--max-steps 16", 16),

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from time import time
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
 
+from apt_ray.config import OperatorThreshold
 from apt_ray.errors import RegistryConflictError, RegistryError, RegistryUnavailableError
 from apt_ray.registry.contents import DIRECTORY, PROMPT_SET, Record
 from apt_ray.registry.history import Action, History, Move
@@ -26,10 +29,18 @@ from apt_ray.registry.mlflow.names import (
     model_name,
 )
 from apt_ray.registry.mlflow.page import describe_category, describe_version, with_report
-from apt_ray.registry.protocol import CANDIDATE, CHAMPION, LoggedTrial, RegisteredVersion, Registry
+from apt_ray.registry.protocol import (
+    CANDIDATE,
+    CHAMPION,
+    LoggedTrial,
+    RegisteredCategory,
+    RegisteredVersion,
+    Registry,
+)
 
 _PAGE = 1000
 _SUBMISSION = "submission"
+_THRESHOLD = "threshold"
 _HIDDEN_TAGS = ("mlflow.", _SUBMISSION, MARK)
 
 
@@ -49,9 +60,9 @@ class MlflowRegistry(Registry):
         with self._connection.requests() as client:
             client.search_registered_models(max_results=1)
 
-    def aliases(self) -> dict[str, dict[str, int]]:
-        """Category -> alias -> version, for every category: one request a thousand of them."""
-        aliases: dict[str, dict[str, int]] = {}
+    def categories(self) -> dict[str, RegisteredCategory]:
+        """Every category: one request a thousand of them."""
+        categories: dict[str, RegisteredCategory] = {}
         token = ""
         while True:
             answer = self._connection.get(
@@ -63,15 +74,19 @@ class MlflowRegistry(Registry):
                 },
             )
             for model in answer.get("registered_models", []):
+                tags = _tags(model)
                 newest = [_tags(version) for version in model.get("latest_versions", [])]
-                if not is_category(_tags(model), newest):
+                if not is_category(tags, newest):
                     continue
-                aliases[model["name"].removeprefix(MODEL_PREFIX)] = {
-                    alias["alias"]: int(alias["version"]) for alias in model.get("aliases", [])
-                }
+                categories[model["name"].removeprefix(MODEL_PREFIX)] = RegisteredCategory(
+                    aliases={
+                        alias["alias"]: int(alias["version"]) for alias in model.get("aliases", [])
+                    },
+                    threshold=_threshold(tags),
+                )
             token = answer.get("next_page_token", "")
             if not token:
-                return aliases
+                return categories
 
     def submit(self, folder: Path, record: Record) -> RegisteredVersion:
         return self._submitted(record) or self._submit(folder, record)
@@ -90,6 +105,7 @@ class MlflowRegistry(Registry):
             tags={key: tag for key, tag in tags.items() if not key.startswith(_HIDDEN_TAGS)},
             settings={} if run is None else dict(run.params),
             metrics={} if run is None else dict(run.metrics),
+            created=_iso(found.creation_timestamp),
         )
 
     def fetch(self, registered: RegisteredVersion) -> bytes:
@@ -141,6 +157,23 @@ class MlflowRegistry(Registry):
                 why=why,
                 experiment_id=self._experiment_id(),
                 describe=describe_category,
+            )
+
+    def withdraw(self, category: str, version: int) -> None:
+        candidate = self.history(category).candidate
+        if candidate != version:
+            raise self._no_candidate(category, version, candidate)
+        with self._connection.requests() as client:
+            client.delete_registered_model_alias(model_name(category), CANDIDATE)
+
+    def page(self, category: str, version: int) -> str:
+        return f"#/models/{model_name(category)}/versions/{version}"
+
+    def set_threshold(self, category: str, threshold: OperatorThreshold) -> None:
+        self.history(category)  # or there is no such category, or it is somebody else's
+        with self._connection.requests() as client:
+            client.set_registered_model_tag(
+                model_name(category), _THRESHOLD, threshold.model_dump_json()
             )
 
     def annotate(
@@ -334,6 +367,21 @@ class MlflowRegistry(Registry):
         return known
 
 
+def _iso(milliseconds: int | None) -> str:
+    if milliseconds is None:
+        return ""
+    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
+
+
 def _tags(described: Mapping[str, Any]) -> dict[str, str]:
     """The tags of a model or version in MLflow's JSON, which leaves out what is empty."""
     return {tag["key"]: tag.get("value", "") for tag in described.get("tags", [])}
+
+
+def _threshold(tags: Mapping[str, str]) -> OperatorThreshold | None:
+    """What a person decided; a tag that somebody wrote by hand and that says nothing decides
+    nothing."""
+    try:
+        return OperatorThreshold.model_validate_json(tags[_THRESHOLD])
+    except (KeyError, ValidationError):
+        return None
