@@ -253,8 +253,15 @@ class _Search:
     def _wait_for_banks(self) -> None:
         """Trials that hold CPUs of their own would leave none to encode the other categories."""
         started = time.monotonic()
+        names = self.encoding.categories
+        say(f"encoding support sets of {len(names)} categories, once for all trials")
+        told = 0
         self._take_in()
         while self.encoding.is_waiting:
+            ready = sum(self.encoding.state(name) == "ready" for name in names)
+            if ready > told:
+                say(f"support sets encoded: {ready} of {len(names)} categories")
+                told = ready
             time.sleep(_CHECK_S)
             self._take_in()
         say(f"support sets encoded in {time.monotonic() - started:.0f} s")
