@@ -215,14 +215,15 @@ def _time_trials(
             if result is None or result.error:
                 raise DataError(f"a trial cannot be timed: {result and result.error}")
 
+    few, many = min(_FEW, settings.steps - 1), min(_MANY, settings.steps)
     try:
         run(1)  # what is loaded or made once
-        few, _ = _timed(lambda: run(min(_FEW, settings.steps - 1)))
-        many, _ = _timed(lambda: run(min(_MANY, settings.steps)))
+        few_s, _ = _timed(lambda: run(few))
+        many_s, _ = _timed(lambda: run(many))
     finally:
         engine.close()
-    step = max(0.0, many - few) / (min(_MANY, settings.steps) - min(_FEW, settings.steps - 1))
-    return step / at_a_time, max(0.0, few - step * min(_FEW, settings.steps - 1)) / at_a_time
+    step_s = max(0.0, many_s - few_s) / (many - few)
+    return step_s / at_a_time, max(0.0, few_s - step_s * few) / at_a_time
 
 
 def _timed(make: Callable[[], Made]) -> tuple[float, Made]:

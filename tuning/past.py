@@ -1,8 +1,8 @@
 """Where a search begins beside the defaults: at the settings of the registry's champions."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from apt_ray.errors import PromptSetError
@@ -31,18 +31,16 @@ def past_settings(
     own = [name for name in categories if name in champions]
     others = [name for name in champions if name not in set(own)][:_MOST_LOADED]
     points = {
-        name: point
+        name: tuple(sorted(point.items()))
         for name in (*own, *others)
         if (point := _point(registry, name, settings)) is not None
     }
-    counted = Counter(tuple(sorted(point.items())) for point in points.values())
-    commonest = [dict(point) for point, _ in counted.most_common()]
-    return {
-        name: tuple(_distinct(chain([points[name]] if name in points else [], commonest)))[
-            : settings.warm_start
-        ]
-        for name in categories
-    }
+    commonest = [point for point, _ in Counter(points.values()).most_common()]
+    found = {}
+    for name in categories:
+        best_first = dict.fromkeys([points[name], *commonest] if name in points else commonest)
+        found[name] = tuple(map(dict, islice(best_first, settings.warm_start)))
+    return found
 
 
 def _point(registry: Registry, category: str, settings: SearchSettings) -> dict[str, Any] | None:
@@ -58,11 +56,3 @@ def _point(registry: Registry, category: str, settings: SearchSettings) -> dict[
     is_held = all(axis.holds(point[name]) for name, axis in settings.space.items())
     is_start = point == starting_point(settings.space, settings.backbone)
     return point if is_held and not is_start else None
-
-
-def _distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for point in points:
-        if point not in found:
-            found.append(point)
-    return found

@@ -21,7 +21,6 @@ from apt_ray.anomalies.noise import add_noise, patch_labels
 from apt_ray.anomalies.object_mask import object_masks
 from apt_ray.anomalies.regions import move_onto, random_regions
 from apt_ray.anomalies.spec import BankSpec
-from apt_ray.errors import SettingsError
 from apt_ray.features.pixels import resize_pixels
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 
@@ -159,12 +158,7 @@ def encode_support(
     Raises:
         SettingsError: the spec is of another encoder, or of another number of images.
     """
-    if (spec.fingerprint, len(spec.support)) != (encoder.fingerprint, len(images)):
-        raise SettingsError(
-            f"the bank is to be made from {len(spec.support)} images by encoder"
-            f" {spec.fingerprint}, not from {len(images)} by {encoder.fingerprint}: make its spec"
-            f" from these"
-        )
+    spec.check_source("bank", len(images), encoder.fingerprint)
     g = torch.Generator().manual_seed(spec.seed)
     whole = encoder.preprocess(images)
     pixels = resize_pixels(whole, encoder.prompt_size)

@@ -49,6 +49,14 @@ class EncodedSpec(Settings):
         content = f"{_code_digest()} {type(self).__name__} {self.model_dump_json()}"
         return hashlib.sha256(content.encode()).hexdigest()[:40]
 
+    def check_source(self, what: str, images: int, fingerprint: str) -> None:
+        """SettingsError unless `what` is to be made from so many images by this encoder."""
+        if (self.fingerprint, len(self.support)) != (fingerprint, images):
+            raise SettingsError(
+                f"the {what} is to be made from {len(self.support)} images by encoder"
+                f" {self.fingerprint}, not from {images} by {fingerprint}: make its spec from these"
+            )
+
 
 class JudgeSpec(EncodedSpec):
     """What a judge of trials is made from (`validation.judge`)."""

@@ -151,11 +151,12 @@ def remember(
             for place in range(len(support))
         ]
         distances = {layer: torch.cat([one[layer] for one in left_out]) for layer in left_out[0]}
+    smallest = shown.smallest()
     return shown.memory(), HeldOut(
         tokens_BNE=support.tokens_BNE,
         distances=distances,
         scales={
-            layer: distance_scale(distance, smallest=shown.smallest()[layer], widened=shown.widened)
+            layer: distance_scale(distance, smallest=smallest[layer], widened=shown.widened)
             for layer, distance in distances.items()
         },
         source=source,

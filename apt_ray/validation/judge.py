@@ -21,7 +21,6 @@ from apt_ray.anomalies.cache import below
 from apt_ray.anomalies.families import SELECTION, harmless_copies
 from apt_ray.anomalies.noise import patch_labels
 from apt_ray.anomalies.spec import JudgeSpec
-from apt_ray.errors import SettingsError
 from apt_ray.features.pixels import resize_pixels, to_pixels
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
 from apt_ray.prompts.remember import show
@@ -159,12 +158,7 @@ def encode_judge(
     Raises:
         SettingsError: the spec is of another encoder, or of another number of images.
     """
-    if (spec.fingerprint, len(spec.support)) != (encoder.fingerprint, len(images)):
-        raise SettingsError(
-            f"the judge is to be made from {len(spec.support)} images by encoder"
-            f" {spec.fingerprint}, not from {len(images)} by {encoder.fingerprint}: make its spec"
-            f" from these"
-        )
+    spec.check_source("judge", len(images), encoder.fingerprint)
     pixels = encoder.preprocess(images)
     shown = show(
         encoder.encode_in_batches(pixels),

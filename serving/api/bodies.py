@@ -16,6 +16,8 @@ from serving.settings import HttpLimits
 
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp")
 MULTIPART = "multipart/form-data"
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+"""A file in a body, as OpenAPI says it."""
 # Besides image/*, what clients send when they do not say what the body is; the second is curl's.
 _UNNAMED_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 # Room for the boundaries and headers of a form around each of its files.

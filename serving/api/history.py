@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI, Path, Query, Response
 from pydantic import BaseModel, Field
 
 from serving.api.access import INSPECT, Access, Caller, require
+from serving.api.bodies import BINARY
 from serving.api.messages import RegionReport
 from serving.api.problems import COMMON_PROBLEMS, ProblemError
 
@@ -24,7 +25,6 @@ _CACHED = {
     "Cache-Control": "private, max-age=86400, immutable",
     "X-Content-Type-Options": "nosniff",
 }
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 class KeptInspection(BaseModel):
@@ -143,7 +143,7 @@ def add_history(api: FastAPI, history: HistoryService, access: Access) -> None:
         description="A JPEG file of at most 1024 pixels a side, upright.",
         dependencies=[Depends(inspectors)],
         response_class=Response,
-        responses={200: {"content": {"image/jpeg": _BINARY}}, **COMMON_PROBLEMS},
+        responses={200: {"content": {"image/jpeg": BINARY}}, **COMMON_PROBLEMS},
     )
     async def image(category: str, inspection: Annotated[int, number]) -> Response:
         data = await history.history_picture(category, inspection, "image")
@@ -157,7 +157,7 @@ def add_history(api: FastAPI, history: HistoryService, access: Access) -> None:
         " whole image.",
         dependencies=[Depends(inspectors)],
         response_class=Response,
-        responses={200: {"content": {"image/png": _BINARY}}, **COMMON_PROBLEMS},
+        responses={200: {"content": {"image/png": BINARY}}, **COMMON_PROBLEMS},
     )
     async def anomaly_map(category: str, inspection: Annotated[int, number]) -> Response:
         data = await history.history_picture(category, inspection, "map")

@@ -21,7 +21,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from apt_ray.errors import ImageError
 from serving.api import problems
 from serving.api.access import INSPECT, Access, require
-from serving.api.bodies import IMAGE_TYPES, MULTIPART, GoneError, read_image_files, unless_gone
+from serving.api.bodies import (
+    BINARY,
+    IMAGE_TYPES,
+    MULTIPART,
+    GoneError,
+    read_image_files,
+    unless_gone,
+)
 from serving.api.headers import PassedHeaders, quality
 from serving.api.history import NO_HISTORY, HistoryService, add_history
 from serving.api.messages import (
@@ -42,16 +49,15 @@ from serving.settings import HttpLimits
 # nginx's code for it; the caller that closed the connection never sees it.
 _CLIENT_CLOSED_REQUEST = 499
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _REQUEST_BODY = {
     "required": True,
     "content": {
-        **dict.fromkeys(IMAGE_TYPES, _BINARY),
+        **dict.fromkeys(IMAGE_TYPES, BINARY),
         MULTIPART: {
             "schema": {
                 "type": "object",
                 "required": ["image"],
-                "properties": {"image": {"type": "array", "items": _BINARY["schema"]}},
+                "properties": {"image": {"type": "array", "items": BINARY["schema"]}},
             }
         },
     },
@@ -94,7 +100,7 @@ def create_api(
         response_model=InspectionReport | InspectionReports,
         openapi_extra={"requestBody": _REQUEST_BODY},
         responses={
-            200: {"content": {"image/png": _BINARY}},
+            200: {"content": {"image/png": BINARY}},
             **COMMON_PROBLEMS,
             **problem_responses(
                 HTTPStatus.BAD_REQUEST,

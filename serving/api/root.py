@@ -19,7 +19,7 @@ from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.headers import is_current
 from serving.api.ingress import create_api
-from serving.api.moves import add_moves
+from serving.api.moves import add_moves, told
 from serving.api.pools import Pools
 from serving.api.problems import problem_responses
 from serving.api.thresholds import add_thresholds
@@ -116,10 +116,7 @@ def create_root_api(
     unavailable = problem_responses(HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def status() -> FleetStatus:
-        try:
-            return await controller.status()
-        except Exception as error:
-            raise problems.not_ready("the fleet's controller", reason=str(error)) from None
+        return await told(controller.status())
 
     @api.get(
         "/v1",

@@ -143,13 +143,9 @@ class Searches:
             SearchRunsError: one of the same category runs.
             FleetError: Ray does not take it.
         """
-        running = [
-            report.id
-            for report in self.newest_first()
-            if report.category == request.category and report.ended_at is None
-        ]
-        if running:
-            raise SearchRunsError(f"{running[0]} searches {request.category} already")
+        for job in self._all():
+            if job.metadata["category"] == request.category and not job.end_time:
+                raise SearchRunsError(f"{job.submission_id} searches {request.category} already")
         name = f"search-{request.category}-{secrets.token_hex(4)}"
         jobs = self._jobs()
         try:
@@ -194,9 +190,10 @@ class Searches:
     def stop(self, search: str, *, by: str) -> SearchReport:
         """Have one end; the best so far becomes the candidate."""
         report = self.find(search)
-        if report.ended_at is None:
-            self._jobs().stop_job(search)
-            audit("search stopped", id=search, by=by)
+        if report.ended_at is not None:
+            return report
+        self._jobs().stop_job(search)
+        audit("search stopped", id=search, by=by)
         return self.find(search)
 
     def _all(self) -> list[Any]:

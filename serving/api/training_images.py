@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from apt_ray.data.distinct import pixel_digest
 from apt_ray.errors import ImageError
 from apt_ray.files import write_whole
-from apt_ray.images import ImageLimits, decode_image
+from apt_ray.images import ImageLimits, decode_image, encode_jpeg
 
 _GOOD = "good"
 _NAME_LENGTH = 16
@@ -93,11 +93,8 @@ class TrainingImages:
 
     def small(self, category: str, name: str) -> bytes:
         """A small JPEG of an image; FileNotFoundError if there is none of that name."""
-        image = decode_image(self._place(category, name).read_bytes(), limits=self._limits)
-        image.thumbnail((_SMALL, _SMALL))
-        written = io.BytesIO()
-        image.save(written, format="JPEG", quality=85)
-        return written.getvalue()
+        data = self._place(category, name).read_bytes()
+        return encode_jpeg(decode_image(data, limits=self._limits), side=_SMALL)
 
     def _place(self, category: str, name: str) -> Path:
         if name not in {image.name for image in self.of(category)}:

@@ -11,24 +11,22 @@ import base64
 import math
 from collections import OrderedDict
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 
 from apt_ray.detection.detector import Detector, Region
 from apt_ray.detection.nearest import NearestPlace, nearest_places
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.detection.rule import resize_map
 from apt_ray.features.protocol import Backbone, ImageFeatures
-from apt_ray.images import decode_image, encode_jpeg, encode_png
+from apt_ray.images import decode_image, encode_jpeg
 from serving.api.messages import CategoryReport, ExplainedRegion, Explanation, NearestPatch
 from serving.replica.beside import Beside
+from serving.replica.pictures import small_map_png
 from serving.replica.served import ServedCategory
 
 _MOST_REGIONS = 5
-_MAP_SIDE = 256
 _PICTURE_SIDE = 256
 # What is shown around a region, as a share of its box on each side, and the least that is shown.
 _AROUND = 0.5
@@ -144,12 +142,7 @@ def explanation(
         height=image.height,
         regions=[
             ExplainedRegion(
-                x=region.x,
-                y=region.y,
-                width=region.width,
-                height=region.height,
-                peak=region.peak,
-                area=region.area,
+                **asdict(region),
                 picture_jpeg=_jpeg(image.crop(_box(region, image.size))),
                 nearest=_patch(region, place, image.size, support, provenance.support_names)
                 if support and place
@@ -157,8 +150,8 @@ def explanation(
             )
             for region, place in zip(regions, nearest, strict=True)
         ],
-        prompts_map_png=_map(look.prompts_SS, image.size),
-        memory_map_png=_map(look.memory_SS, image.size),
+        prompts_map_png=_base64(small_map_png(look.prompts_SS, image.size)),
+        memory_map_png=_base64(small_map_png(look.memory_SS, image.size)),
         note=""
         if support
         else f"version {about.version} of {about.category} holds no copies of its support images:"
@@ -234,13 +227,8 @@ def _patch(
 
 
 def _jpeg(image: Image.Image) -> str:
-    return base64.b64encode(encode_jpeg(image, side=_PICTURE_SIDE)).decode()
+    return _base64(encode_jpeg(image, side=_PICTURE_SIDE))
 
 
-def _map(map_SS: torch.Tensor, size: tuple[int, int]) -> str:
-    shrunk = min(1.0, _MAP_SIDE / max(size))
-    width, height = (max(1, round(shrunk * side)) for side in size)
-    map_HW = resize_map(map_SS, (width, height)).numpy()
-    return base64.b64encode(
-        encode_png(Image.fromarray(np.rint(255 * map_HW).astype(np.uint8)))
-    ).decode()
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

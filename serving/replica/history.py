@@ -21,12 +21,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 
-from apt_ray.detection.rule import resize_map
-from apt_ray.images import ImageLimits, decode_image, encode_jpeg, encode_png
+from apt_ray.images import ImageLimits, decode_image, encode_jpeg
 from apt_ray.levels import Reading
 from apt_ray.machine import expanded
 from serving.api import problems
@@ -41,10 +38,10 @@ from serving.api.history import (
 from serving.api.messages import InspectionReport
 from serving.logs import logger
 from serving.replica.meter import Meter
+from serving.replica.pictures import small_map_png
 from serving.settings import HistorySettings
 
 IMAGE_SIDE = 1024
-MAP_SIDE = 256
 # What may wait to be written: seconds of work, and no more memory than a few large images.
 _MOST_WAITING = 64
 _MOST_BYTES = 64 * 2**20
@@ -246,7 +243,7 @@ class History:
         report = kept.report
         image = decode_image(kept.data, limits=kept.limits, reading=kept.reading)
         width, height = image.size
-        map_png = _map_png(kept.map_SS, image.size)
+        map_png = small_map_png(kept.map_SS, image.size)
         jpeg = encode_jpeg(image, side=IMAGE_SIDE)
         with self._open(report.category, is_new=True) as database:
             database.execute(
@@ -357,11 +354,3 @@ def _inspection(category: str, row: sqlite3.Row) -> KeptInspection:
             "regions": json.loads(values["regions"]),
         }
     )
-
-
-def _map_png(map_SS: torch.Tensor, size: tuple[int, int]) -> bytes:
-    """A map as a small 8-bit PNG of the shape of an image of `size` = (width, height)."""
-    shrunk = min(1.0, MAP_SIDE / max(size))
-    width, height = (max(1, round(shrunk * side)) for side in size)
-    map_HW = resize_map(map_SS, (width, height)).numpy()
-    return encode_png(Image.fromarray(np.rint(255 * map_HW).astype(np.uint8)))

@@ -13,14 +13,12 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from apt_ray.detection.detector import Inspection, Region
@@ -49,6 +47,7 @@ from serving.replica.explain import Look, Supports, explanation
 from serving.replica.history import History
 from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
+from serving.replica.pictures import bounded, gray_png
 from serving.replica.served import ServedCategory, build, self_test
 from serving.settings import Batching
 
@@ -222,15 +221,15 @@ class Inspector:
                     is_anomalous=inspected.report.is_anomalous,
                     ms=1000 * (time.monotonic() - received_at),
                 )
-            if self._history and asked.alias is None:
-                self._history.keep(
-                    inspected.report,
-                    request_id=asked.id,
-                    data=data,
-                    limits=self._limits,
-                    reading=result.served.detector.prompt_set.reading,
-                    map_SS=result.map_SS,
-                )
+                if self._history:
+                    self._history.keep(
+                        inspected.report,
+                        request_id=asked.id,
+                        data=data,
+                        limits=self._limits,
+                        reading=result.served.detector.prompt_set.reading,
+                        map_SS=result.map_SS,
+                    )
             return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:
@@ -271,7 +270,7 @@ class Inspector:
                 data, limits=self._limits, reading=served.detector.prompt_set.reading
             )
             pixels_1CHW = served.detector.backbone.preprocess([image])
-            drawn_size = _bounded(image.size, asked.picture_side)
+            drawn_size = bounded(image.size, asked.picture_side)
             ground = None
             if asked.picture == "overlay":
                 ground = image if drawn_size == image.size else _reduced(image, drawn_size)
@@ -364,17 +363,7 @@ class Inspector:
             is_anomalous=result.is_anomalous,
             p_value=threshold.p_value(result.score),
             certified_false_alarm_rate=about.certified_false_alarm_rate,
-            regions=[
-                RegionReport(
-                    x=region.x,
-                    y=region.y,
-                    width=region.width,
-                    height=region.height,
-                    peak=region.peak,
-                    area=region.area,
-                )
-                for region in regions
-            ],
+            regions=[RegionReport(**asdict(region)) for region in regions],
             width=job.size[0],
             height=job.size[1],
             timings_ms=timings,
@@ -418,15 +407,6 @@ def _pass_s(backbone: Backbone) -> float:
     return time.monotonic() - started_at
 
 
-def _bounded(size: tuple[int, int], side: int | None) -> tuple[int, int]:
-    """A size of the same shape whose longer side is no longer than `side`."""
-    longer = max(size)
-    if side is None or longer <= side:
-        return size
-    width, height = (max(1, round(each * side / longer)) for each in size)
-    return width, height
-
-
 def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
@@ -434,9 +414,5 @@ def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _draw(inspection: Inspection, ground: Image.Image | None) -> bytes:
     """The map, or the overlay where there is an image to lay it on."""
     if ground is None:
-        return encode_png(_gray16(inspection.anomaly_map))
+        return gray_png(inspection.anomaly_map, bits=16)
     return encode_png(draw_overlay(ground, inspection.anomaly_map, threshold=inspection.threshold))
-
-
-def _gray16(map_HW: NDArray[np.float32]) -> Image.Image:
-    return Image.fromarray(np.rint(map_HW * 65535).astype(np.uint16))
