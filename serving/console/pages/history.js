@@ -29,6 +29,7 @@ export function HistoryTab({ session, category }) {
     setState((now) => ({ ...now, isLoading: true, problem: null, entries: before == null ? null : now.entries }));
     try {
       const { node, inspections: found } = await history(category, { before, only, limit: PAGE, signal });
+      if (signal?.aborted) return; // another filter was chosen while the answer was read
       setState((now) => ({ entries: [...(now.entries ?? []), ...found], node, problem: null, isLoading: false, isAll: found.length < PAGE }));
     } catch (problem) {
       if (!signal?.aborted) setState((now) => ({ ...now, problem, isLoading: false }));
