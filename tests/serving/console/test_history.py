@@ -24,8 +24,9 @@ def kept(prompt_set: PromptSet, category: Category, tmp_path: Path) -> Iterator[
     with served(WholeFleet(registry, tmp_path, auth=auth)) as running:
         headers = {"Authorization": "Bearer line"}
         with httpx.Client(base_url=running.url, trust_env=False, headers=headers) as client:
+            good = [image.path for image in category.test if not image.is_anomalous][:3]
             bad = [image.path for image in category.test if image.is_anomalous][:2]
-            for path in (*(image.path for image in category.test[:3]), *bad):
+            for path in (*good, *bad):
                 client.post(f"/v1/{category.name}/inspect", content=path.read_bytes())
         yield running
 
@@ -45,7 +46,7 @@ def test_what_was_inspected_is_seen_again_and_marked(
         cards.first.hover()
         expect(image).not_to_have_attribute("src", bare or "")  # with its map
         tab.get_by_role("button", name="Rejected").click()
-        expect(cards).not_to_have_count(5)
+        expect(cards).to_have_count(2)
         for card in cards.all():
             expect(card).to_contain_text("Defective")
         tab.get_by_role("button", name="All", exact=True).click()
