@@ -270,6 +270,23 @@ SELECTION: Mapping[str, Family] = {
 }
 
 
+ABOUT: Mapping[str, str] = {
+    "cut_and_paste": "a piece from elsewhere with a hard edge",
+    "patch": "a small piece that belongs elsewhere",
+    "clone": "structure that belongs elsewhere",
+    "texture": "texture that belongs elsewhere",
+    "crack": "a thin, dark, jagged line",
+    "hairline": "a fine scratch",
+    "scratch": "a broad scratch",
+    "pit": "a small spot",
+    "blot": "a stain",
+    "erase": "something is missing",
+    "tint": "another colour",
+    "bend": "a dent",
+}
+"""What each family of `SELECTION` looks like, for people."""
+
+
 def harmless_copies(pixels: torch.Tensor, copies: int, g: torch.Generator) -> torch.Tensor:
     """`copies` of each image, slightly turned, enlarged, shifted and relit: still normal.
 

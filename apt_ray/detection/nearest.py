@@ -53,14 +53,14 @@ def nearest_places(
     asked_P2 = torch.tensor([(y, x) for x, y in points])
     total_PK = torch.zeros(len(points), images * side * side)
     for layer, tokens_NMD in support.items():
-        here_PD = features.layers[layer][0][_cells(asked_P2, tokens_NMD.shape[1])].float()
+        here_PD = features.layers[layer][0][cells(asked_P2, tokens_NMD.shape[1])].float()
         known_XD = tokens_NMD.flatten(0, 1).float()
         if are_directions(known_XD):
             distances_PX = 1 - here_PD @ known_XD.T
         else:
             distances_PX = torch.cdist(here_PD, known_XD)
         # Every finest place has the distance of this layer's place around it.
-        of_finest_F = _cells(finest_F2, tokens_NMD.shape[1])
+        of_finest_F = cells(finest_F2, tokens_NMD.shape[1])
         distances_PK = distances_PX.unflatten(1, (images, -1))[:, :, of_finest_F].flatten(1)
         scale = scales.layers[layer]
         total_PK += (distances_PK - scale.mean) / scale.sd
@@ -78,7 +78,7 @@ def nearest_places(
     ]
 
 
-def _cells(points_X2: torch.Tensor, places: int) -> torch.Tensor:
+def cells(points_X2: torch.Tensor, places: int) -> torch.Tensor:
     """The places (row by row, of a square grid) that points (y, x) lie in."""
     side = isqrt(places)
     rows_X, columns_X = (points_X2 * side).long().clamp(0, side - 1).unbind(1)

@@ -116,6 +116,16 @@ class NearestPatch(BaseModel):
     picture_jpeg: str = Field(description="The box, a JPEG file in base64.")
 
 
+class ResemblanceReport(BaseModel):
+    """A kind of self-generated anomaly, and how much a region is like it."""
+
+    family: str = Field(description="Its name, such as `crack`, `blot` or `erase`.")
+    about: str = Field(description="What it looks like.")
+    similarity: float = Field(
+        description="Cosine of the directions in which both leave the normal features, -1..1."
+    )
+
+
 class ExplainedRegion(RegionReport):
     """A region, what it looks like, and what it should have looked like."""
 
@@ -124,6 +134,10 @@ class ExplainedRegion(RegionReport):
     )
     nearest: NearestPatch | None = Field(
         description="Null where the prompt set holds no copies of its support images: see `note`."
+    )
+    resembles: list[ResemblanceReport] = Field(
+        description="The 3 kinds of self-generated anomalies that it is most like, the first most:"
+        " a hint, not a finding. Empty where `nearest` is null."
     )
 
 

@@ -99,11 +99,17 @@ export function inspect(category, file, { mapSide, alias, drawn = false, signal 
   if (alias) query.set("alias", alias);
   return json(`${address("v1", category, "inspect")}?${query}`, {
     method: "POST",
-    headers: { "Content-Type": /^image\//.test(file.type) ? file.type : "application/octet-stream" },
+    headers: typeOf(file),
     body: file,
     signal,
   });
 }
+
+/** What a verdict on an image rests on. */
+export const explain = (category, file, signal) =>
+  json(address("v1", category, "explain"), { method: "POST", headers: typeOf(file), body: file, signal });
+
+const typeOf = (file) => ({ "Content-Type": /^image\//.test(file.type) ? file.type : "application/octet-stream" });
 
 const ofCategory = (category, ...parts) => address("fleet", "categories", category, ...parts);
 

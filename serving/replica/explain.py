@@ -16,12 +16,20 @@ from dataclasses import asdict, dataclass
 import torch
 from PIL import Image
 
+from apt_ray.anomalies.families import ABOUT
 from apt_ray.detection.detector import Detector, Region
 from apt_ray.detection.nearest import NearestPlace, nearest_places
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import decode_image, encode_jpeg
-from serving.api.messages import CategoryReport, ExplainedRegion, Explanation, NearestPatch
+from apt_ray.validation.resemblance import Kinds, departure, draw_kinds, join
+from serving.api.messages import (
+    CategoryReport,
+    ExplainedRegion,
+    Explanation,
+    NearestPatch,
+    ResemblanceReport,
+)
 from serving.replica.beside import Beside
 from serving.replica.pictures import small_map_png
 from serving.replica.served import ServedCategory
@@ -32,6 +40,8 @@ _PICTURE_SIDE = 256
 _AROUND = 0.5
 _LEAST = 0.08
 _KEPT = 4
+_MOST_IMAGES = 4
+_MOST_KINDS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -73,10 +83,12 @@ class Support:
 
     Attributes:
         layers: reference layer -> `(N, M, D)` of them, float16.
+        kinds: anomalies that were drawn on the first few.
     """
 
     images: tuple[Image.Image, ...]
     layers: dict[int, torch.Tensor]
+    kinds: Kinds
 
 
 class Supports:
@@ -101,10 +113,14 @@ class Supports:
             if not thumbnails:
                 return None
             images = await asyncio.to_thread(lambda: tuple(map(decode_image, thumbnails)))
-            layers = await asyncio.get_running_loop().run_in_executor(
-                model, _encode, served.detector.backbone, images
-            )
-            self._kept[key] = Support(images=images, layers=layers)
+            loop, backbone = asyncio.get_running_loop(), served.detector.backbone
+            layers = await loop.run_in_executor(model, _encode, backbone, images)
+            kinds = []
+            steps = draw_kinds(backbone, images[:_MOST_IMAGES], layers, draws=1, seed=0)
+            # One step after another, so that inspections that wait for the model come between.
+            while (some := await loop.run_in_executor(model, next, steps, None)) is not None:
+                kinds.append(some)
+            self._kept[key] = Support(images=images, layers=layers, kinds=join(kinds))
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
@@ -128,9 +144,9 @@ def explanation(
     found = detector.conclude(look.map_SS, look.score, image.size, map_size=(1, 1))
     regions = found.regions[:_MOST_REGIONS]
     provenance = detector.prompt_set.provenance
+    points = [_worst_point(look.map_SS, region, image.size) for region in regions]
     nearest: list[NearestPlace | None] = [None] * len(regions)
     if support is not None:
-        points = [_worst_point(look.map_SS, region, image.size) for region in regions]
         nearest[:] = nearest_places(look.features, support.layers, provenance.scales, points)
     return Explanation(
         category=about.category,
@@ -147,8 +163,9 @@ def explanation(
                 nearest=_patch(region, place, image.size, support, provenance.support_names)
                 if support and place
                 else None,
+                resembles=_resembles(look, point, support, place) if support and place else [],
             )
-            for region, place in zip(regions, nearest, strict=True)
+            for region, point, place in zip(regions, points, nearest, strict=True)
         ],
         prompts_map_png=_base64(small_map_png(look.prompts_SS, image.size)),
         memory_map_png=_base64(small_map_png(look.memory_SS, image.size)),
@@ -224,6 +241,18 @@ def _patch(
         distance=place.distance,
         picture_jpeg=_jpeg(shown.crop(box)),
     )
+
+
+def _resembles(
+    look: Look, point: tuple[float, float], support: Support, place: NearestPlace
+) -> list[ResemblanceReport]:
+    found = support.kinds.of(departure(look.features, point, support.layers, place))
+    return [
+        ResemblanceReport(
+            family=each.family, about=ABOUT[each.family], similarity=round(each.similarity, 3)
+        )
+        for each in found[:_MOST_KINDS]
+    ]
 
 
 def _jpeg(image: Image.Image) -> str:

@@ -65,6 +65,10 @@ def test_a_region_is_shown_beside_what_it_should_have_looked_like(
             assert 0 <= nearest["y"] < nearest["y"] + nearest["box_height"] <= nearest["height"]
             shown, expected = picture(region["picture_jpeg"]), picture(nearest["picture_jpeg"])
             assert shown.size == pytest.approx(expected.size, abs=2)
+            similar = [each["similarity"] for each in region["resembles"]]
+            assert len(similar) == 3
+            assert 1 >= similar[0] >= similar[1] >= similar[2] >= -1
+            assert all(each["about"] for each in region["resembles"])
         # What is unusual lies farther away than good parts do.
         assert found["regions"][0]["nearest"]["distance"] > 1
         for name in ("prompts_map_png", "memory_map_png"):
@@ -83,6 +87,7 @@ def test_what_cannot_be_shown_is_said(
     found = ask(api, "POST", "/v1/blister/explain", content=data).json()
     assert found["regions"]
     assert all(region["nearest"] is None for region in found["regions"])
+    assert all(region["resembles"] == [] for region in found["regions"])
     assert "fit and register the category again" in found["note"]
 
     good = inspector_of(prompt_set, tmp_path, threshold=1.0)

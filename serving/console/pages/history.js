@@ -5,6 +5,7 @@ import { html, useCallback, useEffect, useRef, useState } from "../html.js";
 import { score, when } from "../format.js";
 import { overlaid, readMap } from "../heat.js";
 import { may, useObjectUrl } from "../hooks.js";
+import { Explanation } from "../components/explanation.js";
 import { Icon } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
 import { Verdict } from "../components/marks.js";
@@ -115,6 +116,7 @@ function Card({ category, entry, onOpen }) {
 function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
   const [image, setImage] = useState(null);
   const [map, setMap] = useState(null);
+  const [evidence, setEvidence] = useState(null);
   const [problem, setProblem] = useState(null);
   const [mode, setMode] = useState("overlay");
   const [selected, setSelected] = useState(null);
@@ -139,7 +141,7 @@ function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
   };
   return html`<${Dialog} title=${when(entry.at)} onClose=${() => onOpen(null)} wide>
     <div class="dialog-body entry">
-      <${Viewer} name="Inspected ${when(entry.at)}" src=${url} width=${entry.width} height=${entry.height} map=${map} threshold=${entry.threshold}
+      <${Viewer} name="Inspected ${when(entry.at)}" src=${url} width=${entry.width} height=${entry.height} map=${evidence ?? map} threshold=${entry.threshold}
         regions=${entry.regions} selected=${selected} onSelect=${setSelected} mode=${mode} onMode=${setMode} busy=${!url} />
       <div class="side">
         <section class="finding ${entry.is_anomalous ? "bad" : "good"}">
@@ -162,6 +164,8 @@ function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
         <${ProblemMessage} problem=${problem} />
         <section><h2>Unusual areas</h2>
           <${Regions} regions=${entry.regions ?? []} width=${entry.width} height=${entry.height} selected=${selected} onSelect=${setSelected} /></section>
+        ${image && html`<${Explanation} category=${category} file=${() => image} version=${entry.version}
+          selected=${selected} onSelect=${setSelected} onMap=${setEvidence} />`}
         <p class="fine">Version ${entry.version} · request ${entry.request_id}</p>
       </div>
     </div>

@@ -6,6 +6,7 @@ import { because, howUsual, milliseconds, promise, score } from "../format.js";
 import { pngOf, readMap } from "../heat.js";
 import { may } from "../hooks.js";
 import { ContactSheet } from "../components/contact-sheet.js";
+import { Explanation } from "../components/explanation.js";
 import { Icon } from "../components/icons.js";
 import { Intake } from "../components/intake.js";
 import { Verdict } from "../components/marks.js";
@@ -63,6 +64,7 @@ function OneImage({ visit, item, about, status, tried, onFiles, onOpen, panel })
   const [selected, setSelected] = useState(null);
   const [candidate, setCandidate] = useState({ state: "none" });
   const [map, setMap] = useState(null);
+  const [evidence, setEvidence] = useState(null);  // a map of one kind of it, looked at instead
   useEffect(() => void (item.mapPng && readMap(item.mapPng).then(setMap)), [item.mapPng]);
   const { report } = item;
   const limit = tried ?? report?.threshold;
@@ -98,7 +100,7 @@ function OneImage({ visit, item, about, status, tried, onFiles, onOpen, panel })
       ? html`<div class="panel view failed"><${ProblemMessage} problem=${item.problem} onRetry=${() => visit.retry(item)} /></div>`
       : html`<div class="panel view">
         <${Viewer} name=${item.name} src=${item.url} width=${item.width ?? 0} height=${item.height ?? 0} busy=${!report}
-          map=${map} threshold=${limit ?? 0.5} regions=${report?.regions} selected=${selected} onSelect=${setSelected}
+          map=${evidence ?? map} threshold=${limit ?? 0.5} regions=${report?.regions} selected=${selected} onSelect=${setSelected}
           mode=${mode} onMode=${(next) => { setMode(next); setCandidate({ state: "none" }); }}
           compared=${isCompared ? { map: candidate.map, threshold: candidate.report.threshold, regions: candidate.report.regions } : null} />
       </div>`}
@@ -116,6 +118,8 @@ function OneImage({ visit, item, about, status, tried, onFiles, onOpen, panel })
       ${report && html`<section><h2>Unusual areas</h2>
         <${Regions} regions=${report.regions} width=${item.width} height=${item.height} selected=${selected} onSelect=${setSelected} />
       </section>`}
+      ${report && html`<${Explanation} category=${visit.category} file=${() => item.file} version=${report.version}
+        selected=${selected} onSelect=${setSelected} onMap=${item.drawn ? null : setEvidence} />`}
       ${panel}
       ${report && html`<p class="fine">Version ${report.version} · backbone ${report.backbone} · ${milliseconds(total(report.timings_ms))} in the fleet · request ${report.request_id}</p>`}
     </aside>

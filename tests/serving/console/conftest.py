@@ -1,6 +1,7 @@
 """The browser and the fleets of the console's tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
@@ -10,8 +11,16 @@ from apt_ray.detection.prompt_set import PromptSet
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
 from serving.settings import Batching
+from tests.registry.fake import FakeRegistry
 from tests.serving.console.browser import chromium
-from tests.serving.console.fleets import LIMITS, ConsoleFleet, MemoryController, ready, served
+from tests.serving.console.fleets import (
+    LIMITS,
+    ConsoleFleet,
+    MemoryController,
+    WholeFleet,
+    ready,
+    served,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,4 +46,13 @@ def fleet(inspector: Inspector, category: Category) -> Iterator[ConsoleFleet]:
     """A fleet that serves the sample category to everyone."""
     controller = MemoryController({category.name: ready()})
     with served(ConsoleFleet(inspector, controller)) as running:
+        yield running
+
+
+@pytest.fixture
+def whole_fleet(prompt_set: PromptSet, tmp_path: Path) -> Iterator[WholeFleet]:
+    """A fleet that has its prompt sets from a registry, open to everyone."""
+    registry = FakeRegistry()
+    registry.register(prompt_set, pictures={}, trials=[])
+    with served(WholeFleet(registry, tmp_path)) as running:
         yield running

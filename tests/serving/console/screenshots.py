@@ -101,6 +101,14 @@ def _draw(browser: Browser, url: str, category: Category, out: Path) -> None:
         _save(tab, out / "fleet.png")
         verdict(tab)
         _save(tab, out / "inspect.jpg")
+        tab.get_by_role("button", name="Why?").click()
+        tab.locator(".explained li").first.wait_for(timeout=_PATIENCE_MS)
+        tab.get_by_role("button", name="Why?").scroll_into_view_if_needed()
+        tab.evaluate(
+            "scrollBy(0, document.querySelector('.explanation').getBoundingClientRect().top - 80)"
+        )
+        _save(tab, out / "explain.jpg")
+        verdict(tab)
         tab.get_by_role("button", name="Compare with the candidate").click()
         tab.get_by_text("Champion alone").wait_for(timeout=_PATIENCE_MS)
         _save(tab, out / "compare.jpg")

@@ -11,8 +11,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from apt_ray.data.folders import Category
-from tests.serving.console.browser import page
-from tests.serving.console.fleets import ConsoleFleet, tokens
+from tests.serving.console.browser import TABLET, page
+from tests.serving.console.fleets import ConsoleFleet, WholeFleet, tokens
+from tests.serving.console.reach import serious
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -241,3 +242,31 @@ def test_an_unknown_category_is_told_with_those_that_are_known(
     with page(browser, fleet.url) as tab:
         tab.goto("/c/nothing")
         expect(tab.get_by_role("alert")).to_contain_text(category.name)
+
+
+def test_a_rejected_part_is_explained(
+    browser: Browser, whole_fleet: WholeFleet, category: Category
+) -> None:
+    with page(browser, whole_fleet.url, size=TABLET) as tab:
+        tab.goto(f"/c/{category.name}")
+        choose(tab, defective(category)[0])
+        tint = tab.locator("canvas.layer").first
+        expect(tint).to_be_visible()
+        usual = tint.evaluate("canvas => canvas.toDataURL()")
+        tab.get_by_role("button", name="Why?").click()
+        areas = tab.locator(".explained li")
+        expect(areas.first).to_be_visible()
+        pictures = areas.first.get_by_role("img")
+        expect(pictures).to_have_count(2)
+        for picture in pictures.all():
+            assert picture.evaluate("image => image.naturalWidth") > 0
+        expect(areas.first).to_contain_text(re.compile("standard deviations|Good parts differ"))
+        expect(areas.first).to_contain_text("Perhaps")
+        tab.get_by_role("button", name="Memory").click()
+        expect(tab.get_by_text("What no support image explains.")).to_be_visible()
+        drawn = "document.querySelector('canvas.layer').toDataURL()"
+        tab.wait_for_function(f"before => {drawn} != before", arg=usual)
+        assert serious(tab) == []
+        tab.get_by_role("button", name="Why?").click()
+        expect(areas).to_have_count(0)
+        tab.wait_for_function(f"before => {drawn} == before", arg=usual)
