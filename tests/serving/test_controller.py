@@ -12,7 +12,7 @@ from ray.serve.schema import ServeInstanceDetails
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError, ImageError
 from apt_ray.images import encode_png
-from apt_ray.registry import CHAMPION
+from apt_ray.registry import CHAMPION, RegisteredCategory
 from serving.api.access import Access
 from serving.api.messages import InspectionRequest
 from serving.controller.cache import Cache
@@ -28,7 +28,7 @@ from serving.controller.orders import (
 from serving.deploy.deployment import describe_status
 from serving.replica.follower import Follower
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, HttpLimits
+from serving.settings import Auth, Batching, CategoryEntry, HttpLimits
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set
 
@@ -73,6 +73,36 @@ def test_a_move_of_an_alias_reaches_those_who_wait(tmp_path: Path) -> None:
         operations = [line["operation"] for line in await controller.audit_lines()]
         assert operations.count("alias moved") == 2  # the first news, and the move
         assert "wake" in operations
+
+    asyncio.run(run())
+
+
+def test_ten_thousand_categories_are_followed(tmp_path: Path) -> None:
+    names = [f"product-{number:05}" for number in range(10_000)]
+    registry = FakeRegistry()
+    known = {name: RegisteredCategory(aliases={CHAMPION: 1}, threshold=None) for name in names}
+    registry.categories = lambda: dict(known)  # type: ignore[method-assign]
+    pools = {
+        f"pool-{start}": {name: CategoryEntry() for name in names[start : start + 1000]}
+        for start in range(0, len(names), 1000)
+    }
+
+    async def run() -> None:
+        controller = await started(registry, tmp_path, plan=Plan(revision=1, pools=pools))
+        routes = await controller.routes("")
+        assert set(routes.pools) == set(names)
+        assert len(routes.model_dump_json()) < 1e6
+        before = {pool: await controller.follow(pool, "r", ReplicaReport()) for pool in pools}
+        assert sum(len(orders.categories) for orders in before.values()) == 10_000
+        # A move of one concerns the pool that serves it, and no other.
+        known[names[1500]] = RegisteredCategory(aliases={CHAMPION: 2}, threshold=None)
+        await controller.poll()
+        after = {pool: await controller.follow(pool, "r", ReplicaReport()) for pool in pools}
+        changed = [pool for pool in pools if after[pool].etag != before[pool].etag]
+        assert changed == ["pool-1000"]
+        status = await controller.status()
+        assert len(status.categories) == 10_000
+        assert status.categories[names[1500]].wanted == 2
 
     asyncio.run(run())
 
