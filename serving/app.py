@@ -244,7 +244,12 @@ class RootReplica:
 def _tuning(args: RootArgs, searches: SearchSettings) -> Tuning:
     folder = expanded(Path(searches.folder))
     return Tuning(
-        searches=Searches(_jobs, folder, tracking_uri=args.registry_address),
+        searches=Searches(
+            _jobs,
+            folder,
+            tracking_uri=args.registry_address,
+            dashboard=searches.dashboard,
+        ),
         images=TrainingImages(folder / "images", limits=args.http.image, most=searches.max_images),
     )
 
@@ -306,6 +311,12 @@ class ControllerReplica:
 
     async def versions(self, category: str, limit: int) -> list[VersionSummary]:
         return await self._controller.versions(category, limit)
+
+    async def pictures(self, category: str, version: int) -> tuple[str, ...] | None:
+        return await self._controller.pictures(category, version)
+
+    async def picture(self, category: str, version: int, name: str) -> bytes | None:
+        return await self._controller.picture(category, version, name)
 
     async def threshold(self, category: str) -> CategoryThreshold:
         return await self._controller.threshold(category)
@@ -395,6 +406,18 @@ class _RemoteController:
             controller_handle().versions.remote(category, limit)
         )
         return versions
+
+    async def pictures(self, category: str, version: int) -> tuple[str, ...] | None:
+        names: tuple[str, ...] | None = await _own_errors(
+            controller_handle().pictures.remote(category, version)
+        )
+        return names
+
+    async def picture(self, category: str, version: int, name: str) -> bytes | None:
+        picture: bytes | None = await _own_errors(
+            controller_handle().picture.remote(category, version, name)
+        )
+        return picture
 
     async def threshold(self, category: str) -> CategoryThreshold:
         threshold: CategoryThreshold = await controller_handle().threshold.remote(category)

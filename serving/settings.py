@@ -26,6 +26,8 @@ PoolName = CategoryName
 PathPrefix = Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)*$")]
 Origin = Annotated[str, StringConstraints(to_lower=True, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")]
 
+_WEB_ADDRESS = r"^https?://[^\s\"'<>]+$"
+
 
 class Autoscaling(Settings):
     """Bounds and pace of one pool's replicas; the names are those of Ray Serve."""
@@ -119,7 +121,7 @@ class RegistrySettings(Settings):
     cache: str = Field(default="~/.cache/apt-ray/fleet", min_length=1)
     page: str | None = Field(
         default=None,
-        pattern=r"^https?://[^\s\"'<>]+$",
+        pattern=_WEB_ADDRESS,
         description="Address at which people's browsers reach the registry, for links to it.",
     )
 
@@ -239,6 +241,11 @@ class SearchSettings(Settings):
 
     folder: str = Field(default="~/.cache/apt-ray/searches", min_length=1)
     max_images: int = Field(default=200, ge=1)
+    dashboard: str | None = Field(
+        default=None,
+        pattern=_WEB_ADDRESS,
+        description="Address at which people's browsers reach Ray's dashboard, for links to jobs.",
+    )
 
 
 class Fleet(Settings):

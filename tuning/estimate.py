@@ -84,6 +84,20 @@ class Estimate:
         trials = share * (self.training_s + self.judging_s) + self.fitting_s
         return self.encoding_s / self.machines.cpus + trials / self.workers
 
+    def summary(self) -> dict[str, object]:
+        """What it comes to, for programs."""
+        computing_s = self.training_s + self.judging_s + self.fitting_s
+        on_gpus = self.machines.gpus > 0
+        return {
+            "least_s": self.clock_s(self.share),
+            "most_s": self.clock_s(1.0),
+            "cpu_s": self.encoding_s + (0.0 if on_gpus else computing_s),
+            "gpu_s": computing_s if on_gpus else 0.0,
+            "cpus": self.machines.cpus,
+            "gpus": self.machines.gpus,
+            "encoded_mib": self.encoded_mib,
+        }
+
     def __str__(self) -> str:
         of = "GPU" if self.machines.gpus else "CPU"
         low, high = (duration(self.clock_s(share)) for share in (self.share, 1.0))

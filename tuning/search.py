@@ -167,6 +167,7 @@ def _search(command: Command) -> int:
 
 def _estimate(command: Command) -> int:
     """Print what the search will take; nothing is searched, kept or registered."""
+    check_writable(command.options.progress)
     require("ray", "optuna", "pyarrow", extra="tune")
     categories = find_categories(command.options.data, command.options.categories)
 
@@ -183,7 +184,10 @@ def _estimate(command: Command) -> int:
         )
     else:
         machines = Machines(cpus=os.cpu_count() or 1, gpus=0, name="this one")
-    print(estimate(categories, command.settings, command.engine, machines, say=say))
+    found = estimate(categories, command.settings, command.engine, machines, say=say)
+    print(found)
+    if command.options.progress:
+        write_json(command.options.progress, {"estimate": found.summary()})
     return 0
 
 
@@ -359,7 +363,8 @@ def _parser() -> argparse.ArgumentParser:
         "--progress",
         type=Path,
         metavar="FILE",
-        help="keep how far it is in this JSON file, for programs that show it",
+        help="keep how far it is in this JSON file, for programs that show it; with --dry-run what"
+        " the search will take",
     )
     return parser
 

@@ -24,6 +24,7 @@ from serving.api.pools import Pools
 from serving.api.problems import problem_responses
 from serving.api.thresholds import add_thresholds
 from serving.api.tuning import Tuning, add_tuning_routes
+from serving.api.version_pictures import add_version_pictures
 from serving.controller.client import ControllerClient
 from serving.controller.orders import FleetStatus, State
 from serving.settings import HttpLimits
@@ -217,6 +218,7 @@ def create_root_api(
         return Health(status="ok")
 
     add_moves(api, controller, access)
+    add_version_pictures(api, controller, access)
     add_thresholds(api, pools, controller, access)
 
     @api.post("/webhooks/mlflow", include_in_schema=False)

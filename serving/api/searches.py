@@ -5,12 +5,13 @@ that it writes.
 """
 
 import json
+import math
 import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,6 +32,8 @@ _STATES: Mapping[str, "SearchState"] = {
 _LOG_LINES = 60
 # A search that is stopped registers the best so far, for which Ray's own 3 s are short.
 _STOP_WAIT_S = 10
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 SearchState = Literal["pending", "running", "stopped", "done", "failed"]
 
@@ -55,7 +58,7 @@ class SearchRequest(BaseModel):
         default="never", description="Whether the winner may become the champion by itself."
     )
     dry_run: bool = Field(
-        default=False, description="Only say what it will take; the answer is in the log."
+        default=False, description="Only say what it will take: `estimate`, once that is done."
     )
 
 
@@ -70,6 +73,18 @@ class SearchProgress(BaseModel):
     left_s: float | None = Field(description="Seconds that are left, as far as can be told.")
 
 
+class SearchEstimate(BaseModel):
+    """What a search will take, from parts that were timed on the cluster."""
+
+    least_s: float = Field(description="Seconds by the clock, if the worse trials stop early.")
+    most_s: float = Field(description="Seconds by the clock, if none do.")
+    cpu_s: float = Field(description="Seconds of one CPU in all, if none do.")
+    gpu_s: float = Field(description="Likewise of one GPU; 0 on a cluster without any.")
+    cpus: int = Field(description="CPUs of the cluster.")
+    gpus: int
+    encoded_mib: float = Field(description="MiB that are kept of the encoded images.")
+
+
 class SearchReport(BaseModel):
     """A search, or an estimate of one."""
 
@@ -77,10 +92,20 @@ class SearchReport(BaseModel):
     category: str
     state: SearchState
     dry_run: bool
+    data: str | None = Field(default=None, description="Null for the images that were sent.")
+    shots: int | None = Field(default=None, description="As asked for; null if not known.")
+    trials: int | None = None
     by: str = Field(description="Name of the token that started it.")
     started_at: float | None = Field(description="Seconds since the epoch.")
     ended_at: float | None
     progress: SearchProgress | None = None
+    estimate: SearchEstimate | None = Field(
+        default=None, description="Of a dry run that is done."
+    )
+    link: str | None = Field(
+        default=None,
+        description="Its page in Ray's dashboard, if the fleet file has searches.dashboard.",
+    )
     problem: str | None = Field(default=None, description="Why it failed.")
     log: str = Field(default="", description="The end of its log; in the answer for one search.")
 
@@ -131,10 +156,20 @@ class Searches:
         jobs: gives Ray's jobs; FleetError if they cannot be reached.
         folder: where images, progress and the state of searches lie.
         tracking_uri: of the registry.
+        dashboard: Ray's address for people, if it has one.
     """
 
-    def __init__(self, jobs: Callable[[], Jobs], folder: Path, *, tracking_uri: str) -> None:
+    def __init__(
+        self,
+        jobs: Callable[[], Jobs],
+        folder: Path,
+        *,
+        tracking_uri: str,
+        dashboard: str | None = None,
+    ) -> None:
         self._jobs, self._folder, self._tracking_uri = jobs, folder, tracking_uri
+        self._dashboard = dashboard
+        self._problems: dict[str, str | None] = {}
 
     def start(self, request: SearchRequest, *, by: str, images: Path) -> SearchReport:
         """Start a search, of the images in a folder of categories if the request names none.
@@ -162,6 +197,9 @@ class Searches:
                     _MARK: _ESTIMATE if request.dry_run else _SEARCH,
                     "category": request.category,
                     "by": by,
+                    "shots": str(request.shots),
+                    "trials": str(request.trials),
+                    **({"data": request.data} if request.data else {}),
                 },
             )
         except RuntimeError as error:
@@ -169,10 +207,16 @@ class Searches:
         audit("search", id=name, by=by, **request.model_dump(exclude_defaults=True))
         return self.find(name)
 
-    def newest_first(self) -> list[SearchReport]:
-        """All that Ray knows of, newest first."""
-        found = [job for job in self._all() if job.submission_id]
-        found.sort(key=lambda job: job.start_time or 0, reverse=True)
+    def newest_first(self, category: str | None = None) -> list[SearchReport]:
+        """All that Ray knows of, of one category or of all, newest first; with the reason of those
+        that failed, but no logs."""
+        found = [
+            job
+            for job in self._all()
+            if job.submission_id and category in (None, job.metadata["category"])
+        ]
+        # One that has just been submitted has no start yet.
+        found.sort(key=lambda job: job.start_time or math.inf, reverse=True)
         return [self._report(job) for job in found]
 
     def find(self, search: str) -> SearchReport:
@@ -180,11 +224,8 @@ class Searches:
         job = next((job for job in self._all() if job.submission_id == search), None)
         if job is None:
             raise UnknownSearchError(search)
-        lines = self._jobs().get_job_logs(search).splitlines()
         report = self._report(job)
-        if report.state == "failed":
-            report.problem = _why(lines, report.category) or job.message
-        report.log = "\n".join(lines[-_LOG_LINES:])
+        report.log = "\n".join(self._log(search)[-_LOG_LINES:])
         return report
 
     def stop(self, search: str, *, by: str) -> SearchReport:
@@ -210,38 +251,74 @@ class Searches:
             *("--data", request.data or str(images), "--categories", request.category),
             *("--shots", str(request.shots), "--trials", str(request.trials)),
         ]
+        common += ["--progress", str(self._progress_file(name))]
         if request.dry_run:
             return [*common, "--dry-run"]
         return [
             *common,
             *("--warm-start", str(request.warm_start), "--promote", request.promote),
-            *("--storage", str(state), "--progress", str(self._progress_file(name))),
+            *("--storage", str(state)),
         ]
 
     def _report(self, job: Job) -> SearchReport:
         metadata = job.metadata or {}
         name = job.submission_id or ""
         category = metadata.get("category", "")
+        state = _STATES[str(getattr(job.status, "value", job.status))]
+        written = self._written(name)
         return SearchReport(
             id=name,
             category=category,
-            state=_STATES[str(getattr(job.status, "value", job.status))],
+            state=state,
             dry_run=metadata[_MARK] == _ESTIMATE,
+            data=metadata.get("data"),
+            shots=_whole(metadata.get("shots")),
+            trials=_whole(metadata.get("trials")),
             by=metadata.get("by", ""),
             started_at=_seconds(job.start_time),
             ended_at=_seconds(job.end_time),
-            progress=self._progress(name, category),
+            progress=_read(SearchProgress, written, "categories", category),
+            estimate=_read(SearchEstimate, written, "estimate"),
+            link=f"{self._dashboard.rstrip('/')}/#/jobs/{name}" if self._dashboard else None,
+            problem=self._problem(job, category) if state == "failed" else None,
         )
 
-    def _progress(self, name: str, category: str) -> SearchProgress | None:
+    def _problem(self, job: Job, category: str) -> str | None:
+        """Why a search failed: what its log says last, or Ray's own words."""
+        name = job.submission_id or ""
+        if name not in self._problems:
+            self._problems[name] = _why(self._log(name), category) or job.message
+        return self._problems[name]
+
+    def _log(self, name: str) -> list[str]:
         try:
-            content = json.loads(read_file(self._progress_file(name)))
-            return SearchProgress.model_validate(content["categories"][category])
-        except (DataError, ValueError, KeyError, TypeError):
+            return self._jobs().get_job_logs(name).splitlines()
+        except RuntimeError:
+            return []  # it lay on a node that is gone
+
+    def _written(self, name: str) -> Any:
+        """What a search or an estimate has written of itself."""
+        try:
+            return json.loads(read_file(self._progress_file(name)))
+        except (DataError, ValueError):
             return None  # nothing has ended yet, or it lies on another node
 
     def _progress_file(self, name: str) -> Path:
         return self._folder / "progress" / f"{name}.json"
+
+
+def _read(model: type[_Model], content: Any, *path: str) -> _Model | None:
+    """What stands at a path of a file that was read; None if nothing, or nothing of that kind."""
+    try:
+        for key in path:
+            content = content[key]
+        return model.model_validate(content)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
 
 
 def _why(lines: Sequence[str], category: str) -> str | None:

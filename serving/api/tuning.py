@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
+from pydantic import WithJsonSchema
 
+from apt_ray.config import CATEGORY_NAME
 from apt_ray.errors import FleetError, ImageError, WriteError
 from serving.api import problems
 from serving.api.access import OPERATE, Access, Caller, require
@@ -96,8 +98,9 @@ def add_tuning_routes(api: FastAPI, tuning: Tuning, *, http: HttpLimits, access:
         "/fleet/searches",
         tags=["tuning"],
         summary="Search the best settings of a category, as a Ray job",
-        description="The winner is registered as candidate. With `dry_run` nothing is searched: the"
-        " log says what the search would take.",
+        description="The winner is registered as candidate: of the category's versions, the one"
+        " whose `search` is this id. With `dry_run` nothing is searched: `estimate` says what the"
+        " search would take, once that has been timed.",
         status_code=HTTPStatus.ACCEPTED,
         responses={**COMMON_PROBLEMS, **problem_responses(HTTPStatus.CONFLICT)},
     )
@@ -112,8 +115,15 @@ def add_tuning_routes(api: FastAPI, tuning: Tuning, *, http: HttpLimits, access:
         summary="The searches that were started here",
         responses=COMMON_PROBLEMS,
     )
-    async def list_searches(_: operator) -> SearchList:
-        return SearchList(searches=await _in_thread(searches.newest_first))
+    async def list_searches(
+        _: operator,
+        category: Annotated[
+            CategoryName | None,
+            WithJsonSchema({"type": "string", "pattern": f"^{CATEGORY_NAME}$"}),
+            Query(description="Only those of this category."),
+        ] = None,
+    ) -> SearchList:
+        return SearchList(searches=await _in_thread(lambda: searches.newest_first(category)))
 
     @api.get(
         "/fleet/searches/{search}",

@@ -88,8 +88,11 @@ export const whoAmI = () => json(address("fleet", "me"));
 export const pollStatus = () => polled(address("fleet", "status"));
 export const pollList = () => polled(address("v1"));
 export const describe = (category, signal) => json(address("v1", category), { signal });
-export const categoryStatus = async (category, signal) =>
-  (await json(address("fleet", "status"), { signal })).categories[category] ?? null;
+/** {category, newcomers}: what the fleet does of a category, null for nothing, and of new ones. */
+export const categoryStatus = async (category, signal) => {
+  const { categories, newcomers } = await json(address("fleet", "status"), { signal });
+  return { category: categories[category] ?? null, newcomers };
+};
 
 /** The report of one image; `mapSide` asks for its anomaly map as well, so many pixels long. */
 export function inspect(category, file, { mapSide, alias, drawn = false, signal } = {}) {
@@ -119,6 +122,25 @@ export const operation = (id, signal) => json(address("fleet", "operations", id)
 /** Starts a move: `promote`, `discard` or `roll-back`. */
 export const move = (category, how, { reason, force = false }) =>
   post(ofCategory(category, how), how === "promote" ? { reason, force } : { reason });
+
+const ofVersion = (category, version, ...parts) => ofCategory(category, "versions", String(version), "pictures", ...parts);
+
+export const pictures = async (category, version, signal) => (await json(ofVersion(category, version), { signal })).pictures;
+export const picture = (category, version, name, signal) => blob(ofVersion(category, version, name), { signal });
+
+// The images that a category is to be learned from; each answers with all that are there.
+export const trainingImages = (category, signal) => json(ofCategory(category, "images"), { signal });
+export const sendTrainingImage = (category, file) =>
+  json(ofCategory(category, "images"), { method: "POST", headers: typeOf(file), body: file });
+export const strikeOut = (category, name) => json(ofCategory(category, "images", name), { method: "DELETE" });
+export const trainingImage = (category, name, signal) => blob(ofCategory(category, "images", name), { signal });
+
+/** The searches of a category, of all without one, newest first. */
+export const searches = async (category, signal) =>
+  (await json(`${address("fleet", "searches")}${category ? `?${new URLSearchParams({ category })}` : ""}`, { signal })).searches;
+export const search = (id, signal) => json(address("fleet", "searches", id), { signal });
+export const startSearch = (wanted) => post(address("fleet", "searches"), wanted);
+export const stopSearch = (id) => json(address("fleet", "searches", id), { method: "DELETE" });
 
 export const threshold = (category, signal) => json(ofCategory(category, "threshold"), { signal });
 export const setThreshold = (category, value, reason) =>

@@ -1,12 +1,14 @@
 // The console: who asks, the bar, and the page at the present address.
 
 import { whenUnauthorized, whoAmI, signWith } from "./api.js";
+import { may } from "./hooks.js";
 import { html, render, useEffect, useRef, useState } from "./html.js";
 import { address, Link, ROOT, useAddress, whereIs } from "./router.js";
 import { Icon } from "./components/icons.js";
 import { Empty, ProblemMessage } from "./components/messages.js";
 import { CategoryPage } from "./pages/category.js";
 import { FleetPage } from "./pages/fleet.js";
+import { SearchesPage } from "./pages/searches.js";
 import { SignIn } from "./pages/sign-in.js";
 import { forgetVisits } from "./visit.js";
 
@@ -72,6 +74,7 @@ function App() {
 
 function Page({ where, url, session }) {
   if (where.page === "fleet") return html`<${FleetPage} session=${session} url=${url} />`;
+  if (where.page === "searches") return html`<${SearchesPage} session=${session} />`;
   if (where.page === "category") return html`<${CategoryPage} session=${session} category=${where.category} tab=${where.tab} />`;
   return html`<div class="narrow"><h1 tabindex="-1" class="visually-hidden">Not found</h1>
     <${Empty} title="There is no such page"><${Link} to=${ROOT}>All categories<//><//></div>`;
@@ -82,6 +85,7 @@ function Bar({ session, where, onLeave }) {
     <${Link} to=${ROOT} class="brand" aria-label="apt-ray, all categories"><img src="${ROOT}console/icon.svg" alt="" width="26" height="26" /><span>apt-ray</span><//>
     <nav aria-label="Console">
       <${Link} to=${ROOT} aria-current=${where.page === "fleet" ? "page" : undefined}>Fleet<//>
+      ${session && may(session, "operate") && html`<${Link} to=${address("searches")} aria-current=${where.page === "searches" ? "page" : undefined}>Searches<//>`}
       <a href=${address("docs")}>API</a>
     </nav>
     <div class="bar-end">

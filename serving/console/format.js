@@ -11,6 +11,12 @@ export const score = (value) => (value == null ? NONE : value.toFixed(3));
 export const count = (value) => (value == null ? NONE : WHOLE.format(value));
 export const percent = (share, digits = 1) => (share == null ? NONE : `${(100 * share).toFixed(digits)} %`);
 export const milliseconds = (value) => (value == null ? NONE : `${WHOLE.format(value)} ms`);
+/** A length of time. */
+export function duration(seconds) {
+  if (seconds == null) return NONE;
+  if (seconds < 90) return `${WHOLE.format(seconds)} s`;
+  return seconds < 5400 ? `${WHOLE.format(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
 export const clock = (date) => CLOCK.format(date);
 
 /** A date of the API (ISO 8601, or seconds since 1970) as people write it. */

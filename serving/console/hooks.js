@@ -74,6 +74,26 @@ export function useObjectUrl(blob) {
   return url;
 }
 
+/** A ref for an element, and what `load(signal)` gives once that is about to be seen. */
+export function useWhenSeen(load, keys) {
+  const element = useRef(null);
+  const [found, setFound] = useState(null);
+  useEffect(() => {
+    const controller = new AbortController();
+    const observer = new IntersectionObserver((changes) => {
+      if (!changes.some(({ isIntersecting }) => isIntersecting)) return;
+      observer.disconnect();
+      load(controller.signal).then((data) => !controller.signal.aborted && setFound(data), () => {});
+    }, { rootMargin: "300px" });
+    observer.observe(element.current);
+    return () => {
+      observer.disconnect();
+      controller.abort();
+    };
+  }, keys);
+  return [element, found];
+}
+
 /** Whether a media query holds. */
 export function useMedia(query) {
   const [holds, setHolds] = useState(() => matchMedia(query).matches);

@@ -1,4 +1,4 @@
-// Addresses: /, /c/<category>, /c/<category>/<tab>, below the prefix at which the fleet is offered.
+// Addresses: /, /searches, /c/<category>, /c/<category>/<tab>, below the prefix at which the fleet is offered.
 
 import { html, useEffect, useState } from "./html.js";
 
@@ -14,11 +14,12 @@ export function categoryAddress(category, tab) {
   return tab && tab !== "inspect" ? address("c", category, tab) : address("c", category);
 }
 
-/** {page: "fleet" | "category" | "unknown", category, tab} of the present address. */
+/** {page: "fleet" | "searches" | "category" | "unknown", category, tab} of the present address. */
 export function whereIs(pathname) {
   const inside = pathname.startsWith(ROOT) ? pathname.slice(ROOT.length) : "";
   const parts = inside.split("/").filter(Boolean).map(decoded);
   if (parts.length === 0) return { page: "fleet" };
+  if (parts.length === 1 && parts[0] === "searches") return { page: "searches" };
   if (parts[0] === "c" && (parts.length === 2 || parts.length === 3)) {
     return { page: "category", category: parts[1], tab: parts[2] ?? "inspect" };
   }

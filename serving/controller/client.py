@@ -62,6 +62,14 @@ class ControllerClient(Protocol):
         """The newest versions of a category, newest first. Raises RegistryError."""
         ...
 
+    async def pictures(self, category: str, version: int) -> tuple[str, ...] | None:
+        """The names of a version's pictures; None of an unknown one. Raises RegistryError."""
+        ...
+
+    async def picture(self, category: str, version: int, name: str) -> bytes | None:
+        """One of them, a PNG file; None if there is none of that name. Raises RegistryError."""
+        ...
+
     async def threshold(self, category: str) -> CategoryThreshold:
         """Who says what the threshold of a category of the fleet is."""
         ...

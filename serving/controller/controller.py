@@ -7,6 +7,7 @@ report again, and the last aliases lie in the local cache.
 """
 
 import asyncio
+import re
 import time
 import uuid
 from collections import deque
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
-from apt_ray.config import OperatorThreshold, Settings
+from apt_ray.config import CATEGORY_NAME, OperatorThreshold, Settings
 from apt_ray.errors import AptError, RegistryConflictError, RegistryUnavailableError
 from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
@@ -41,6 +42,7 @@ from serving.controller.orders import (
     StoredVersion,
     ThresholdSource,
 )
+from serving.controller.version_pictures import VersionPictures
 from serving.logs import audit
 from serving.settings import CategoryEntry, Decision
 
@@ -54,6 +56,7 @@ _LOST_AFTER_S = 2.5 * WAIT_S
 _AUDIT_LINES = 200
 _OPERATIONS = 200
 _CANDIDATE = "candidate"
+_CHAMPION = "champion"
 
 Found = TypeVar("Found", Orders, Routes)
 
@@ -88,12 +91,14 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_registry = registry
+        self._pictures = VersionPictures(registry)
         self._cache = cache
         self._poll_s = poll_s
         self._page = page
         self._promoting = promoting
         self._clock = clock
-        self._plan = Plan()
+        self._deployed = Plan()
+        self._plan = Plan()  # with the categories that came after the deploy
         self._aliases = cache.recall("aliases", Aliases) or Aliases()
         self._registry = "not asked yet"
         self._polled_at: float | None = None
@@ -108,8 +113,8 @@ class Controller:
 
     async def plan(self, plan: Plan) -> None:
         """Follow this plan from now on."""
-        if plan.revision != self._plan.revision:
-            before, after = _places(self._plan), _places(plan)
+        if plan.revision != self._deployed.revision:
+            before, after = _places(self._deployed), _places(plan)
             self._note(
                 "deploy",
                 revision=plan.revision,
@@ -119,7 +124,8 @@ class Controller:
                 changed=sorted(n for n in set(before) & set(after) if before[n] != after[n]),
                 tokens=[token.name for token in plan.auth.tokens],
             )
-        self._plan = plan
+        self._deployed = plan
+        self._take_in()
         self._woken.set()
         await self._announce()
 
@@ -162,8 +168,22 @@ class Controller:
         if news != self._aliases:
             self._note_moves(news)
             self._aliases = news
+            self._take_in()
             await asyncio.to_thread(self._cache.remember, "aliases", self._aliases)
             await self._announce()
+
+    def _take_in(self) -> None:
+        """Let whatever has a champion be served, where the fleet file says so."""
+        before = {category for category, _, _ in self._plan.places()}
+        self._plan = self._deployed.joined_by(
+            name
+            for name, aliases in self._aliases.categories.items()
+            if _CHAMPION in aliases and re.fullmatch(CATEGORY_NAME, name)
+        )
+        deployed = {category for category, _, _ in self._deployed.places()}
+        for category, pool, _ in self._plan.places():
+            if category not in before | deployed:
+                self._note("joined", category=category, pool=pool)
 
     async def wake(self, reason: str) -> None:
         """Ask the registry now instead of at the end of the interval."""
@@ -271,6 +291,16 @@ class Controller:
             lambda: versions_of(self._open_registry(), category, limit=limit, page=self._page)
         )
 
+    async def pictures(self, category: str, version: int) -> tuple[str, ...] | None:
+        """The names of a version's pictures; None of an unknown version. Raises RegistryError."""
+        found = await self._pictures.of(category, version)
+        return None if found is None else tuple(found)
+
+    async def picture(self, category: str, version: int, name: str) -> bytes | None:
+        """One of them, a PNG file; None if there is none of that name. Raises RegistryError."""
+        found = await self._pictures.of(category, version)
+        return (found or {}).get(name)
+
     async def _carry_out(self, operation: Operation, order: MoveOrder) -> None:
         end: dict[str, object]
         try:
@@ -317,6 +347,7 @@ class Controller:
             deployed_by=self._plan.deployed_by,
             registry=self._registry,
             polled_s_ago=None if self._polled_at is None else self._clock() - self._polled_at,
+            newcomers=self._plan.newcomers,
             categories={
                 category: self._status_of(
                     category, pools[category], reports, etags, hours.get(category, [])

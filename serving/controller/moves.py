@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MoveKind = Literal["promote", "discard", "roll-back"]
 _SHOTS = "shots"
+_SUBMISSION = "ray.submission_id"  # as tuning/search.py tags the versions of a job
 
 
 class MoveOrder(Settings):
@@ -84,6 +85,9 @@ class VersionSummary(Settings):
     )
     by: str = Field(description="Who made it that.")
     reason: str = Field(description="And why.")
+    search: str = Field(
+        default="", description="The search of the fleet that made it, or another job of Ray."
+    )
     link: str | None = Field(
         default=None, description="Its page in the registry, if the fleet file has registry.page."
     )
@@ -155,6 +159,7 @@ def versions_of(
             served_since=move.at if move else "",
             by=move.who if move else "",
             reason=move.why if move else "",
+            search=tags.get(_SUBMISSION, ""),
             link=f"{page.rstrip('/')}/{path}" if page and path else None,
         )
 

@@ -5,7 +5,7 @@ A *plan* is the controller's part of Serve's configuration: who serves what, wit
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,9 @@ from serving.controller.activity import Activity, Counts
 from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolName, RegionOfInterest
 
 State = Literal["READY", "LOADING", "IDLE", "FAILED"]
+Newcomers = Literal["served", "deploy", "name"]
+"""What lets a category be served that gets its first champion after the deploy: nothing, it is
+`served` at once; the next `deploy`; or its `name` in the fleet file, and a deploy."""
 ThresholdSource = Literal["prompt set", "fleet file", "operator"]
 """Who says what a threshold is; the later ones stand above the earlier."""
 
@@ -41,10 +44,34 @@ class Plan(Settings):
     deployed_by: str = ""
     pools: dict[PoolName, dict[CategoryName, CategoryEntry]] = Field(default_factory=dict)
     auth: Auth = Auth()
+    names_all: bool = Field(
+        default=False, description="Whether the fleet file says `categories: all`."
+    )
+    joined: PoolName | None = Field(
+        default=None,
+        description="The pool of this plan that then serves whatever category gets a champion.",
+    )
 
     def to_config(self) -> dict[str, Any]:
         """Plain values that say no more than they must: a thousand categories stay readable."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def newcomers(self) -> Newcomers:
+        if not self.names_all:
+            return "name"
+        return "served" if self.joined in self.pools else "deploy"
+
+    def joined_by(self, categories: Iterable[CategoryName]) -> "Plan":
+        """The same with those of these categories that it does not serve, where it takes any."""
+        if self.joined is None or self.joined not in self.pools:
+            return self
+        known = {category for category, _, _ in self.places()}
+        new = {name: CategoryEntry() for name in sorted(categories) if name not in known}
+        if not new:
+            return self
+        pools = {**self.pools, self.joined: {**self.pools[self.joined], **new}}
+        return self.model_copy(update={"pools": pools})
 
     def places(self) -> Iterator[tuple[CategoryName, PoolName, CategoryEntry]]:
         """Every category in every pool that shall serve it."""
@@ -152,6 +179,12 @@ class FleetStatus(Message):
     deployed_by: str
     registry: str = Field(description="`ok`, or why the registry does not answer.")
     polled_s_ago: float | None = Field(description="Since the registry last answered.")
+    newcomers: Newcomers = Field(
+        default="name",
+        description="What lets a category be served that gets its first champion: nothing, it is"
+        " `served` at once; the next `deploy` of the fleet file; or its `name` in that file, and a"
+        " deploy.",
+    )
     categories: dict[CategoryName, CategoryStatus]
 
 

@@ -142,6 +142,7 @@ def serve_config(
     `user_config`, so they change without touching a replica; versions stand nowhere.
     """
     _check_tracking_uri(tracking_uri)
+    names_all = fleet.categories == "all"
     plan = Plan(
         revision=revision,
         deployed_by=deployed_by,
@@ -154,6 +155,8 @@ def serve_config(
             for pool in pools
         },
         auth=fleet.auth,
+        names_all=names_all,
+        joined=fleet.pool if names_all else None,
     )
     controller = {
         "name": CONTROLLER,

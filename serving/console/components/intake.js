@@ -7,8 +7,9 @@ import { ProblemMessage } from "./messages.js";
 
 const TYPES = "image/png,image/jpeg,image/bmp,image/tiff,image/webp";
 
-/** `onFiles(files)`; small once there are images. */
-export function Intake({ onFiles, small = false }) {
+/** `onFiles(files)`; small once there are images; `veil` says what a drop does, `hint` what is taken. */
+export function Intake({ onFiles, small = false, veil = "Drop to inspect",
+  hint = "or paste one. PNG, JPEG, BMP, TIFF or WebP; several at once make a contact sheet." }) {
   const [isOver, setOver] = useState(false);
   const [isTaking, setTaking] = useState(false);
   const chooser = useRef(null);
@@ -49,7 +50,7 @@ export function Intake({ onFiles, small = false }) {
   const take = () => (navigator.mediaDevices?.getUserMedia ? setTaking(true) : capturer.current.click());
   return html`<div class="intake ${small ? "small" : ""} ${isOver ? "over" : ""}">
     ${!small && html`<${Icon} name="image" size=${40} /><p class="intake-title">Drop images here</p>
-      <p class="hint">or paste one. PNG, JPEG, BMP, TIFF or WebP; several at once make a contact sheet.</p>`}
+      <p class="hint">${hint}</p>`}
     <div class="intake-actions">
       <button type="button" class=${small ? "" : "primary"} onClick=${() => chooser.current.click()}>
         <${Icon} name="image" />${small ? "Add images" : "Choose images"}</button>
@@ -57,7 +58,7 @@ export function Intake({ onFiles, small = false }) {
     </div>
     <input ref=${chooser} type="file" multiple accept=${TYPES} class="visually-hidden" tabindex="-1" aria-label="Images" onChange=${chosen} />
     <input ref=${capturer} type="file" accept="image/*" capture="environment" class="visually-hidden" tabindex="-1" aria-label="Photo" onChange=${chosen} />
-    ${isOver && html`<div class="drop-veil" aria-hidden="true"><p>Drop to inspect</p></div>`}
+    ${isOver && html`<div class="drop-veil" aria-hidden="true"><p>${veil}</p></div>`}
     ${isTaking && html`<${Camera} onClose=${() => setTaking(false)} onTaken=${(file) => { setTaking(false); onFiles([file]); }} />`}
   </div>`;
 }

@@ -23,6 +23,20 @@ export function StateMark({ state }) {
   return html`<span class="state ${tone}"><${Icon} name=${icon} />${word}</span>`;
 }
 
+const SEARCH_STATES = {
+  pending: { icon: "idle", word: "Waiting", tone: "quiet" },
+  running: { icon: "loading", word: "Running", tone: "warn" },
+  stopped: { icon: "idle", word: "Stopped", tone: "quiet" },
+  done: { icon: "ready", word: "Done", tone: "good" },
+  failed: { icon: "warn", word: "Failed", tone: "bad" },
+};
+
+/** What a search does. */
+export function SearchMark({ state }) {
+  const { icon, word, tone } = SEARCH_STATES[state] ?? { icon: "idle", word: state, tone: "quiet" };
+  return html`<span class="state ${tone}"><${Icon} name=${icon} />${word}</span>`;
+}
+
 /** A candidate waits to be promoted. */
 export function CandidateMark({ version }) {
   return html`<span class="tag accent"><${Icon} name="star" size=${12} />v${version} waits</span>`;

@@ -24,6 +24,15 @@ export function ProblemMessage({ problem, onRetry, quiet = false }) {
   </div>`;
 }
 
+/** To whoever lacks the scope `operate`; `what` they may not do. */
+export function OperatorsOnly({ session, what }) {
+  return html`<${ProblemMessage} problem=${{
+    title: "Not for this token",
+    detail: `The token of ${session.name} may inspect, but not ${what}.`,
+    remedy: "Sign in with a token that has the scope operate.",
+  }} />`;
+}
+
 export function Empty({ title, children, icon = "image" }) {
   return html`<div class="empty">
     <${Icon} name=${icon} size=${32} />
