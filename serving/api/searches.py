@@ -99,9 +99,7 @@ class SearchReport(BaseModel):
     started_at: float | None = Field(description="Seconds since the epoch.")
     ended_at: float | None
     progress: SearchProgress | None = None
-    estimate: SearchEstimate | None = Field(
-        default=None, description="Of a dry run that is done."
-    )
+    estimate: SearchEstimate | None = Field(default=None, description="Of a dry run that is done.")
     link: str | None = Field(
         default=None,
         description="Its page in Ray's dashboard, if the fleet file has searches.dashboard.",

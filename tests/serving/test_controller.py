@@ -107,6 +107,49 @@ def test_ten_thousand_categories_are_followed(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_what_gets_a_champion_joins_a_fleet_of_all_categories(tmp_path: Path) -> None:
+    registry = stocked()
+    everything = {"names_all": True, "joined": "tail"}
+    plan = Plan.parse({"revision": 1, "pools": {"tail": {"nut": {}, "bolt": {}}}, **everything})
+
+    async def run() -> None:
+        controller = await started(registry, tmp_path, plan=plan)
+        known = (await controller.routes("")).etag
+        new = make_prompt_set("clip")
+        for name in ("clip", "loose"):
+            named = new.with_category(name)
+            registry.register(named, pictures={}, trials=[], promote=False)
+        await controller.poll()
+        assert (await controller.routes("")).etag == known  # candidates alone
+        waiting = asyncio.create_task(controller.routes(known, wait_s=20))
+        await asyncio.sleep(0.05)
+        registry.set_alias("clip", CHAMPION, 1)
+        registry.set_alias("loose", "best", 1)
+        await controller.poll()
+        assert (await asyncio.wait_for(waiting, 5)).pools["clip"] == ("tail",)
+        orders = await controller.follow("tail", "r", ReplicaReport())
+        versions = {name: order.version for name, order in orders.categories.items()}
+        assert versions == {"nut": 1, "bolt": 4, "clip": 1}
+        status = await controller.status()
+        assert (status.newcomers, status.categories["clip"].wanted) == ("served", 1)
+        assert (await controller.threshold("clip")).source == "prompt set"
+        lines = await controller.audit_lines()
+        joined = [line["category"] for line in lines if line["operation"] == "joined"]
+        assert joined == ["clip"]
+        # A fleet that names its categories, or gives each a pool of its own, takes none in.
+        cases: list[tuple[dict[str, object], str]] = [
+            ({"names_all": False, "joined": None}, "name"),
+            ({"joined": None}, "deploy"),
+        ]
+        for changed, newcomers in cases:
+            await controller.plan(plan.model_copy(update=changed))
+            status = await controller.status()
+            assert status.newcomers == newcomers
+            assert sorted(status.categories) == ["bolt", "nut"]
+
+    asyncio.run(run())
+
+
 def test_the_status_says_what_share_of_an_image_counts(tmp_path: Path) -> None:
     seam = {"region_of_interest": {"box": [0.999, 0, 0.001, 1]}}
     plan = Plan.parse({"pools": {"tail": {"nut": seam, "bolt": {}}}})

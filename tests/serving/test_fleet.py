@@ -70,7 +70,7 @@ def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     assert shipped == Fleet() == Fleet.read(write(tmp_path, ""))
     assert shipped.categories == "all"
     shown = (shipped.defaults, shipped.defaults.autoscaling, shipped.http, shipped.registry)
-    for settings in (*shown, shipped.history, shipped.auth):
+    for settings in (*shown, shipped.history, shipped.searches, shipped.auth):
         for name in type(settings).model_fields:
             assert f"  {name}:" in SHIPPED.read_text()
     for name in Fleet.model_fields:
@@ -97,6 +97,16 @@ def test_the_examples_in_the_shipped_file_are_accepted(tmp_path: Path) -> None:
     assert pill.mask is None
     assert pill.mask_png
     assert mask_of_png(base64.b64decode(pill.mask_png)).all()
+
+
+def test_a_fleet_of_all_categories_that_share_a_pool_takes_new_ones_in() -> None:
+    shared: dict[str, object] = {"pools": {"tail": {}}, "pool": "tail"}
+    for fleet, newcomers in (
+        ({**shared, "categories": "all"}, "served"),
+        ({"categories": "all"}, "deploy"),
+        ({**shared, "categories": {"nut": {}}}, "name"),
+    ):
+        assert plan_of(config(Fleet.parse(fleet), "nut")).newcomers == newcomers
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which version serves, decided over HTTP: asked, carried out in the registry, looked at, kept."""
 
 import asyncio
+import io
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from PIL import Image
 
 from apt_ray.errors import FleetError
 from apt_ray.registry import CANDIDATE, CHAMPION
 from serving.api.access import Access
 from serving.api.moves import add_moves
 from serving.api.problems import install
+from serving.api.version_pictures import add_version_pictures
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.moves import MoveOrder, MoveResult
@@ -48,6 +51,7 @@ class Desk:
         self.api = FastAPI()
         install(self.api)
         add_moves(self.api, self.controller, Access(auth))
+        add_version_pictures(self.api, self.controller, Access(auth))
 
     async def ask(self, method: str, path: str, **request: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
@@ -76,6 +80,62 @@ def stocked(registry: FakeRegistry | None = None, *, versions: int) -> FakeRegis
     for seed in range(versions):
         registry.register(make_prompt_set("nut", seed=seed), pictures={}, trials=[])
     return registry
+
+
+def test_the_first_candidate_of_a_new_category_is_promoted_without_a_comparison(
+    tmp_path: Path,
+) -> None:
+    registry = FakeRegistry()
+    tags = {"ray.submission_id": "search-nut-1"}
+    registry.register(make_prompt_set("nut"), pictures={}, trials=[], tags=tags, promote=False)
+    desk = Desk(registry, tmp_path)
+
+    async def run() -> None:
+        listed = (await desk.ask("GET", "/fleet/categories/nut/versions")).json()["versions"]
+        assert [(each["aliases"], each["search"]) for each in listed] == [
+            ([CANDIDATE], "search-nut-1")
+        ]
+        promoted = await desk.move("nut", "promote")
+        assert (promoted["result"]["moved"], promoted["result"]["why"]) == (
+            True,
+            "there was no champion",
+        )
+        assert registry.champions() == {"nut": 1}
+
+    asyncio.run(run())
+
+
+def test_what_was_drawn_of_a_version_is_shown(tmp_path: Path) -> None:
+    registry = stocked(versions=1)
+    drawn = {"trials": Image.new("RGB", (8, 6)), "perturbations": Image.new("RGB", (4, 3))}
+    registry.register(make_prompt_set("nut", seed=1), pictures=drawn, trials=[])
+    desk = Desk(registry, tmp_path)
+    place = "/fleet/categories/nut/versions"
+
+    async def run() -> None:
+        found = await desk.ask("GET", f"{place}/2/pictures")
+        assert found.json() == {"pictures": ["perturbations", "trials"]}
+        picture = await desk.ask("GET", f"{place}/2/pictures/trials")
+        assert picture.headers["content-type"] == "image/png"
+        with Image.open(io.BytesIO(picture.content)) as image:
+            assert image.size == (8, 6)
+        assert (await desk.ask("GET", f"{place}/1/pictures")).json() == {"pictures": []}
+        for path, title in (
+            (f"{place}/3/pictures", "Unknown version"),
+            (f"{place}/3/pictures/trials", "Unknown picture"),
+            (f"{place}/2/pictures/..%2Fprompt_set", "Not Found"),
+            (f"{place}/2/pictures/others", "Unknown picture"),
+            ("/fleet/categories/screw/versions/1/pictures", "Unknown version"),
+        ):
+            absent = await desk.ask("GET", path)
+            assert (absent.status_code, absent.json()["title"]) == (404, title), path
+            assert absent.json()["remedy"]
+        assert (await desk.ask("GET", f"{place}/0/pictures")).status_code == 422
+        registry.is_away = True
+        assert (await desk.ask("GET", f"{place}/2/pictures")).status_code == 200  # kept
+        assert (await desk.ask("GET", f"{place}/3/pictures")).status_code == 503
+
+    asyncio.run(run())
 
 
 def test_a_candidate_is_promoted_by_force_rolled_back_and_discarded(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ class KnownJobs:
         return submission_id
 
     def list_jobs(self) -> list[Any]:
+        if self.is_away:
+            raise RuntimeError("no answer")
         others = SimpleNamespace(submission_id="theirs", metadata={}, status="RUNNING")
         return [others, *self.jobs]
 
@@ -43,7 +45,9 @@ class KnownJobs:
         return True
 
     def get_job_logs(self, job_id: str) -> str:
-        return self.logs.get(job_id, "")
+        if job_id not in self.logs:
+            raise RuntimeError("it lay on a node that is gone")
+        return self.logs[job_id]
 
     def end(self, name: str, status: str, log: str = "", message: str = "") -> None:
         (job,) = (job for job in self.jobs if job.submission_id == name)
@@ -57,7 +61,12 @@ class Fleet:
     def __init__(self, folder: Path, auth: Auth | None = None) -> None:
         self.jobs, self.folder = KnownJobs(), folder
         tuning = Tuning(
-            searches=Searches(self._jobs, folder, tracking_uri="http://registry"),
+            searches=Searches(
+                self._jobs,
+                folder,
+                tracking_uri="http://registry",
+                dashboard="https://ray.example/",
+            ),
             images=TrainingImages(folder / "images", limits=LIMITS.image, most=3),
         )
         self._api = root_of(None, auth=auth, tuning=tuning)
@@ -121,14 +130,22 @@ def test_a_search_is_a_job_of_the_images_that_were_sent(fleet: Fleet) -> None:
     assert job.entrypoint.split()[1:] == [
         *("-m", "tuning.search", "--data", str(fleet.folder / "images")),
         *("--categories", "washer", "--shots", "2", "--trials", "3"),
-        *("--warm-start", "0", "--promote", "never", "--storage", str(fleet.folder / "state")),
         *("--progress", str(fleet.folder / "progress" / f"{started['id']}.json")),
+        *("--warm-start", "0", "--promote", "never", "--storage", str(fleet.folder / "state")),
     ]
     assert job.runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] == "http://registry"
     assert (started["state"], started["started_at"], started["progress"]) == ("running", 5.0, None)
     assert fleet.start(409)["detail"].startswith(started["id"])
+    assert (started["shots"], started["trials"], started["data"]) == (2, 3, None)
+    assert started["link"] == f"https://ray.example/#/jobs/{started['id']}"
     (listed,) = fleet.ask("GET", "/fleet/searches")["searches"]
     assert listed == started
+    other = fleet.start(category="nut", data="s3://bucket/nut")
+    assert other["data"] == "s3://bucket/nut"
+    for name, id_ in (("washer", started["id"]), ("nut", other["id"])):
+        (listed,) = fleet.ask("GET", f"/fleet/searches?category={name}")["searches"]
+        assert listed["id"] == id_
+    fleet.ask("GET", "/fleet/searches?category=n.t", 422)
 
 
 def test_nothing_that_is_sent_reaches_a_shell(fleet: Fleet) -> None:
@@ -149,11 +166,26 @@ def test_it_tells_how_far_a_search_is_and_why_it_failed(fleet: Fleet) -> None:
     failed = fleet.ask("GET", f"/fleet/searches/{search}")
     assert (failed["state"], failed["problem"], failed["ended_at"]) == ("failed", "too dark", 9.0)
     assert failed["log"].endswith("\nmore")
+    (listed,) = fleet.ask("GET", "/fleet/searches")["searches"]
+    assert (listed["problem"], listed["log"]) == ("too dark", "")
+
+
+def test_an_estimate_is_told_in_figures(fleet: Fleet) -> None:
     estimate = fleet.start(dry_run=True)
-    assert estimate["dry_run"]
+    assert (estimate["dry_run"], estimate["estimate"]) == (True, None)
     assert fleet.jobs.jobs[-1].entrypoint.endswith("--dry-run")
-    fleet.jobs.end(estimate["id"], "FAILED", "nothing of use", "killed")
-    assert fleet.ask("GET", f"/fleet/searches/{estimate['id']}")["problem"] == "killed"
+    figures = {"least_s": 60.0, "most_s": 90.0, "cpu_s": 120.0, "gpu_s": 0.0, "encoded_mib": 3.5}
+    figures |= {"cpus": 2, "gpus": 0}
+    file = fleet.folder / "progress" / f"{estimate['id']}.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"estimate": figures}))
+    fleet.jobs.end(estimate["id"], "SUCCEEDED", "by the clock  60 s to 90 s")
+    assert fleet.ask("GET", f"/fleet/searches/{estimate['id']}")["estimate"] == figures
+    file.write_text("{")  # by another version, or damaged
+    assert fleet.ask("GET", f"/fleet/searches/{estimate['id']}")["estimate"] is None
+    second = fleet.start(dry_run=True)["id"]
+    fleet.jobs.end(second, "FAILED", "nothing of use", "killed")
+    assert fleet.ask("GET", f"/fleet/searches/{second}")["problem"] == "killed"
 
 
 def test_a_search_is_stopped_once(fleet: Fleet) -> None:
@@ -166,6 +198,7 @@ def test_a_search_is_stopped_once(fleet: Fleet) -> None:
 def test_a_dashboard_that_is_away_is_told(fleet: Fleet) -> None:
     fleet.jobs.is_away = True
     assert "dashboard" in fleet.start(503)["detail"]
+    assert "dashboard" in fleet.ask("GET", "/fleet/searches", 503)["detail"]
 
 
 def test_only_operators_tune(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a search will take, counted and timed with the built-in backbone."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,13 @@ def test_a_dry_run_needs_no_ray_and_leaves_nothing(
     space.write_text("smgs_weight: {low: 0, high: 1}\n")
     storage = tmp_path / "storage"
     data = ("--data", str(sample_data), "--storage", str(storage), "--space", str(space))
-    assert main(["--dry-run", *data, *flags]) == 0
+    told = tmp_path / "told" / "estimate.json"
+    assert main(["--dry-run", *data, *flags, "--progress", str(told)]) == 0
     assert "by the clock" in capsys.readouterr().out
     assert not storage.exists()
+    figures = json.loads(told.read_text())["estimate"]
+    assert 0 < figures["least_s"] <= figures["most_s"] <= figures["cpu_s"]
+    assert (figures["gpu_s"], figures["gpus"]) == (0, 0)
 
 
 def test_a_dry_run_is_of_a_new_search(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-// A category: its head, and the tabs Inspect, History and Versions.
+// A category: its head, and the tabs Inspect, History, Versions and Tune.
 
 import { categoryStatus, describe } from "../api.js";
 import { html, useEffect, useRef } from "../html.js";
@@ -10,6 +10,7 @@ import { CandidateMark, StateMark } from "../components/marks.js";
 import { Empty, ProblemMessage } from "../components/messages.js";
 import { HistoryTab } from "./history.js";
 import { InspectTab } from "./inspect.js";
+import { TuneTab } from "./tune.js";
 import { VersionsTab } from "./versions.js";
 
 const FOLLOWED_MS = [0, 2000, 5000, 12000];
@@ -17,13 +18,15 @@ const FOLLOWED_MS = [0, 2000, 5000, 12000];
 const TABS = [
   { key: "inspect", label: "Inspect", view: InspectTab },
   { key: "history", label: "History", view: HistoryTab },
-  { key: "versions", label: "Versions", view: VersionsTab },
+  { key: "versions", label: "Versions", view: VersionsTab, isOfNew: true },
+  { key: "tune", label: "Tune", view: TuneTab, isOfNew: true },
 ];
 
 export function CategoryPage({ session, category, tab }) {
   const sees = may(session, "operate");
   const about = useLoaded((signal) => describe(category, signal), [category]);
-  const status = useLoaded(async (signal) => (sees ? categoryStatus(category, signal) : null), [category, sees]);
+  const fleet = useLoaded(async (signal) => (sees ? categoryStatus(category, signal) : null), [category, sees]);
+  const status = fleet.data?.category ?? null;
   const current = TABS.find(({ key }) => key === tab);
   useEffect(() => {
     document.title = `${category} · ${current?.label ?? "Not found"} · apt-ray`;
@@ -34,29 +37,34 @@ export function CategoryPage({ session, category, tab }) {
     timers.current.forEach(clearTimeout);
     timers.current = FOLLOWED_MS.map((after) => setTimeout(() => {
       about.reload();
-      status.reload();
+      fleet.reload();
     }, after));
   };
   useEffect(() => () => timers.current.forEach(clearTimeout), []);
+  // One that the fleet does not serve yet is tuned like any other.
   const isUnknown = about.problem?.status === 404;
+  const tabs = isUnknown ? TABS.filter(({ isOfNew }) => isOfNew && sees) : TABS;
+  const isShown = !isUnknown || tabs.includes(current);
   return html`<div class="page category">
     <div class="page-head">
       <div class="titles">
         <${Link} to=${ROOT} class="crumb"><${Icon} name="back" size=${12} />Fleet<//>
         <h1 tabindex="-1">${category}</h1>
       </div>
-      ${!isUnknown && html`<${Head} about=${about.data} status=${status.data} sees=${sees} />`}
+      ${!isUnknown && html`<${Head} about=${about.data} status=${status} sees=${sees} />`}
     </div>
-    ${isUnknown
-      ? html`<${ProblemMessage} problem=${about.problem} />`
+    ${!isShown
+      ? html`<${ProblemMessage} problem=${about.problem} />
+        ${sees && html`<p><${Link} to=${categoryAddress(category, "tune")}>Tune ${category} as a new product<//></p>`}`
       : html`
         <nav class="tabs" aria-label="Of ${category}">
-          ${TABS.map(({ key, label }) => html`<${Link} key=${key} to=${categoryAddress(category, key)}
+          ${tabs.map(({ key, label }) => html`<${Link} key=${key} to=${categoryAddress(category, key)}
             aria-current=${key === tab ? "page" : undefined}>${label}<//>`)}
         </nav>
-        ${status.data?.problem && html`<${ProblemMessage} quiet problem=${{ title: "It does not do as ordered", detail: status.data.problem }} />`}
+        ${status?.problem && html`<${ProblemMessage} quiet problem=${{ title: "It does not do as ordered", detail: status.problem }} />`}
         ${current
-          ? html`<${current.view} key=${`${category} ${tab}`} session=${session} category=${category} about=${about} status=${status.data} reload=${reload} />`
+          ? html`<${current.view} key=${`${category} ${tab}`} session=${session} category=${category} about=${about}
+              status=${status} newcomers=${fleet.data?.newcomers} reload=${reload} />`
           : html`<div class="panel"><${Empty} title="There is no such page"><${Link} to=${categoryAddress(category)}>Inspect ${category}<//><//></div>`}`}
   </div>`;
 }

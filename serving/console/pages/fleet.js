@@ -1,13 +1,14 @@
 // The fleet: every category at a glance, live.
 
 import { pollList, pollStatus } from "../api.js";
-import { html, useEffect, useMemo, useRef } from "../html.js";
+import { html, useEffect, useMemo, useRef, useState } from "../html.js";
 import { clock, count, milliseconds, NONE, percent, plural } from "../format.js";
 import { may, usePolled } from "../hooks.js";
 import { categoryAddress, Link, navigate } from "../router.js";
 import { CandidateMark, StateMark } from "../components/marks.js";
 import { Empty, ProblemMessage, Skeleton } from "../components/messages.js";
 import { Icon } from "../components/icons.js";
+import { NewProduct } from "../components/new-product.js";
 import { Spark } from "../components/spark.js";
 import { WindowedTable } from "../components/window.js";
 
@@ -59,6 +60,7 @@ export function FleetPage({ session, url }) {
     navigate(next.pathname + next.search, { replace: true });
   };
 
+  const [isNaming, setNaming] = useState(false);
   const search = useRef(null);
   useEffect(() => {
     document.title = "Fleet · apt-ray";
@@ -78,12 +80,13 @@ export function FleetPage({ session, url }) {
   return html`<div class="page fleet">
     <div class="page-head">
       <h1 tabindex="-1">Fleet</h1>
-      <${Live} problem=${problem} since=${since} data=${data} />
+      <div class="page-actions"><${Live} problem=${problem} since=${since} data=${data} />
+        ${sees && html`<button type="button" disabled=${!rows} onClick=${() => setNaming(true)}>New product …</button>`}</div>
     </div>
     ${problem && html`<${ProblemMessage} problem=${problem} onRetry=${ask} quiet=${Boolean(data)} />`}
     ${sees && !(problem && !data) && html`<${Summary} rows=${rows} />`}
     ${rows && rows.length === 0 && html`<div class="panel"><${Empty} title="No category yet">
-      <p>Tune one with <code>python tuning/search.py</code>, or name one in the fleet file and deploy it.</p>
+      <p>Tune one, here or with <code>python tuning/search.py</code>, or name one in the fleet file and deploy it.</p>
       <p><code>python -m serving.fleet deploy fleet.yaml</code></p><//></div>`}
     ${!(rows && rows.length === 0) && html`<section class="panel table-panel">
       <div class="toolbar">
@@ -105,6 +108,7 @@ export function FleetPage({ session, url }) {
             <button type="button" onClick=${() => navigate(location.pathname, { replace: true })}>Show all categories</button><//>`}`
         : !problem && html`<${Skeleton} rows=${8} height=${40} />`}
     </section>`}
+    ${isNaming && html`<${NewProduct} names=${rows.map(({ name }) => name)} onClose=${() => setNaming(false)} />`}
   </div>`;
 }
 

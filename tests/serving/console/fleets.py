@@ -21,6 +21,9 @@ from serving.api.access import Access
 from serving.api.history import NO_HISTORY
 from serving.api.pools import Answering, Pools
 from serving.api.root import create_root_api
+from serving.api.searches import Jobs, Searches
+from serving.api.training_images import TrainingImages
+from serving.api.tuning import Tuning
 from serving.controller.activity import SCORE_BINS, Activity, score_bin
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
@@ -49,6 +52,15 @@ def tokens(**scopes: Sequence[str]) -> Auth:
             ]
         }
     )
+
+
+def tuning_of(jobs: Jobs, folder: Path) -> Tuning:
+    """Searches that are jobs of these, and images in a folder."""
+    searches = Searches(
+        lambda: jobs, folder, tracking_uri="http://registry", dashboard="https://ray.example"
+    )
+    images = TrainingImages(folder / "images", limits=LIMITS.image, most=200)
+    return Tuning(searches=searches, images=images)
 
 
 class MemoryController:
@@ -93,13 +105,19 @@ class ConsoleFleet:
         *,
         auth: Auth | None = None,
         http: HttpLimits = LIMITS,
+        tuning: Tuning | None = None,
     ) -> None:
         self.controller = controller
         self._access = Access(Auth())
         self._pools = Pools(lambda pool: Answering(inspector), self._access)
         self.allow(auth or Auth())
         self.api: FastAPI = create_root_api(
-            self._pools, controller, http=http, access=self._access, webhook_secret=""
+            self._pools,
+            controller,
+            http=http,
+            access=self._access,
+            webhook_secret="",
+            tuning=tuning,
         )
         self.url = ""
 
@@ -117,12 +135,20 @@ class WholeFleet:
     """A fleet with its own controller and replica on a registry: all that Ray would run."""
 
     def __init__(
-        self, registry: Registry, folder: Path, *, auth: Auth | None = None, images: int = 100
+        self,
+        registry: Registry,
+        folder: Path,
+        *,
+        auth: Auth | None = None,
+        images: int = 100,
+        jobs: Jobs | None = None,
     ) -> None:
         self.registry = registry
         self.url = ""
         self._folder = folder
         self._auth = auth or Auth()
+        self.searches = folder / "searches"
+        self._tuning = tuning_of(jobs, self.searches) if jobs else None
         self._kept = HistorySettings(images=images, folder=str(folder / "history"))
 
     @asynccontextmanager
@@ -132,7 +158,15 @@ class WholeFleet:
             lambda: self.registry, cache, poll_s=0.5, page="https://mlflow.example"
         )
         entries = {name: CategoryEntry() for name in self.registry.aliases()}
-        await controller.plan(Plan(revision=1, pools={"tail": entries}, auth=self._auth))
+        await controller.plan(
+            Plan(
+                revision=1,
+                pools={"tail": entries},
+                auth=self._auth,
+                names_all=True,
+                joined="tail",
+            )
+        )
         tasks = [asyncio.create_task(controller.poll_forever())]
         access = Access(Auth())
         history = History(self._kept, "memory") if self._kept.images else None
@@ -158,7 +192,14 @@ class WholeFleet:
         pools = Pools(lambda pool: answering, access)
         await pools.start(controller, patience_s=60)
         tasks.append(asyncio.create_task(pools.follow_forever(controller)))
-        yield create_root_api(pools, controller, http=LIMITS, access=access, webhook_secret="")
+        yield create_root_api(
+            pools,
+            controller,
+            http=LIMITS,
+            access=access,
+            webhook_secret="",
+            tuning=self._tuning,
+        )
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

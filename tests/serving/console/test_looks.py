@@ -19,7 +19,7 @@ from tests.serving.console.fleets import (
     served,
     tokens,
 )
-from tests.serving.console.reach import serious
+from tests.serving.console.reach import serious, tab_to, too_small
 
 SIZES = {"desk": DESK, "tablet": TABLET, "phone": PHONE}
 
@@ -81,16 +81,7 @@ def test_a_page_fits_every_screen_and_keeps_nobody_out(
             tab.set_viewport_size({"width": width, "height": height})
             assert serious(tab) == [], size
             assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), size
-            assert tab.evaluate(_SMALL) == [], size
-
-
-# Whatever a finger shall hit is large enough for it; links in running text are not.
-_SMALL = """() => [...document.querySelectorAll("button, input, summary, nav a, .row-link")]
-    .filter((each) => each.checkVisibility() && !each.closest(".visually-hidden")
-        && !each.matches(".visually-hidden, .region, .row-link"))
-    .map((each) => [each.outerHTML.slice(0, 120), each.getBoundingClientRect()])
-    .filter(([, box]) => box.width < 43.5 || box.height < 43.5)
-    .map(([text, box]) => `${text} ${box.width} x ${box.height}`)"""
+            assert too_small(tab) == [], size
 
 
 def test_signing_in_keeps_nobody_out(browser: Browser, fleet: ConsoleFleet) -> None:
@@ -143,28 +134,17 @@ def test_the_keyboard_alone_leads_from_the_fleet_to_a_verdict(
         # Chromium is told to hand choosers over once somebody listens, which takes it a while.
         tab.on("filechooser", lambda _: None)
         open_fleet(tab, category)
-
-        def tab_to(name: str) -> None:
-            for _ in range(40):
-                tab.keyboard.press("Tab")
-                said = tab.evaluate(
-                    "document.activeElement.ariaLabel ?? document.activeElement.textContent"
-                )
-                if said and name in said:
-                    return
-            raise AssertionError(f"the Tab key does not lead to {name}")
-
         tab.keyboard.press("Tab")
         expect(tab.get_by_text("Skip to the content")).to_be_focused()
-        tab_to(category.name)
+        tab_to(tab, category.name)
         tab.keyboard.press("Enter")
         tab.get_by_text("Drop images here").wait_for()
-        tab_to("Choose images")
+        tab_to(tab, "Choose images")
         with tab.expect_file_chooser() as chooser:
             tab.keyboard.press("Enter")
         chooser.value.set_files(category.test[0].path)
         tab.locator("output.figure").wait_for()
-        tab_to("Side by side")
+        tab_to(tab, "Side by side")
         tab.keyboard.press("Space")
         expect(tab.locator(".pane")).to_have_count(2)
 
