@@ -30,7 +30,8 @@ class KnownJobs:
     is_away: bool = False
 
     def submit_job(self, *, submission_id: str = "", **job: Any) -> str:
-        known = {"status": "RUNNING", "message": "", "start_time": 5000, "end_time": None}
+        started = 5000 + 1000 * len(self.jobs)
+        known = {"status": "RUNNING", "message": "", "start_time": started, "end_time": None}
         self.jobs.append(SimpleNamespace(submission_id=submission_id, **known, **job))
         return submission_id
 

@@ -57,6 +57,11 @@ def line(prompt_set: PromptSet, tmp_path: Path) -> Iterator[Line]:
         yield Line(running, registry, jobs)
 
 
+def look(tab: Page) -> None:
+    """Ask now, as whoever comes back to a tab does, instead of after some seconds."""
+    tab.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
 def enter(tab: Page, path: str, token: str = "boss") -> None:
     tab.goto(path)
     tab.get_by_label("Access token").fill(token)
@@ -118,9 +123,10 @@ def test_a_new_product_is_learned_searched_promoted_and_served(
         expect(tab.get_by_text("One moment: the estimate")).to_be_visible()
         line.write({"estimate": {**FIGURES, "cpus": 2, "gpus": 0}})
         line.jobs.end(line.last, "SUCCEEDED")
+        look(tab)
         expect(tab.locator(".estimate")).to_contain_text("3 min to 7 min")
         expect(tab.locator(".estimate")).to_contain_text("12 min of a CPU; the cluster has 2 CPUs")
-        tab_to(tab, "Trials")  # once around
+        tab_to(tab, "Search")
         tab.keyboard.press("Enter")
         expect(tab.get_by_text("The images are being encoded.")).to_be_visible()
         assert "--shots 2 --trials 3" in line.jobs.jobs[-1].entrypoint
@@ -138,6 +144,7 @@ def test_a_new_product_is_learned_searched_promoted_and_served(
         expect(tab.get_by_label("Shots")).to_have_value("2")
         assert serious(tab) == []
         line.jobs.end(line.last, "FAILED", "12:00:00  not registered: bolt: too dark")
+        look(tab)
         expect(tab.get_by_role("alert")).to_contain_text("Too dark.")
         view.get_by_text("Log", exact=True).click()
         expect(view.get_by_label("End of the log")).to_contain_text("not registered: bolt")
@@ -156,6 +163,7 @@ def test_a_new_product_is_learned_searched_promoted_and_served(
             promote=False,
         )
         line.jobs.end(line.last, "SUCCEEDED")
+        look(tab)
 
         # What it found, and who decides.
         outcome = tab.get_by_role("region", name="What came of it")
