@@ -168,13 +168,14 @@ function Outcome({ category, found, last, isServed, onMoved }) {
   const isUnknown = found.problem?.status === 404;
   if (found.problem && !isUnknown) return html`<section class="panel"><${ProblemMessage} problem=${found.problem} onRetry=${found.reload} /></section>`;
   if (!found.data && !isUnknown) return html`<section class="panel outcome"><${Skeleton} rows=${2} height=${120} /></section>`;
-  if (!shown) return html`<section class="panel outcome"><${Empty} title="No version yet"><p>The winner of a search stands here, with what it finds in made-up defects. You decide whether it serves.</p><//></section>`;
-  const isNew = last && shown.search === last.id;
+  if (known.length === 0) return html`<section class="panel outcome"><${Empty} title="No version yet"><p>The winner of a search stands here, with what it finds in made-up defects. You decide whether it serves.</p><//></section>`;
+  const isNew = last && shown?.search === last.id;
   return html`<section class="panel outcome versions" aria-label="What came of it">
     <${Moves} category=${category} versions=${known} onMoved=${onMoved}>
       <p class="hint grow">${candidate ? "Look at it, then let it serve or not." : "No candidate waits."}</p>
       ${champion && isServed && html`<${Link} to=${categoryAddress(category)} class="button">Inspect images<//>`}<//>
-    <div class="outcome-head">
+    ${!shown && html`<${Empty} title="No version waits, and none serves"><p>Search again; <code>apt-ray registry promote</code> lets an older one serve.</p><//>`}
+    ${shown && html`<div class="outcome-head">
       <h2>${candidate ? "Candidate" : "Champion"} <span class="version">v${shown.version}</span></h2>
       ${isNew && html`<span class="tag accent">of the last search</span>`}
       <dl class="facts">
@@ -185,6 +186,6 @@ function Outcome({ category, found, last, isServed, onMoved }) {
       </dl>
       ${shown.link && html`<a href=${shown.link} target="_blank" rel="noopener noreferrer" class="nowrap">MLflow<${Icon} name="link" size=${12} /></a>`}
     </div>
-    <${VersionPictures} key=${shown.version} category=${category} version=${shown.version} />
+    <${VersionPictures} key=${shown.version} category=${category} version=${shown.version} />`}
   </section>`;
 }
