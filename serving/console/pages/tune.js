@@ -153,7 +153,7 @@ function Wanted({ category, images, last, estimate, onStarted }) {
           <button type="submit" class="primary" disabled=${Boolean(why || state.busy)}>${state.busy === "search" ? "One moment …" : "Search"}</button>
         </div>
         <${ProblemMessage} problem=${state.problem} />
-        ${estimate ? html`<${Estimate} search=${estimate} onChanged=${onStarted} />` : html`<p class="estimate hint">An estimate times the parts of a search on the cluster, and takes a minute or so.</p>`}
+        ${estimate ? html`<${Estimate} search=${estimate} onChanged=${onStarted} />` : html`<p class="estimate hint">An estimate times the parts of a search on the cluster, which takes a minute or more.</p>`}
       </form></section>
       ${last && html`<${SearchView} search=${last} onChanged=${onStarted} />`}
     </aside>
