@@ -56,7 +56,7 @@ export function SearchView({ search, onChanged }) {
 }
 
 function telling({ progress, state, by, started_at: at }) {
-  const who = `${by ? `Started by ${by}` : "Started"}${at ? `, ${when(at)}` : ""}. `;
+  const who = `${by ? `Started by ${by},` : "Started"} ${at ? when(at) : "a moment ago"}. `;
   if (state === "pending") return `${who}It waits for its turn on the cluster.`;
   if (state === "running") return who + (progress ? (progress.live ? `${plural(progress.live, "trial")} at work.` : "The winner is being fitted.") : "The images are being encoded.");
   if (state === "stopped") return `${who}It was stopped; the best so far is registered, if there was one.`;
