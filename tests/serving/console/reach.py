@@ -34,7 +34,7 @@ def tab_to(tab: Page, name: str) -> None:
 
 _TOO_SMALL = """() => [...document.querySelectorAll("button, input, summary, nav a, .row-link")]
     .filter((each) => each.checkVisibility() && !each.closest(".visually-hidden")
-        && !each.matches(".visually-hidden, .region, .row-link, [type=checkbox]"))
+        && !each.matches(".visually-hidden, .region, .row-link"))
     .map((each) => [each.outerHTML.slice(0, 120), each.getBoundingClientRect()])
     .filter(([, box]) => box.width < 43.5 || box.height < 43.5)
     .map(([text, box]) => `${text} ${box.width} x ${box.height}`)"""

@@ -107,7 +107,13 @@ def _searches(folder: Path) -> KnownJobs:
     ):
         jobs.submit_job(
             submission_id=name,
-            metadata={"apt_ray": kind, "category": category, "by": "line-lead", "shots": "8", "trials": "8"},
+            metadata={
+                "apt_ray": kind,
+                "category": category,
+                "by": "line-lead",
+                "shots": "8",
+                "trials": "8",
+            },
         )
         job = jobs.jobs[-1]
         job.status, job.start_time = status, 1000 * (now - ago_s)
