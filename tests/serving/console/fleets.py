@@ -117,9 +117,16 @@ class WholeFleet:
     """A fleet with its own controller and replica on a registry: all that Ray would run."""
 
     def __init__(
-        self, registry: Registry, folder: Path, *, auth: Auth | None = None, images: int = 100
+        self,
+        registry: Registry,
+        folder: Path,
+        *,
+        auth: Auth | None = None,
+        images: int = 100,
+        categories: Sequence[str] = (),
     ) -> None:
         self.registry = registry
+        self._categories = categories
         self.url = ""
         self._folder = folder
         self._auth = auth or Auth()
@@ -131,7 +138,7 @@ class WholeFleet:
         controller = Controller(
             lambda: self.registry, cache, poll_s=0.5, page="https://mlflow.example"
         )
-        entries = {name: CategoryEntry() for name in self.registry.aliases()}
+        entries = {name: CategoryEntry() for name in self._categories or self.registry.aliases()}
         await controller.plan(Plan(revision=1, pools={"tail": entries}, auth=self._auth))
         tasks = [asyncio.create_task(controller.poll_forever())]
         access = Access(Auth())
