@@ -127,10 +127,19 @@ class WholeFleet:
     ) -> None:
         self.registry = registry
         self._categories = categories
+        self._deployed: tuple[asyncio.AbstractEventLoop, Controller, Plan] | None = None
         self.url = ""
         self._folder = folder
         self._auth = auth or Auth()
         self._kept = HistorySettings(images=images, folder=str(folder / "history"))
+
+    def allow(self, auth: Auth) -> None:
+        """Deploy these tokens and no others, while it runs."""
+        assert self._deployed is not None
+        loop, controller, plan = self._deployed
+        plan = plan.model_copy(update={"revision": plan.revision + 1, "auth": auth})
+        asyncio.run_coroutine_threadsafe(controller.plan(plan), loop).result()
+        self._deployed = loop, controller, plan
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ASGIApp]:
@@ -139,7 +148,9 @@ class WholeFleet:
             lambda: self.registry, cache, poll_s=0.5, page="https://mlflow.example"
         )
         entries = {name: CategoryEntry() for name in self._categories or self.registry.aliases()}
-        await controller.plan(Plan(revision=1, pools={"tail": entries}, auth=self._auth))
+        plan = Plan(revision=1, pools={"tail": entries}, auth=self._auth)
+        await controller.plan(plan)
+        self._deployed = asyncio.get_running_loop(), controller, plan
         tasks = [asyncio.create_task(controller.poll_forever())]
         access = Access(Auth())
         history = History(self._kept, "memory") if self._kept.images else None
