@@ -15,7 +15,7 @@ from apt_ray.cli.common import run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage, 130
-    interrupted, 141 its reader went away."""
+    interrupted, 141 its reader went away, 143 terminated."""
     options = _parser().parse_args(arguments)
     return run(lambda: options.run(options))
 
