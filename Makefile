@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-slow test-core docs screenshots fuzz mutants peers lint format clean
+.PHONY: help demo up down test test-slow test-core docs screenshots fuzz mutants peers sbom audit lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -53,6 +53,15 @@ mutants: $(READY) ## Change the code and see which tests notice (MUTANTS_ARGS="a
 peers: .peers/.ready ## Measure APT beside anomalib's models (PEERS_ARGS="--data DIR")
 	.peers/bin/python -m benchmarks.peers $(PEERS_ARGS)
 
+sbom: $(READY) .sbom/.ready ## Write sbom.cdx.json, the bill of materials (SBOM_PYTHON=/path of another environment's python)
+	.sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON \
+		--output-file sbom.cdx.json $(or $(SBOM_PYTHON),$(BIN)/python)
+	$(BIN)/python -m apt_ray.devtools.bill_of_materials sbom.cdx.json
+
+# Asks a service for what is known of each version; fails where that cannot be asked.
+audit: .audit/.ready ## Look for known vulnerabilities in the versions of constraints.txt
+	.audit/bin/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip -r constraints.txt
+
 lint: $(READY) ## Check style, types and the rules of who imports whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -65,15 +74,19 @@ format: $(READY) ## Format the code and mend what can be mended by itself
 
 clean: ## Stop the servers and remove the environments, the demo's files and all caches
 	@if [ -f .demo/state.json ]; then $(BIN)/python -m apt_ray.devtools.demo down; fi
-	rm -rf .venv .demo .mutants mutants .peers build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv .demo .mutants mutants .peers .sbom .audit sbom.cdx.json build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): INSTALLED := '.[dev]'
 .peers/.ready: INSTALLED := . 'anomalib==2.7.0'
+.sbom/.ready .audit/.ready: EDITABLE :=
+.sbom/.ready: INSTALLED := 'cyclonedx-bom==7.5.0'
+.audit/.ready: INSTALLED := 'pip-audit==2.10.1'
+$(READY) .peers/.ready: EDITABLE := -e
 
-$(READY) .peers/.ready: pyproject.toml constraints.txt
+$(READY) .peers/.ready .sbom/.ready .audit/.ready: pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { \
 		echo "apt-ray needs Python 3.10 to 3.13; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(INSTALLED)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) $(INSTALLED)
 	@touch $@

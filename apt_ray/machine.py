@@ -35,3 +35,14 @@ def expanded(path: Path) -> Path:
     """The path with `~` replaced."""
     settle()
     return path.expanduser()
+
+
+def cache_folder() -> Path:
+    """Where this user's caches lie: $XDG_CACHE_HOME/apt-ray, or ~/.cache/apt-ray."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded(Path("~/.cache"))) / "apt-ray"
+
+
+def pending_folder() -> Path:
+    """Where a machine keeps what could not be registered: APT_RAY_PENDING, or the user's state."""
+    state = os.environ.get("XDG_STATE_HOME") or expanded(Path("~/.local/state"))
+    return Path(os.environ.get("APT_RAY_PENDING") or Path(state) / "apt-ray" / "pending")

@@ -56,6 +56,17 @@ class Batching(Settings):
         default=2, gt=0, description="How long an image may have to wait for its turn."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_today(cls, value: Any) -> Any:
+        """A number of images cannot be converted: how long they take is measured."""
+        if isinstance(value, dict) and "max_queue" in value:
+            raise ValueError(
+                "max_queue is of 0.1: say instead how many seconds an image may wait for its turn,"
+                " max_wait_s (default 2)"
+            )
+        return value
+
 
 class PoolSettings(Batching):
     """One pool: replicas that hold one backbone and the prompt sets of all its categories."""

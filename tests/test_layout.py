@@ -56,6 +56,7 @@ def test_the_registry_is_imported_without_mlflow() -> None:
         ("-m", "apt_ray", "evaluate"),
         ("-m", "apt_ray", "sample"),
         ("-m", "apt_ray", "registry"),
+        ("-m", "apt_ray", "doctor"),
         ("-m", "apt_ray", "registry", "promote"),
         ("-m", "apt_ray.devtools.demo"),
         ("tuning/search.py",),

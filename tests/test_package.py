@@ -86,6 +86,8 @@ PATHS = {
     "find_reading": {"support"},
     "PromptSet.save": {"path"},
     "PromptSet.load": {"path"},
+    "registry.export_registry": {"path"},
+    "registry.import_registry": {"path"},
     "registry.promote": {"normal"},
     "Registry.register": {"support", "held_out", "pending"},
     "Registry.register_pending": {"pending"},

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from apt_ray.anomalies.spec import EncodedSpec
 from apt_ray.errors import SettingsError, WriteError
 from apt_ray.files import writing
-from apt_ray.machine import expanded
+from apt_ray.machine import cache_folder
 from apt_ray.tensors import seal, unseal
 
 
@@ -106,5 +106,4 @@ def below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[st
 
 def default_cache_folder() -> Path:
     """Where it is kept unless told otherwise: $XDG_CACHE_HOME/apt-ray, or ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or expanded(Path("~/.cache"))
-    return Path(cache) / "apt-ray" / "banks"
+    return cache_folder() / "banks"

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -24,29 +27,57 @@ if TYPE_CHECKING:
     from apt_ray.features.protocol import Backbone
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what it had begun is put in order."""
+
+
 _PIPE_CLOSED = 141  # what a shell reports of a program that its reader ended, 128 + SIGPIPE
 
 
 def run(command: Callable[[], int | None]) -> int:
     """Run a command, and return its exit status; None is 0.
 
-    Errors of ours and of the world outside are one line on stderr and status 1. A reader that goes
+    Errors of ours and of the world outside are one line on stderr and status 1. SIGTERM ends it as
+    Ctrl-C does, with status 143, and a second one at once. A reader that goes
     away, such as `head`, ends the command without a word. What a terminal cannot show, such as a
     file name that is not UTF-8, is printed as an escape.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = command() or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return status
+        with _terminable():
+            status = command() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+    except _Terminated:
+        return _end("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return _end("interrupted", 130)
     except BrokenPipeError:
         return _end("", _PIPE_CLOSED)
     except (AptError, OSError) as error:
         return _end(f"error: {error}", 1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM raise, unless somebody takes note of it already."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is leave:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end(message: str, status: int) -> int:

@@ -9,13 +9,13 @@ import argparse
 from collections.abc import Sequence
 
 import apt_ray
-from apt_ray.cli import compare, evaluate, fit, inspect, plan, registry, sample
+from apt_ray.cli import compare, doctor, evaluate, fit, inspect, plan, registry, sample
 from apt_ray.cli.common import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage, 130
-    interrupted, 141 its reader went away."""
+    interrupted, 141 its reader went away, 143 terminated."""
     options = _parser().parse_args(arguments)
     return run(lambda: options.run(options))
 
@@ -29,6 +29,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"apt-ray {apt_ray.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (sample, fit, inspect, evaluate, compare, plan, registry):
+    for module in (sample, fit, inspect, evaluate, compare, plan, registry, doctor):
         module.add_to(commands)
     return parser

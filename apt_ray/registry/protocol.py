@@ -63,6 +63,23 @@ class RegisteredCategory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedVersion:
+    """All of a version but its files, for `Registry.restore`.
+
+    Attributes:
+        record: what it was submitted with, and what was annotated since.
+        run_id: the run that held its files.
+        page: what people read of it.
+        created: when it was registered, as in `RegisteredVersion`.
+    """
+
+    record: Record
+    run_id: str
+    page: str
+    created: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoggedTrial:
     """A trial of a search, for `Registry.log_trials`; metrics are (step, value) pairs."""
 
@@ -275,6 +292,31 @@ class Registry(Protocol):
     @abstractmethod
     def delete(self, category: str, version: int) -> None:
         """Delete a version."""
+
+    @abstractmethod
+    def export(self, registered: RegisteredVersion, folder: Path) -> ExportedVersion:
+        """Write the files of a version to an empty folder, those of `write_version` and the reports
+        on it, and return the rest; RegistryError if it has none."""
+
+    @abstractmethod
+    def restore(self, folder: Path, exported: ExportedVersion) -> RegisteredVersion:
+        """Store what `export` wrote and returned, as the newest version of its category.
+
+        It becomes the candidate, and never the champion. One that was restored before is the
+        version that it was then.
+        """
+
+    @abstractmethod
+    def restore_category(
+        self,
+        category: str,
+        *,
+        aliases: Mapping[str, int],
+        moves: Sequence[Move],
+        threshold: OperatorThreshold | None,
+    ) -> None:
+        """Let a category have exactly these aliases, this history and this threshold; the champion
+        comes last."""
 
     @abstractmethod
     def log_trials(self, search: str, trials: Sequence[LoggedTrial]) -> None:

@@ -6,13 +6,13 @@ import torch
 
 from apt_ray.errors import BackboneError
 from apt_ray.features.builtin.apt_mini import (
-    FOLDER,
     BuiltinBackbone,
     build_model,
     load_builtin,
     save_builtin,
 )
 from apt_ray.features.constants import BackboneConstants
+from apt_ray.features.weights import BUILTIN_FOLDER
 
 CONSTANTS = BackboneConstants(
     dense_scale=12.5,
@@ -67,7 +67,10 @@ def test_the_reference_layers_are_blocks_of_the_model(shipped: BuiltinBackbone) 
 
 
 def test_what_is_shipped_is_at_most_10_megabytes() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) <= 10 * 2**20
+    assert (
+        sum(path.stat().st_size for path in BUILTIN_FOLDER.iterdir() if path.is_file())
+        <= 10 * 2**20
+    )
 
 
 def test_saved_weights_and_constants_come_back(exported: Path) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from apt_ray.registry import (
 )
 from apt_ray.registry.contents import DIRECTORY, PROMPT_SET, Record
 from apt_ray.registry.history import Action
-from apt_ray.registry.protocol import Registry
+from apt_ray.registry.protocol import ExportedVersion, Registry
 
 
 @dataclass
@@ -177,6 +177,32 @@ class FakeRegistry(Registry):
             raise self._absent(category, str(version))
         del known.versions[version]
         known.aliases = {alias: n for alias, n in known.aliases.items() if n != version}
+
+    def export(self, registered: RegisteredVersion, folder: Path) -> ExportedVersion:
+        version = self._category(registered.category, "").versions[registered.version]
+        for name, content in self._files(registered).items():
+            (folder / DIRECTORY / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / DIRECTORY / name).write_bytes(content)
+        return ExportedVersion(
+            record=replace(version.record, tags=dict(version.tags), may_serve=False),
+            run_id=registered.run_id,
+            page="",
+            created=version.created,
+        )
+
+    def restore(self, folder: Path, exported: ExportedVersion) -> RegisteredVersion:
+        return self.submit(folder, exported.record)
+
+    def restore_category(
+        self,
+        category: str,
+        *,
+        aliases: Mapping[str, int],
+        moves: Sequence[Move],
+        threshold: OperatorThreshold | None,
+    ) -> None:
+        known = self._category(category, CHAMPION)
+        known.aliases, known.moves, known.threshold = dict(aliases), list(moves), threshold
 
     def log_trials(self, search: str, trials: Sequence[LoggedTrial]) -> None:
         self.check()

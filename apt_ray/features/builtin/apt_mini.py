@@ -26,17 +26,17 @@ from safetensors.torch import save
 
 from apt_ray.errors import BackboneError
 from apt_ray.features.torchvision_guard import import_open_clip
+from apt_ray.features.weights import (
+    BUILTIN,
+    BUILTIN_FOLDER,
+    builtin_weights,
+    read_weights,
+)
 from apt_ray.files import write_whole
 
 if TYPE_CHECKING:
     from open_clip import CLIP, SimpleTokenizer
 from apt_ray.features.constants import BackboneConstants
-
-NAME = "apt-mini"
-
-
-FOLDER = Path(__file__).parent
-
 
 _TABLE = "token_embedding.weight"
 
@@ -51,9 +51,6 @@ _HEADER = "apt-mini/1"
 
 
 _FILL_SEED = 0
-
-
-_REMEDY = "install apt-ray again to restore it"
 
 
 class _Header(BaseModel):
@@ -78,7 +75,7 @@ class BuiltinBackbone:
 def build_model() -> CLIP:
     """An untrained model of the architecture in `apt-mini.json`, drawn from torch's generator."""
     open_clip = import_open_clip()
-    config = json.loads(_read(FOLDER / f"{NAME}.json"))
+    config = json.loads(_architecture())
     model: CLIP = open_clip.CLIP(**config["model_cfg"])
     open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
     return model
@@ -87,27 +84,27 @@ def build_model() -> CLIP:
 def build_tokenizer() -> SimpleTokenizer:
     """CLIP's byte-pair tokenizer, cut to the model's context length."""
     open_clip = import_open_clip()
-    config = json.loads(_read(FOLDER / f"{NAME}.json"))
+    config = json.loads(_architecture())
     context_length = config["model_cfg"]["text_cfg"]["context_length"]
     tokenizer: SimpleTokenizer = open_clip.SimpleTokenizer(context_length=context_length)
     return tokenizer
 
 
-def load_builtin(folder: Path = FOLDER) -> BuiltinBackbone:
+def load_builtin(folder: Path = BUILTIN_FOLDER) -> BuiltinBackbone:
     """Load the weights in `folder`; raises BackboneError if they are missing or damaged."""
-    path = folder / f"{NAME}.safetensors"
-    data = _read(path)
-    expected = _read(path.with_suffix(".sha256")).decode("ascii", "replace").split()[:1]
-    if expected != [hashlib.sha256(data).hexdigest()]:
-        raise BackboneError(f"{path} is damaged (its SHA-256 is not the expected one): {_REMEDY}")
+    file = builtin_weights(folder)
+    file.read()
+    path = file.path
     try:
-        with safe_open(path, framework="pt") as file:
-            header = _Header.model_validate_json((file.metadata() or {})[_HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as stored:
+            header = _Header.model_validate_json((stored.metadata() or {})[_HEADER])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         model = build_model()
         model.load_state_dict(_unpack(tensors, header, model.state_dict()[_TABLE].shape))
     except (SafetensorError, ValidationError, KeyError, RuntimeError) as error:
-        raise BackboneError(f"{path} does not fit this version of apt-ray: {_REMEDY}") from error
+        raise BackboneError(
+            f"{path} does not fit this version of apt-ray: {file.remedy}"
+        ) from error
     return BuiltinBackbone(
         model=model.eval().requires_grad_(False),
         tokenizer=build_tokenizer(),
@@ -116,7 +113,10 @@ def load_builtin(folder: Path = FOLDER) -> BuiltinBackbone:
 
 
 def save_builtin(
-    model: CLIP, trained_ids: Sequence[int], constants: BackboneConstants, folder: Path = FOLDER
+    model: CLIP,
+    trained_ids: Sequence[int],
+    constants: BackboneConstants,
+    folder: Path = BUILTIN_FOLDER,
 ) -> Path:
     """Write weights and digest into `folder`, keeping only `trained_ids` of the token table."""
     tensors = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
@@ -124,7 +124,7 @@ def save_builtin(
     rows = tensors.pop(_TABLE)[row_ids.long()].clone()
     header = _Header(constants=constants, fill_seed=_FILL_SEED, fill_std=rows.float().std().item())
     data = save({**tensors, _ROWS: rows, _ROW_IDS: row_ids}, {_HEADER: header.model_dump_json()})
-    path = folder / f"{NAME}.safetensors"
+    path = folder / f"{BUILTIN}.safetensors"
     write_whole(path, data)
     write_whole(path.with_suffix(".sha256"), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
     return path
@@ -151,8 +151,6 @@ def _fill(shape: torch.Size, seed: int, std: float) -> torch.Tensor:
     return torch.from_numpy(table.reshape(tuple(shape)))
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BackboneError(f"cannot read {path} ({error.strerror}): {_REMEDY}") from error
+def _architecture() -> bytes:
+    file = builtin_weights()
+    return read_weights(file.path.with_suffix(".json"), file.remedy)

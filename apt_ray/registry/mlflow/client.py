@@ -1,7 +1,7 @@
 """MlflowRegistry: everything that apt-ray asks of MLflow."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,10 +15,15 @@ from pydantic import ValidationError
 
 from apt_ray.config import OperatorThreshold
 from apt_ray.errors import RegistryConflictError, RegistryError, RegistryUnavailableError
-from apt_ray.registry.contents import DIRECTORY, PROMPT_SET, Record
+from apt_ray.registry.contents import DIRECTORY, PICTURES, PROMPT_SET, Record
 from apt_ray.registry.history import Action, History, Move
 from apt_ray.registry.mlflow.connection import Connection
-from apt_ray.registry.mlflow.moves import move_champion, read_history, set_alias
+from apt_ray.registry.mlflow.moves import (
+    move_champion,
+    read_history,
+    restore_history,
+    set_alias,
+)
 from apt_ray.registry.mlflow.names import (
     EXPERIMENT,
     MARK,
@@ -32,6 +37,7 @@ from apt_ray.registry.mlflow.page import describe_category, describe_version, wi
 from apt_ray.registry.protocol import (
     CANDIDATE,
     CHAMPION,
+    ExportedVersion,
     LoggedTrial,
     RegisteredCategory,
     RegisteredVersion,
@@ -41,6 +47,7 @@ from apt_ray.registry.protocol import (
 _PAGE = 1000
 _SUBMISSION = "submission"
 _THRESHOLD = "threshold"
+_REPORTS = "reports"
 _HIDDEN_TAGS = ("mlflow.", _SUBMISSION, MARK)
 
 
@@ -89,7 +96,9 @@ class MlflowRegistry(Registry):
                 return categories
 
     def submit(self, folder: Path, record: Record) -> RegisteredVersion:
-        return self._submitted(record) or self._submit(folder, record)
+        return self._submitted(record) or self._submit(
+            folder, record, lambda run_id: describe_version(record, run_id)
+        )
 
     def resolve(self, category: str, reference: str = CHAMPION) -> RegisteredVersion:
         with self._connection.requests() as client:
@@ -186,7 +195,7 @@ class MlflowRegistry(Registry):
             page = client.get_model_version(model, version).description or ""
             client.update_model_version(model, version, with_report(page, report))
             if registered.run_id:
-                client.log_text(registered.run_id, report, f"reports/{name}.md")
+                client.log_text(registered.run_id, report, f"{_REPORTS}/{name}.md")
 
     def versions(self, category: str) -> list[int]:
         with self._connection.requests() as client:
@@ -210,6 +219,72 @@ class MlflowRegistry(Registry):
             client.delete_model_version(model_name(category), str(version))
             if run_id and not client.search_model_versions(f"run_id = '{run_id}'"):
                 client.delete_run(run_id)
+
+    def export(self, registered: RegisteredVersion, folder: Path) -> ExportedVersion:
+        category, number = registered.category, str(registered.version)
+        with self._connection.requests() as client:
+            version = self._find(category, number)
+            if not version.run_id:
+                raise RegistryError(
+                    f"version {number} of {category} has no run that keeps its files: delete it"
+                    " from the registry, or export the other categories"
+                )
+            run = client.get_run(version.run_id)
+            client.download_artifacts(version.run_id, "", str(folder))
+        shown = {key: tag for key, tag in run.data.tags.items() if not key.startswith(_HIDDEN_TAGS)}
+        record = Record(
+            # One that was copied from another registry is no submission to this one.
+            submission=run.data.tags.get(_SUBMISSION) or f"{category}/{number}/{run.info.run_id}",
+            category=category,
+            pictures=tuple(
+                path.stem for path in sorted((folder / DIRECTORY / PICTURES).glob("*.png"))
+            ),
+            metrics=dict(run.data.metrics),
+            params=dict(run.data.params),
+            tags=shown,
+            version_tags={
+                key: tag for key, tag in version.tags.items() if not key.startswith(_HIDDEN_TAGS)
+            },
+            may_serve=False,
+        )
+        return ExportedVersion(
+            record=record,
+            run_id=version.run_id,
+            page=version.description or "",
+            created=_iso(version.creation_timestamp),
+        )
+
+    def restore(self, folder: Path, exported: ExportedVersion) -> RegisteredVersion:
+        return self._submitted(exported.record) or self._submit(
+            folder,
+            exported.record,
+            # Its images and tables are linked by the run.
+            lambda run_id: exported.page.replace(exported.run_id, run_id),
+        )
+
+    def restore_category(
+        self,
+        category: str,
+        *,
+        aliases: Mapping[str, int],
+        moves: Sequence[Move],
+        threshold: OperatorThreshold | None,
+    ) -> None:
+        name = model_name(category)
+        with self._connection.requests() as client:
+            restore_history(
+                client,
+                category,
+                moves,
+                experiment_id=self._experiment_id(),
+                describe=describe_category,
+            )
+            if threshold is not None:
+                self.set_threshold(category, threshold)
+            for alias in set(client.get_registered_model(name).aliases) - set(aliases):
+                client.delete_registered_model_alias(name, alias)
+            for alias in sorted(aliases, key=lambda alias: alias == CHAMPION):
+                set_alias(client, category, alias, aliases[alias])
 
     def log_trials(self, search: str, trials: Sequence[LoggedTrial]) -> None:
         """Keep trials as runs of the experiment `apt-ray-trials`, with the search as a tag."""
@@ -245,7 +320,9 @@ class MlflowRegistry(Registry):
 
     # ---- registration
 
-    def _submit(self, folder: Path, record: Record) -> RegisteredVersion:
+    def _submit(
+        self, folder: Path, record: Record, describe: Callable[[str], str]
+    ) -> RegisteredVersion:
         name = model_name(record.category)
         with self._connection.requests() as client:
             self._create_registered_model(record.category)
@@ -255,10 +332,12 @@ class MlflowRegistry(Registry):
                 tags={_SUBMISSION: record.submission},
             )
             run_id: str = run.info.run_id
-            page = describe_version(record, run_id)
+            page = describe(run_id)
             try:
                 self._log(run_id, record, page)
                 client.log_artifacts(run_id, str(folder / DIRECTORY), DIRECTORY)
+                if (folder / _REPORTS).is_dir():  # of one that is restored
+                    client.log_artifacts(run_id, str(folder / _REPORTS), _REPORTS)
                 created = client.create_model_version(
                     name,
                     source=f"runs:/{run_id}/{DIRECTORY}",

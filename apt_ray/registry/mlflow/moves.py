@@ -89,6 +89,24 @@ def move_champion(
             _forget(client, ticket)
 
 
+def restore_history(
+    client: MlflowClient,
+    category: str,
+    moves: Sequence[Move],
+    *,
+    experiment_id: str,
+    describe: Callable[[str, Sequence[Move]], str],
+) -> None:
+    """Record moves that were made elsewhere, under their own numbers; again changes nothing."""
+    _, run_id = _read(client, category)
+    if not moves:
+        return
+    run_id = run_id or _create_history(client, category, experiment_id)
+    for move in moves:
+        client.set_tag(run_id, f"{_MOVE}{move.number:06d}", json.dumps(asdict(move)))
+    client.update_registered_model(model_name(category), describe(category, moves))
+
+
 def set_alias(client: MlflowClient, category: str, alias: str, version: int) -> None:
     """Point an alias to a version.
 

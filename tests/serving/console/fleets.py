@@ -152,8 +152,11 @@ class WholeFleet:
         auth: Auth | None = None,
         images: int = 100,
         jobs: Jobs | None = None,
+        categories: Sequence[str] = (),
     ) -> None:
         self.registry = registry
+        self._categories = categories
+        self._deployed: tuple[asyncio.AbstractEventLoop, Controller, Plan] | None = None
         self.url = ""
         self._folder = folder
         self._auth = auth or Auth()
@@ -161,22 +164,30 @@ class WholeFleet:
         self._tuning = tuning_of(jobs, self.searches) if jobs else None
         self._kept = HistorySettings(images=images, folder=str(folder / "history"))
 
+    def allow(self, auth: Auth) -> None:
+        """Deploy these tokens and no others, while it runs."""
+        assert self._deployed is not None
+        loop, controller, plan = self._deployed
+        plan = plan.model_copy(update={"revision": plan.revision + 1, "auth": auth})
+        asyncio.run_coroutine_threadsafe(controller.plan(plan), loop).result()
+        self._deployed = loop, controller, plan
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ASGIApp]:
         cache = Cache(str(self._folder / "cache"), "memory")
         controller = Controller(
             lambda: self.registry, cache, poll_s=0.5, page="https://mlflow.example"
         )
-        entries = {name: CategoryEntry() for name in self.registry.aliases()}
-        await controller.plan(
-            Plan(
-                revision=1,
-                pools={"tail": entries},
-                auth=self._auth,
-                names_all=True,
-                joined="tail",
-            )
+        entries = {name: CategoryEntry() for name in self._categories or self.registry.aliases()}
+        plan = Plan(
+            revision=1,
+            pools={"tail": entries},
+            auth=self._auth,
+            names_all=True,
+            joined="tail",
         )
+        await controller.plan(plan)
+        self._deployed = asyncio.get_running_loop(), controller, plan
         tasks = [asyncio.create_task(controller.poll_forever())]
         access = Access(Auth())
         history = History(self._kept, "memory") if self._kept.images else None
