@@ -82,7 +82,8 @@ def write_openvino(model: Any, header: ExportHeader) -> Files:
     require("openvino", extra="edge")
     import openvino
 
-    converted = openvino.convert_model(io.BytesIO(model.SerializeToString()))
+    # `openvino.convert_model` does the same, and reports to its makers.
+    converted = openvino.Core().read_model(model.SerializeToString())
     converted.set_rt_info(header.model_dump_json(), [KEY])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.xml"
