@@ -70,7 +70,8 @@ def _resample(x_B3HW: torch.Tensor, size: int) -> torch.Tensor:
     weights_LS = torch.from_numpy(
         (_resampling(x_B3HW.shape[-1], size, one=one) / one).astype(np.float32)
     )
-    return weights_LS.T.contiguous() @ x_B3HW @ weights_LS
+    # In this order: OpenVINO 2026.4 cannot scale the channels of what a matrix on the right gives.
+    return weights_LS.T.contiguous() @ (x_B3HW @ weights_LS)
 
 
 def _resampling(length: int, size: int, *, one: int) -> npt.NDArray[np.int32]:
