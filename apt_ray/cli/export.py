@@ -48,7 +48,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--precision",
         choices=_PRECISIONS,
         default="float32",
-        help="of the arithmetic: bfloat16 for openvino, int8 for onnx and openvino (float32)",
+        help="of the arithmetic: bfloat16 for openvino, int8 for onnx (float32)",
     )
     export.add_argument(
         "--images",

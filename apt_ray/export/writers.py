@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from apt_ray.export.graph import DetectorGraph
@@ -36,6 +34,9 @@ MODULES: dict[Format, tuple[str, ...]] = {
     "torchscript": (),
 }
 """What a format needs to be written and checked."""
+
+_ORIGIN, _LINEAR = "pkg.torch.onnx.fx_node", "torch.ops.aten.linear"
+"""What PyTorch's exporter says of a node that was a linear layer."""
 
 _OPSET = 18
 """Of ONNX: the oldest that PyTorch's exporter writes, since runtimes on devices are seldom new."""
@@ -72,6 +73,13 @@ def to_onnx(graph: DetectorGraph, example: torch.Tensor, *, batch: int | None) -
 
 def write_onnx(model: Any, header: ExportHeader) -> Files:
     """A ModelProto with the header in its metadata."""
+    # Exporters write into each node where it comes from, with paths of this machine.
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*model.graph.value_info, *model.graph.initializer):
+        value.ClearField("metadata_props")
+    del model.metadata_props[:]
     entry = model.metadata_props.add()
     entry.key, entry.value = KEY, header.model_dump_json()
     return {".onnx": model.SerializeToString()}
@@ -91,12 +99,38 @@ def write_openvino(model: Any, header: ExportHeader) -> Files:
         return {suffix: path.with_suffix(suffix).read_bytes() for suffix in (".xml", ".bin")}
 
 
-def quantise(model: Any, pixels_NHW3: npt.NDArray[np.uint8], *, batch: int | None) -> Any:
-    """A ModelProto whose encoders compute in int8; what compares with the memory stays in float32.
+def quantise(model: Any) -> Any:
+    """A ModelProto whose linear layers multiply in int8, with ranges that follow each image.
 
-    The ranges of activations are those of the images given.
+    Convolutions stay in float32: a memory compares small differences of what they give, and loses
+    them in 8 bits.
     """
-    raise NotImplementedError
+    require("onnx", "onnxruntime", extra="edge")
+    import onnx
+    from onnxruntime import quantization
+
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        quantization.quantize_dynamic(
+            model,
+            path,
+            nodes_to_quantize=_linear_layers(model),
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+        )
+        return onnx.load(path)
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """The names of those of the encoders: the score rule multiplies, but has no layers."""
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        and any(
+            entry.key == _ORIGIN and _LINEAR in entry.value for entry in node.metadata_props
+        )
+    ]
 
 
 @contextlib.contextmanager
