@@ -16,7 +16,8 @@ _HEADER = "apt-ray"
 def is_traced() -> bool:
     """Whether a graph is being made of what is computed: then nothing may depend on the number of
     images, nor on what only eager PyTorch can do."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_tracing or torch.compiler.is_compiling()
 
 
 def seal(header: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

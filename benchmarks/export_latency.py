@@ -81,23 +81,21 @@ def _export_sample(folder: Path) -> dict[str, Path]:
 def _graphs(detector: Detector, folder: Path) -> dict[str, Callable[[], Path]]:
     """How each graph of a detector is written."""
 
-    def writer(format: Format, precision: GraphPrecision, batch: int | None) -> Callable[[], Path]:  # noqa: A002
-        place = folder / f"{format}-{precision}-{batch}"
-        return lambda: export(detector, format, precision=precision, batch=batch).save(place)
+    def writer(kind: Format, precision: GraphPrecision, batch: int | None) -> Callable[[], Path]:
+        place = folder / f"{kind}-{precision}-{batch}"
+        return lambda: export(detector, kind, precision=precision, batch=batch).save(place)
 
     return {
-        f"{format} {precision}" + ("" if batch is None else ", fixed batch"): writer(
-            format, precision, batch
+        f"{kind} {precision}" + ("" if batch is None else ", fixed batch"): writer(
+            kind, precision, batch
         )
-        for format, precisions in PRECISIONS.items()
+        for kind, precisions in PRECISIONS.items()
         for precision in precisions
         for batch in ((None, 1) if precision == "float32" else (None,))
     }
 
 
-def _latencies(
-    files: dict[str, Path], threads: int, rounds: int, images: int
-) -> dict[str, float]:
+def _latencies(files: dict[str, Path], threads: int, rounds: int, images: int) -> dict[str, float]:
     """Median milliseconds an image of each runtime."""
     context = multiprocessing.get_context("spawn")
     workers = {}

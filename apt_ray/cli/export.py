@@ -140,4 +140,3 @@ def _size(text: str) -> tuple[int, int]:
             f"{text!r} is not WIDTHxHEIGHT, such as 1920x1080, of at most {_LONGEST} pixels a side"
         )
     return sides[0], sides[1]
-

@@ -72,7 +72,9 @@ def _load(path: Path, device: str) -> Detector | ExportedDetector:
     return ExportedDetector.load(path)
 
 
-def _inspect(detector: Detector | ExportedDetector, path: Path, overlay: Path | None) -> dict[str, object]:
+def _inspect(
+    detector: Detector | ExportedDetector, path: Path, overlay: Path | None
+) -> dict[str, object]:
     """What is said of one image, printed too; what is wrong with the file is said of it."""
     from apt_ray.images import draw_overlay, read_image
 

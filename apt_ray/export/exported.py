@@ -37,23 +37,16 @@ class ExportedDetector:
 
     def __init__(
         self,
-        format: Format,  # noqa: A002
+        kind: Format,
         files: Mapping[str, bytes],
         *,
         threads: int | None = None,
         source: str = "the graph",
     ) -> None:
         """Of a graph in memory; see `load`."""
-        runtime = open_runtime(format, files, threads=threads, source=source)
+        runtime = open_runtime(kind, files, threads=threads, source=source)
         self.header = ExportHeader.read(runtime.header, source)
         self._runtime = runtime
-        score = self.probe_score()
-        if not abs(score - self.header.probe_score) <= _DRIFT * self.header.tolerance:
-            raise ExportError(
-                f"{source} scores its test image {score:.4f}, not {self.header.probe_score:.4f} as"
-                f" when it was exported: the file is damaged, or this machine computes in another"
-                f" precision; copy it again, or export it again with `apt-ray export`"
-            )
 
     @classmethod
     def load(cls, path: StrPath, *, threads: int | None = None) -> ExportedDetector:
@@ -84,7 +77,9 @@ class ExportedDetector:
                     f"cannot read {file} ({error.strerror}): check the path, or create it with"
                     f" `apt-ray export`"
                 ) from error
-        return cls(found, files, threads=threads, source=str(path))
+        graph = cls(found, files, threads=threads, source=str(path))
+        graph._test_itself(str(path))
+        return graph
 
     @property
     def category(self) -> str:
@@ -132,9 +127,7 @@ class ExportedDetector:
         count, batch = len(pixels_NHW3), self.header.batch
         if batch is None:
             return self._runtime.run(pixels_NHW3)
-        filled = np.concatenate(
-            [pixels_NHW3, np.repeat(pixels_NHW3[-1:], -count % batch, axis=0)]
-        )
+        filled = np.concatenate([pixels_NHW3, np.repeat(pixels_NHW3[-1:], -count % batch, axis=0)])
         answers = [
             self._runtime.run(filled[start : start + batch])
             for start in range(0, len(filled), batch)
@@ -144,6 +137,15 @@ class ExportedDetector:
         )
         return maps_NSS, scores_N, verdicts_N
 
+    def _test_itself(self, source: str) -> None:
+        score = self.probe_score()
+        if not abs(score - self.header.probe_score) <= _DRIFT * self.header.tolerance:
+            raise ExportError(
+                f"{source} scores its test image {score:.4f}, not {self.header.probe_score:.4f} as"
+                f" when it was exported: the file is damaged, or this machine computes in another"
+                f" precision; copy it again, or export it again with `apt-ray export`"
+            )
+
     def probe_score(self) -> float:
         """The anomaly score of the test image."""
         size = (self.header.width, self.header.height)
@@ -151,13 +153,9 @@ class ExportedDetector:
         return score if math.isfinite(score) else math.inf
 
 
-def pixels_of(
-    images: Sequence[Image.Image], size: tuple[int, int]
-) -> npt.NDArray[np.uint8]:
+def pixels_of(images: Sequence[Image.Image], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Images resized to `size` = (width, height), `(N, H, W, 3)`."""
-    return np.stack(
-        [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
-    )
+    return np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
 
 
 def format_of(path: StrPath) -> Format | None:

@@ -137,11 +137,10 @@ def export(
     return _check(exported, files, detector, shown, pixels_NHW3)
 
 
-def _check_settings(detector: Detector, format: Format, precision: GraphPrecision) -> None:  # noqa: A002
-    if precision not in PRECISIONS[format]:
+def _check_settings(detector: Detector, kind: Format, precision: GraphPrecision) -> None:
+    if precision not in PRECISIONS[kind]:
         raise SettingsError(
-            f"{format} has no {precision}: choose {' or '.join(PRECISIONS[format])}, or another"
-            f" format"
+            f"{kind} has no {precision}: choose {' or '.join(PRECISIONS[kind])}, or another format"
         )
     backbone = detector.backbone
     if backbone.device.type != "cpu" or backbone.spec.precision != "float32":
@@ -154,7 +153,7 @@ def _check_settings(detector: Detector, format: Format, precision: GraphPrecisio
 
 def _write(
     graph: DetectorGraph,
-    format: Format,  # noqa: A002
+    kind: Format,
     header: ExportHeader,
     pixels_NHW3: npt.NDArray[np.uint8],
 ) -> Files:
@@ -162,17 +161,17 @@ def _write(
     example = torch.from_numpy(np.resize(pixels_NHW3, (count, *pixels_NHW3.shape[1:])))
     category = header.provenance.category
     try:
-        if format == "torchscript":
+        if kind == "torchscript":
             return write_torchscript(graph, example, header)
         model = to_onnx(graph, example, batch=header.batch)
         if header.precision == "int8":
             model = quantise(model)
-        if format == "onnx":
+        if kind == "onnx":
             return write_onnx(model, header)
         return write_openvino(model, header)
     except Exception as error:  # exporters and converters raise anything
         raise ExportError(
-            f"{category} cannot be exported as {format}: {str(error).strip()[:600]}; try another"
+            f"{category} cannot be exported as {kind}: {str(error).strip()[:600]}; try another"
             f" format ({', '.join(SUFFIXES)}), or another encoder"
         ) from error
 
@@ -225,6 +224,4 @@ def _check(
 
 def _support(detector: Detector) -> list[Image.Image]:
     """The support images that the prompt set holds."""
-    return [
-        Image.open(io.BytesIO(data)).convert("RGB") for data in detector.prompt_set.thumbnails
-    ]
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in detector.prompt_set.thumbnails]

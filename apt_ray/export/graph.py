@@ -30,9 +30,7 @@ class DetectorGraph(nn.Module):
         self._resizes = resizes
         self._threshold = _rounded_down(detector.prompt_set.threshold.value)
 
-    def forward(
-        self, pixels_NHW3: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, pixels_NHW3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """uint8 RGB -> maps `(N, S, S)` and scores `(N,)`, float32 in 0..1, verdicts `(N,)`
         bool."""
         levels_N3HW = pixels_NHW3.permute(0, 3, 1, 2).float()

@@ -37,7 +37,7 @@ class Runtime:
 
 
 def open_runtime(
-    format: Format,  # noqa: A002
+    kind: Format,
     files: Mapping[str, bytes],
     *,
     threads: int | None = None,
@@ -46,7 +46,7 @@ def open_runtime(
     """The runtime of a graph in memory.
 
     Args:
-        format: of the graph.
+        kind: format of the graph.
         files: their content by suffix, as `writers` has it.
         threads: that it computes on; None leaves it to the runtime. TorchScript computes on those
             of PyTorch.
@@ -57,12 +57,12 @@ def open_runtime(
         ExportError: It cannot read the graph.
     """
     try:
-        return _OPENERS[format](files, threads)
+        return _OPENERS[kind](files, threads)
     except AptError:
         raise
     except Exception as error:  # each runtime has its own
         raise ExportError(
-            f"{source} cannot be read as {format} ({_brief(error)}): copy it again from where it"
+            f"{source} cannot be read as {kind} ({_brief(error)}): copy it again from where it"
             f" came, or export it again with `apt-ray export`"
         ) from error
 

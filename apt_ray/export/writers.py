@@ -127,9 +127,7 @@ def _linear_layers(model: Any) -> list[str]:
         node.name
         for node in model.graph.node
         if node.op_type in ("MatMul", "Gemm")
-        and any(
-            entry.key == _ORIGIN and _LINEAR in entry.value for entry in node.metadata_props
-        )
+        and any(entry.key == _ORIGIN and _LINEAR in entry.value for entry in node.metadata_props)
     ]
 
 

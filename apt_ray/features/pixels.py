@@ -53,7 +53,7 @@ def _resize_rows(levels_XL: torch.Tensor, size: int) -> torch.Tensor:
     # An output pixel sees a few input pixels: most of the matrix is empty.
     for start in range(0, size, _BLOCK):
         block = halves[..., start : start + _BLOCK]
-        (seen,) = block.any(axis=(0, 2)).nonzero()
+        seen = np.flatnonzero(block.any(axis=(0, 2)))
         first, last = int(seen[0]), int(seen[-1]) + 1
         both = torch.from_numpy(np.concatenate([*block[:, first:last]], axis=-1))
         parts.append((levels_XL[..., first:last] @ both).unflatten(-1, (2, -1)))
