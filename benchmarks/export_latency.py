@@ -28,7 +28,7 @@ from apt_ray.auroc import auroc
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.detection.detector import probe_image
 from apt_ray.export.exported import ExportedDetector, pixels_of
-from apt_ray.export.exporting import PRECISIONS, export
+from apt_ray.export.exporting import PRECISIONS, export_detector
 from apt_ray.export.header import Format, GraphPrecision
 from apt_ray.images import read_image
 from apt_ray.tables import markdown
@@ -83,7 +83,7 @@ def _graphs(detector: Detector, folder: Path) -> dict[str, Callable[[], Path]]:
 
     def writer(kind: Format, precision: GraphPrecision, batch: int | None) -> Callable[[], Path]:
         place = folder / f"{kind}-{precision}-{batch}"
-        return lambda: export(detector, kind, precision=precision, batch=batch).save(place)
+        return lambda: export_detector(detector, kind, precision=precision, batch=batch).save(place)
 
     return {
         f"{kind} {precision}" + ("" if batch is None else ", fixed batch"): writer(

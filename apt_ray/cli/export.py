@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     check_writable(options.out, is_folder=True)
     from apt_ray.detection.detector import Detector
     from apt_ray.detection.prompt_set import PromptSet
-    from apt_ray.export.exporting import export
+    from apt_ray.export.exporting import export_detector
     from apt_ray.features.clip import load_backbone
     from apt_ray.images import read_region
 

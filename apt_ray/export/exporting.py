@@ -1,4 +1,4 @@
-"""export: a detector becomes a graph in a file, once its scores prove to be the detector's.
+"""export_detector: a detector becomes a graph in a file, once its scores prove to be the detector's.
 
 N images, H, W pixels.
 """
@@ -78,7 +78,7 @@ class Export:
         return paths[0]
 
 
-def export(
+def export_detector(
     detector: Detector,
     format: Format = "onnx",  # noqa: A002
     *,

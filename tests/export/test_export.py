@@ -18,7 +18,7 @@ from apt_ray.detection.detector import Detector, probe_image
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ExportError, ImageError, SettingsError, WriteError
 from apt_ray.export.exported import ExportedDetector
-from apt_ray.export.exporting import Export, export
+from apt_ray.export.exporting import Export, export_detector
 from apt_ray.export.header import KEY, ExportHeader, Format
 from apt_ray.export.writers import SUFFIXES
 from apt_ray.features.clip import FrozenCLIP
@@ -47,7 +47,7 @@ def detector(category: Category) -> Detector:
 
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(request: pytest.FixtureRequest, detector: Detector) -> tuple[Format, Export]:
-    return request.param, export(detector, request.param)
+    return request.param, export_detector(detector, request.param)
 
 
 def _agree(detector: Detector, graph: ExportedDetector, images: list[Image.Image]) -> None:
@@ -95,7 +95,7 @@ def test_the_threshold_is_in_the_graph_itself(
         prompt_set = replace(detector.prompt_set, provenance=provenance)
         region_HW = np.arange(64).reshape(8, 8) >= 16
         other = Detector(detector.backbone, prompt_set, region_of_interest=region_HW)
-        again = ExportedDetector("torchscript", export(other, "torchscript").files)
+        again = ExportedDetector("torchscript", export_detector(other, "torchscript").files)
         verdict = again.run(pixels)
         if verdict[1][0] == score:  # where runtimes round alike
             assert bool(verdict[2][0]) is rejects
@@ -105,7 +105,7 @@ def test_the_threshold_is_in_the_graph_itself(
 def test_a_graph_of_frames_resizes_them_as_pillow_does(
     kind: Format, detector: Detector, images: list[Image.Image]
 ) -> None:
-    made = export(detector, kind, frame=(57, 20), batch=2, images=images)
+    made = export_detector(detector, kind, frame=(57, 20), batch=2, images=images)
     graph = ExportedDetector(kind, made.files)
     header = graph.header
     assert (header.width, header.height, header.batch) == (57, 20, 2)
@@ -154,7 +154,7 @@ def test_a_graph_that_scores_otherwise_is_refused(detector: Detector) -> None:
 
     drifting = Detector(Drifting(patches=8), detector.prompt_set)
     with pytest.raises(ExportError, match=r"otherwise than the detector, more than the 0\.0001"):
-        export(drifting, "torchscript")
+        export_detector(drifting, "torchscript")
 
 
 def test_a_model_that_no_exporter_can_read_is_named(detector: Detector) -> None:
@@ -165,12 +165,12 @@ def test_a_model_that_no_exporter_can_read_is_named(detector: Detector) -> None:
             return super().encode_images(pixels_B3HW)
 
     with pytest.raises(ExportError, match=r"washer cannot be exported as torchscript: not in a gr"):
-        export(Detector(Eager(patches=8), detector.prompt_set), "torchscript")
+        export_detector(Detector(Eager(patches=8), detector.prompt_set), "torchscript")
 
 
 def test_settings_that_a_format_lacks_are_refused(detector: Detector) -> None:
     with pytest.raises(SettingsError, match="torchscript has no int8: choose float32"):
-        export(detector, "torchscript", precision="int8")
+        export_detector(detector, "torchscript", precision="int8")
 
 
 def test_damaged_and_foreign_files_are_refused(
@@ -196,7 +196,7 @@ def test_damaged_and_foreign_files_are_refused(
 
 
 def test_headers_of_other_versions_are_refused(detector: Detector) -> None:
-    header = export(detector, "torchscript").header
+    header = export_detector(detector, "torchscript").header
     text = header.model_dump_json()
     assert ExportHeader.read(text, "x") == header
     newer = json.dumps(json.loads(text) | {"format_version": 9})
@@ -245,7 +245,7 @@ def test_a_place_that_takes_no_file_is_named_before_anything_is_exported(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot write"):
-        export(detector, "torchscript").save(tmp_path / "file")
+        export_detector(detector, "torchscript").save(tmp_path / "file")
     arguments = ["export", str(tmp_path / "absent.safetensors"), "--out", str(tmp_path / "file")]
     assert main(arguments) == 1
     assert "cannot write" in capsys.readouterr().err
