@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
         prompt_set,
         region_of_interest=None if region is None else read_region(region),
     )
-    exported = export(
+    exported = export_detector(
         detector,
         options.format,
         frame=options.size,

@@ -1,4 +1,4 @@
-"""export_detector: a detector becomes a graph in a file, once its scores prove to be the detector's.
+"""From a detector to a graph in files, once its scores prove to be the detector's.
 
 N images, H, W pixels.
 """
