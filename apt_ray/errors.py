@@ -74,6 +74,10 @@ class RegistryConflictError(RegistryError):
     """Somebody else moved the champion in the meantime; nothing was changed."""
 
 
+class GateError(RegistryError):
+    """A change was refused for what it would do to the detection of defects."""
+
+
 class FleetError(AptError):
     """The fleet cannot be deployed or reached."""
 

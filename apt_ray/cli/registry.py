@@ -41,6 +41,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def add_verbs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands that decide on versions, here or under another program's name."""
     _add_promote(commands)
+    _add_accept(commands)
     _add_rollback(commands)
     _add_history(commands)
     _add_diff(commands)
@@ -111,6 +112,56 @@ def _promote(options: argparse.Namespace) -> int:
         )
     print(promotion.report())
     return 0 if promotion.move else _KEPT
+
+
+def _add_accept(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    accept = add_command(
+        commands, "accept", _accept, "let good parts that were rejected join the memory"
+    )
+    accept.description = (
+        "Let images of good parts that the champion rejects join its memory, as a new version that"
+        " serves at once; `rollback` takes it back. The threshold stays. Refused if a confirmed"
+        " defect (--defects) would pass that is rejected now."
+    )
+    accept.add_argument("category")
+    accept.add_argument("images", nargs="+", type=location, metavar="IMAGE", help="of good parts")
+    accept.add_argument("--reason", required=True, metavar="TEXT", help="kept in the history")
+    accept.add_argument(
+        "--defects",
+        nargs="+",
+        type=location,
+        default=(),
+        metavar="IMAGE",
+        help="confirmed defects, which must stay rejected: without any, nothing speaks against a"
+        " defect that is accepted by mistake",
+    )
+    accept.add_argument("--force", action="store_true", help="even if a confirmed defect passes")
+    _add_address(accept)
+
+
+def _accept(options: argparse.Namespace) -> int:
+    from apt_ray.registry.acceptance import accept_false_alarms
+
+    accepted = accept_false_alarms(
+        _registry(options),
+        options.category,
+        options.images,
+        why=options.reason,
+        defects=options.defects,
+        force=options.force,
+    )
+    threshold = accepted.acceptance.prompt_set.threshold
+    scores = zip(options.images, accepted.acceptance.before, accepted.acceptance.after, strict=True)
+    rows = [
+        (str(path), f"{before:.3f}", f"{after:.3f}", "rejected" if threshold.rejects(after) else "")
+        for path, before, after in scores
+    ]
+    print(align([("", "before", "after", f"threshold {threshold.value:.3f}"), *rows]))
+    for path, (before, after) in zip(options.defects, accepted.defects, strict=True):
+        verdict = "rejected" if threshold.rejects(after) else "passes"
+        print(f"defect {path}: {before:.3f}, now {after:.3f}: {verdict}")
+    print(f"{options.category}: version {accepted.source} -> {accepted.version}")
+    return 0
 
 
 def _add_rollback(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -63,6 +63,9 @@ class Provenance(Settings):
     threshold: Threshold
     scales: Scales = Field(description="What its evidence is measured in.")
     metrics: dict[str, float] = Field(default_factory=dict)
+    accepted: int = Field(
+        default=0, ge=0, description="False alarms that joined its memory after the fit."
+    )
     reading: Reading = Field(
         default=FORMER, description="How image files were read, and are to be read."
     )

@@ -163,6 +163,20 @@ def write_version(
     return record
 
 
+def inherit_images(folder: Path, found: Path) -> None:
+    """Add what another version says of its images, its `DATA` or `HELD_OUT`, to a written one."""
+    home = folder / DIRECTORY
+    if found.name == DATA:
+        theirs = json.loads(found.read_text())
+        ours = json.loads((home / DATA).read_text()) if (home / DATA).exists() else {}
+        merged = {kind: {**theirs.get(kind, {}), **ours.get(kind, {})} for kind in theirs}
+        (home / DATA).write_text(json.dumps(merged, indent=2))
+    else:
+        (home / HELD_OUT).mkdir(exist_ok=True)
+        for file in found.glob("*.png"):
+            (home / HELD_OUT / file.name).write_bytes(file.read_bytes())
+
+
 def picture_path(name: str) -> str:
     """Where an image lies among a run's artifacts."""
     return f"{DIRECTORY}/{PICTURES}/{name}.png"

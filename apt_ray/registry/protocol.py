@@ -19,7 +19,14 @@ from apt_ray.errors import (
 )
 from apt_ray.files import AnyPath, StrPath, location
 from apt_ray.registry import pending as waiting_room
-from apt_ray.registry.contents import Record, sha256, write_version
+from apt_ray.registry.contents import (
+    DATA,
+    HELD_OUT,
+    Record,
+    inherit_images,
+    sha256,
+    write_version,
+)
 from apt_ray.registry.history import Action, History, Move
 
 CANDIDATE = "candidate"
@@ -134,6 +141,7 @@ class Registry(Protocol):
         tags: Mapping[str, str] = {},
         support: Sequence[AnyPath] = (),
         held_out: Sequence[AnyPath] = (),
+        inherit: RegisteredVersion | None = None,
         promote: bool = True,
         submission: str | None = None,
         pending: StrPath | None = None,
@@ -150,6 +158,8 @@ class Registry(Protocol):
             support: Files of its support images.
             held_out: Files of further normal images; small copies of some are kept with the
                 version, so that it can be compared with later ones.
+            inherit: A version of whose images it knows all, beside its own: what that one says of
+                them is kept with it.
             promote: Whether it may become the champion.
             submission: The caller's own name of this version, unlike that of any other: whatever is
                 registered again under it, now or from `pending`, is the version that was first.
@@ -170,6 +180,10 @@ class Registry(Protocol):
                 submission=submission,
                 may_serve=promote,
             )
+            if inherit is not None:
+                for path in (DATA, HELD_OUT):
+                    if (found := self.download(inherit, path, Path(name))) is not None:
+                        inherit_images(folder, found)
             try:
                 return self.submit(folder, record)
             except RegistryError as error:
