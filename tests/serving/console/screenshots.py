@@ -1,7 +1,7 @@
 """Draws the console's pages for the documents: `python -m tests.serving.console.screenshots DIR`.
 
 The fleet is a whole one, in this process, on the sample products: fitted, registered, inspected.
-Only its searches are told: their figures are those of one that ran (see docs/operating.md).
+Only its searches are made up: none runs, and what they say of trials and time was not measured.
 """
 
 import argparse
