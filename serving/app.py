@@ -19,6 +19,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from apt_ray.config import Settings
+from apt_ray.detection.drift import DriftSettings
 from apt_ray.errors import AptError, FleetError
 from apt_ray.machine import expanded
 from serving.api.access import Access
@@ -41,6 +42,7 @@ from serving.api.tuning import Tuning
 from serving.api.webhooks import SECRET_VARIABLE
 from serving.controller.cache import Cache
 from serving.controller.controller import WAIT_S, Controller
+from serving.controller.drift import DriftsCleared
 from serving.controller.moves import MoveOrder, MoveResult, Operation, VersionSummary, carry_out
 from serving.controller.orders import (
     CategoryThreshold,
@@ -88,6 +90,7 @@ class PoolArgs(Settings):
     batching: Batching
     http: HttpLimits
     history: HistorySettings = HistorySettings()
+    drift: DriftSettings | None = None
 
 
 class RootArgs(Settings):
@@ -140,6 +143,7 @@ class PoolReplica:
 
     async def __init__(self, args: PoolArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         from serving.replica.beside import Beside  # with torch: for these replicas only
+        from serving.replica.drift import DriftWatches
         from serving.replica.follower import Follower
         from serving.replica.history import History
         from serving.replica.inspector import Inspector
@@ -162,6 +166,7 @@ class PoolReplica:
             meter=meter,
             beside=Beside(controller, cache),
             history=kept,
+            drift=DriftWatches(args.drift, meter=meter) if args.drift else None,
         )
         self._answering = Answering(self._inspector, self._history)
         follower = Follower(
@@ -315,6 +320,9 @@ class ControllerReplica:
     ) -> CategoryThreshold:
         return await self._controller.set_threshold(category, value, reason=reason, by=by)
 
+    async def reset_drift(self, category: str, anew: bool, reason: str, by: str) -> DriftsCleared:
+        return await self._controller.reset_drift(category, anew=anew, reason=reason, by=by)
+
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
@@ -407,6 +415,14 @@ class _RemoteController:
             controller_handle().set_threshold.remote(category, value, reason, by)
         )
         return threshold
+
+    async def reset_drift(
+        self, category: str, *, anew: bool, reason: str, by: str
+    ) -> DriftsCleared:
+        cleared: DriftsCleared = await controller_handle().reset_drift.remote(
+            category, anew, reason, by
+        )
+        return cleared
 
 
 async def _own_errors(answer: Awaitable[Any]) -> Any:

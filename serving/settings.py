@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from apt_ray.config import CATEGORY_NAME, MAX_DAYS, Settings
+from apt_ray.detection.drift import DriftSettings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
 from apt_ray.settings_file import read_settings
@@ -252,6 +253,7 @@ class Fleet(Settings):
     registry: RegistrySettings = RegistrySettings()
     history: HistorySettings = HistorySettings()
     searches: SearchSettings | None = SearchSettings()
+    drift: DriftSettings | None = DriftSettings()
     auth: Auth = Auth()
 
     @field_validator("categories", "pools", mode="before")

@@ -45,6 +45,13 @@ class ImageFeatures:
             layers={layer: tokens[index] for layer, tokens in self.layers.items()},
         )
 
+    @property
+    def whole_BW(self) -> torch.Tensor:
+        """Whole images: the means over the places of each layer, each of unit length, side by side,
+        float32. A single defect hardly changes them, another camera or light does."""
+        means = (self.layers[layer].float().mean(1) for layer in sorted(self.layers))
+        return torch.cat([torch.nn.functional.normalize(mean, dim=-1) for mean in means], dim=-1)
+
     def to(self, device: torch.device) -> ImageFeatures:
         """The same features on another device."""
         return ImageFeatures(

@@ -17,6 +17,7 @@ from starlette.types import Scope
 
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
+from serving.api.drift import add_drift
 from serving.api.headers import is_current
 from serving.api.ingress import create_api
 from serving.api.moves import add_moves, told
@@ -218,6 +219,7 @@ def create_root_api(
 
     add_moves(api, controller, access)
     add_thresholds(api, pools, controller, access)
+    add_drift(api, pools, controller, access)
 
     @api.post("/webhooks/mlflow", include_in_schema=False)
     async def webhook(request: Request) -> Health:

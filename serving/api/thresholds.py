@@ -18,7 +18,7 @@ from serving.controller.client import ControllerClient
 from serving.controller.orders import CategoryThreshold
 
 _PROBLEMS = {**COMMON_PROBLEMS, **problem_responses(HTTPStatus.CONFLICT)}
-_NOBODY = "without a token"
+NOBODY = "without a token"
 
 
 class Because(BaseModel):
@@ -72,7 +72,7 @@ def add_thresholds(
         known(category)
         return await told(
             controller.set_threshold(
-                category, new.threshold, reason=new.reason, by=caller.name or _NOBODY
+                category, new.threshold, reason=new.reason, by=caller.name or NOBODY
             )
         )
 
@@ -89,6 +89,6 @@ def add_thresholds(
         known(category)
         return await told(
             controller.set_threshold(
-                category, None, reason=because.reason, by=caller.name or _NOBODY
+                category, None, reason=because.reason, by=caller.name or NOBODY
             )
         )

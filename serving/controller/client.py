@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from serving.controller.drift import DriftsCleared
 from serving.controller.moves import MoveOrder, Operation, VersionSummary
 from serving.controller.orders import (
     CategoryThreshold,
@@ -71,4 +72,10 @@ class ControllerClient(Protocol):
     ) -> CategoryThreshold:
         """Keep an operator's decision in the registry, for all to follow; None takes back what was
         decided. A RegistryError says why it cannot be kept."""
+        ...
+
+    async def reset_drift(
+        self, category: str, *, anew: bool, reason: str, by: str
+    ) -> DriftsCleared:
+        """Take back the alarms of a category; `anew`, its next images are the new reference."""
         ...

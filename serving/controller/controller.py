@@ -20,6 +20,7 @@ from apt_ray.config import OperatorThreshold, Settings
 from apt_ray.errors import AptError, RegistryConflictError, RegistryUnavailableError
 from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
+from serving.controller.drift import DriftReport, Drifts, DriftsCleared
 from serving.controller.moves import (
     MoveOrder,
     MoveResult,
@@ -104,6 +105,7 @@ class Controller:
         self._asked = asyncio.Event()
         self._audit: deque[dict[str, object]] = deque(maxlen=_AUDIT_LINES)
         self._operations: dict[str, Operation] = {}
+        self._drifts = Drifts()
         self._moving: set[asyncio.Task[None]] = set()
 
     async def plan(self, plan: Plan) -> None:
@@ -200,6 +202,15 @@ class Controller:
         await self.poll()
         return await self.threshold(category)
 
+    async def reset_drift(
+        self, category: str, *, anew: bool, reason: str, by: str
+    ) -> DriftsCleared:
+        """Take back the alarms of a category; replicas compare, or learn anew, from now on."""
+        cleared = self._drifts.reset(category, anew=anew)
+        self._note("drift reset", **cleared.model_dump(), reason=reason, by=by)
+        await self._announce()
+        return cleared
+
     async def follow(
         self, pool: str, replica: str, report: ReplicaReport, *, wait_s: float = WAIT_S
     ) -> Orders:
@@ -208,6 +219,7 @@ class Controller:
         key = (pool, replica)
         known = self._reports.get(key)
         self._note_swaps(pool, replica, known[1] if known else ReplicaReport(), report)
+        self._note_drift(pool, replica, report)
         self._reports[key] = (self._clock(), report)
         orders = await self._until(lambda: self._orders(pool), report.orders, wait_s)
         self._reports[key] = (self._clock(), report)
@@ -304,10 +316,13 @@ class Controller:
         """Everything at a glance."""
         reports: dict[str, list[ReplicaReport]] = {pool: [] for pool in self._plan.pools}
         hours: dict[str, list[Counts]] = {}
+        drifts: dict[str, list[DriftReport]] = {}
         for (pool, _), report in self._live_reports().items():
             reports[pool].append(report)
             for category, counts in report.last_hour.items():
                 hours.setdefault(category, []).append(counts)
+            for category, drift in report.drift.items():
+                drifts.setdefault(category, []).append(drift)
         etags = {pool: self._orders(pool).etag for pool in self._plan.pools}
         pools: dict[str, tuple[str, ...]] = {}
         for category, pool, _ in self._plan.places():
@@ -319,7 +334,12 @@ class Controller:
             polled_s_ago=None if self._polled_at is None else self._clock() - self._polled_at,
             categories={
                 category: self._status_of(
-                    category, pools[category], reports, etags, hours.get(category, [])
+                    category,
+                    pools[category],
+                    reports,
+                    etags,
+                    hours.get(category, []),
+                    drifts.get(category, []),
                 )
                 for category in sorted(pools)
             },
@@ -345,6 +365,7 @@ class Controller:
         reports: dict[str, list[ReplicaReport]],
         etags: dict[str, str],
         hours: list[Counts],
+        drifts: list[DriftReport],
     ) -> CategoryStatus:
         # Every replica of every pool that shall serve it counts: only then may one pool go.
         expected = [
@@ -391,6 +412,7 @@ class Controller:
             ),
             last_hour=summed(hours),
             threshold_source=self._decision(category, entry)[1],
+            drift=self._drifts.status(category, versions, drifts),
             problem=next(iter(problems.values()), None),
             failing=tuple(sorted(problems)),
         )
@@ -445,6 +467,11 @@ class Controller:
                 for category, entry in self._plan.pools.get(pool, {}).items()
             },
             auth=self._plan.auth,
+            drift_resets={
+                category: reset
+                for category, reset in self._drifts.resets.items()
+                if category in self._plan.pools.get(pool, {})
+            },
         )
 
     def _routes(self) -> Routes:
@@ -496,6 +523,18 @@ class Controller:
             if entry.version is None and before != after:
                 self._note(
                     "alias moved", category=category, alias=entry.alias, before=before, after=after
+                )
+
+    def _note_drift(self, pool: str, replica: str, report: ReplicaReport) -> None:
+        for category, drift in report.drift.items():
+            for alarm in self._drifts.hear(category, drift):
+                self._note(
+                    "drift",
+                    category=category,
+                    version=drift.version,
+                    pool=pool,
+                    replica=replica,
+                    **alarm.model_dump(exclude={"at"}),
                 )
 
     def _note_swaps(

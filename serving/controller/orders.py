@@ -13,6 +13,7 @@ from pydantic import Field
 
 from apt_ray.config import Settings
 from serving.controller.activity import Activity, Counts
+from serving.controller.drift import DriftReport, DriftReset, DriftStatus
 from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolName, RegionOfInterest
 
 State = Literal["READY", "LOADING", "IDLE", "FAILED"]
@@ -69,6 +70,7 @@ class Orders(Message):
 
     categories: dict[CategoryName, Order] = Field(default_factory=dict)
     auth: Auth = Auth()
+    drift_resets: dict[CategoryName, DriftReset] = Field(default_factory=dict)
 
     @property
     def etag(self) -> str:
@@ -107,6 +109,7 @@ class ReplicaReport(Message):
     last_hour: dict[CategoryName, Counts] = Field(
         default_factory=dict, description="Of the categories with traffic."
     )
+    drift: dict[CategoryName, DriftReport] = Field(default_factory=dict)
 
 
 class CategoryStatus(Message):
@@ -138,6 +141,11 @@ class CategoryStatus(Message):
     )
     threshold_source: ThresholdSource = Field(
         default="prompt set", description="Who says what its threshold is."
+    )
+    drift: DriftStatus | None = Field(
+        default=None,
+        description="Whether its images and scores are still what they were; null without traffic,"
+        " or where the fleet file turns it off.",
     )
     problem: str | None = None
     failing: tuple[PoolName, ...] = Field(

@@ -13,6 +13,7 @@ from apt_ray.errors import FleetError, RegistryError, RegistryUnavailableError, 
 from apt_ray.machine import who
 from apt_ray.registry import CHAMPION, Registry
 from serving.app import CONTROLLER, ROOT, pool_application
+from serving.controller.drift import DriftStatus
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan
 from serving.deploy.cluster import Cluster
 from serving.deploy.plan import (
@@ -170,9 +171,14 @@ def _describe_category(status: CategoryStatus) -> str:
         f"{status.counted_share:.2%} of an image counts" if status.counted_share < 1 else "",
         "threshold by an operator" if status.threshold_source == "operator" else "",
         "from the local cache" if status.from_cache else "",
+        *_describe_drift(status.drift),
         status.problem or "",
     ]
     return "  ".join(part for part in parts if part)
+
+
+def _describe_drift(drift: DriftStatus | None) -> list[str]:
+    return [f"drift: {each.says}, since {each.since}" for each in drift.alarms] if drift else []
 
 
 def _plan(config: Config) -> Plan:

@@ -219,6 +219,7 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
             batching=settings.batching,
             http=fleet.http,
             history=fleet.history,
+            drift=fleet.drift,
         ).model_dump(mode="json"),
         "deployments": [
             {

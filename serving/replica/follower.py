@@ -92,7 +92,8 @@ class Follower:
                 await self._carry_out(orders, followed=True)
 
     async def _follow(self, wait_s: float) -> Orders:
-        report = self._report.model_copy(update={"last_hour": self._inspector.last_hour()})
+        now = {"last_hour": self._inspector.last_hour(), "drift": self._inspector.drift()}
+        report = self._report.model_copy(update=now)
         return await self._controller.follow(self._pool, self._replica, report, wait_s=wait_s)
 
     async def _ask(self, wait_s: float, patience_s: float) -> Orders:
@@ -112,6 +113,7 @@ class Follower:
 
     async def _carry_out(self, orders: Orders, *, followed: bool) -> None:
         self._access.allow(orders.auth)
+        self._inspector.reset_drift(orders.drift_resets)
         present = self._inspector.serves()
         wanted: dict[str, Order] = {}
         states: dict[str, ServedVersion] = {}

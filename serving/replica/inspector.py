@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from apt_ray.detection.detector import Inspection, Region
+from apt_ray.detection.drift import Appearance, appearance_of
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ImageError
 from apt_ray.features.clip import load_backbone
@@ -39,10 +40,12 @@ from serving.api.messages import (
 )
 from serving.api.problems import ProblemError
 from serving.controller.activity import Counts
+from serving.controller.drift import DriftReport, DriftReset
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
 from serving.replica.beside import Beside
+from serving.replica.drift import DriftWatches
 from serving.replica.explain import Look, Supports, explanation
 from serving.replica.history import History
 from serving.replica.last_hour import LastHour
@@ -66,6 +69,7 @@ class _Job:
         drawn_size: of the picture of it that is drawn.
         ground: the image at that size, if the map is to be drawn over it.
         queued_at: of `time.monotonic`.
+        appearance: of the whole image, where drift is watched for.
     """
 
     served: ServedCategory
@@ -75,6 +79,7 @@ class _Job:
     drawn_size: tuple[int, int]
     ground: Image.Image | None
     queued_at: float
+    appearance: Appearance | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +87,7 @@ class _Result:
     served: ServedCategory
     map_SS: torch.Tensor
     score: float
+    features_W: torch.Tensor
     started_at: float
     ended_at: float
 
@@ -101,6 +107,7 @@ class Inspector:
         meter: counts; None where nothing does.
         beside: has versions beside those that serve; None where there are no others.
         history: keeps what was inspected; None where nothing does.
+        drift: watches what was inspected; None where nothing does.
     """
 
     def __init__(
@@ -113,12 +120,14 @@ class Inspector:
         meter: Meter | None = None,
         beside: Beside | None = None,
         history: History | None = None,
+        drift: DriftWatches | None = None,
     ) -> None:
         self._limits = limits
         self._beside = beside
         self._device = device
         self._meter = meter
         self._history = history
+        self._drift = drift
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._last_hour = LastHour()
@@ -180,6 +189,8 @@ class Inspector:
     def drop(self, category: str) -> None:
         """Serve a category no more; images of it that wait already are still inspected."""
         self._served.pop(category, None)
+        if self._drift:
+            self._drift.forget(category)
 
     def serves(self) -> dict[str, Order]:
         """What is served, by category."""
@@ -192,6 +203,15 @@ class Inspector:
     def last_hour(self) -> dict[str, Counts]:
         """What the images of the last hour came to, by category."""
         return self._last_hour.counts()
+
+    def drift(self) -> dict[str, DriftReport]:
+        """Whether images and scores are still what they were, by category with traffic."""
+        return self._drift.reports() if self._drift else {}
+
+    def reset_drift(self, resets: Mapping[str, DriftReset]) -> None:
+        """Take back the alarms of categories, once for each reset."""
+        if self._drift:
+            self._drift.reset(resets)
 
     async def describe(self, category: str) -> CategoryReport:
         return self._find(category).about
@@ -221,6 +241,14 @@ class Inspector:
                     is_anomalous=inspected.report.is_anomalous,
                     ms=1000 * (time.monotonic() - received_at),
                 )
+                # What an older version answered says nothing of the one that serves now.
+                if self._drift and job.appearance and self._served.get(category) is result.served:
+                    self._drift.add(
+                        result.served,
+                        score=result.score,
+                        appearance=job.appearance,
+                        features_W=result.features_W.numpy(),
+                    )
                 if self._history:
                     self._history.keep(
                         inspected.report,
@@ -274,6 +302,9 @@ class Inspector:
             ground = None
             if asked.picture == "overlay":
                 ground = image if drawn_size == image.size else _reduced(image, drawn_size)
+            appearance = None
+            if self._drift and asked.alias is None:
+                appearance = appearance_of(pixels_1CHW[0].numpy())
         finally:
             ended_at = time.monotonic()
             self._admission.took(served.about.category, "decode", ended_at - started_at)
@@ -285,6 +316,7 @@ class Inspector:
             drawn_size=drawn_size,
             ground=ground,
             queued_at=ended_at,
+            appearance=appearance,
         )
 
     @torch.inference_mode()
@@ -296,11 +328,12 @@ class Inspector:
         now = [self._newest(job) for job in jobs]
         for index, served in enumerate(now):
             groups[id(served.detector.backbone)].append(index)
-        found: list[tuple[torch.Tensor, float]] = [(torch.empty(0), math.nan)] * len(jobs)
+        found = [(torch.empty(0), math.nan, torch.empty(0))] * len(jobs)
         for indices in groups.values():
             group_started_at = time.monotonic()
             backbone = now[indices[0]].detector.backbone
             features = backbone.encode_images(torch.cat([jobs[i].pixels_1CHW for i in indices]))
+            whole_BW = features.whole_BW.cpu() if self._drift else torch.empty(len(indices), 0)
             rows: dict[int, list[int]] = defaultdict(list)
             for row, index in enumerate(indices):
                 rows[id(now[index])].append(row)
@@ -310,7 +343,7 @@ class Inspector:
                     features if len(some) == len(indices) else features[some]
                 )
                 for row, map_SS, score in zip(some, maps_BSS.cpu(), scores_B.tolist(), strict=True):
-                    found[indices[row]] = (map_SS, score)
+                    found[indices[row]] = (map_SS, score, whole_BW[row])
             each = (time.monotonic() - group_started_at) / len(indices)
             for category in {now[index].about.category for index in indices}:
                 self._admission.took(category, "model", each)
@@ -319,9 +352,14 @@ class Inspector:
             self._meter.batch(len(jobs))
         return [
             _Result(
-                served=served, map_SS=map_SS, score=score, started_at=started_at, ended_at=ended_at
+                served=served,
+                map_SS=map_SS,
+                score=score,
+                features_W=whole_W,
+                started_at=started_at,
+                ended_at=ended_at,
             )
-            for served, (map_SS, score) in zip(now, found, strict=True)
+            for served, (map_SS, score, whole_W) in zip(now, found, strict=True)
         ]
 
     def _newest(self, job: _Job) -> ServedCategory:

@@ -4,10 +4,12 @@ Serve adds the application, deployment and replica of each. `serving/dashboard.j
 Grafana.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from ray.serve import metrics
+
+from apt_ray.detection.drift import StreamName
 
 PREFIX = "apt_"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -33,6 +35,11 @@ class Meter:
         )
         self._queue = metrics.Gauge(
             f"{PREFIX}queue", "Images that wait in a replica.", tag_keys=("category",)
+        )
+        self._drift = metrics.Gauge(
+            f"{PREFIX}drift",
+            "Evidence that images or scores have drifted, by `stream`; 1 is an alarm.",
+            tag_keys=_keys((*_WHO, "stream")),
         )
 
     def inspected(
@@ -67,6 +74,11 @@ class Meter:
     def queue(self, category: str, waiting: int) -> None:
         """This many images of the category wait now."""
         self._queue.set(waiting, tags={"category": category})
+
+    def drift(self, category: str, version: int, evidence: Mapping[StreamName, float]) -> None:
+        """How near each stream of a category is to an alarm, 0..1."""
+        for stream, near in evidence.items():
+            self._drift.set(near, tags=_who(category, version) | {"stream": stream})
 
 
 def _who(category: str, version: int) -> dict[str, str]:
