@@ -93,8 +93,10 @@ class DriftAlarm(Settings):
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
-    """Attributes:
+class Stream:
+    """A number that each image has.
+
+    Attributes:
     least: a change that is too small to matter, whatever the reference.
     higher, lower: what it means; without `lower` nothing is wrong with smaller values.
     """
@@ -105,20 +107,20 @@ class _Stream:
     lower: str = ""
 
 
-_CALIBRATION = _Stream("calibration", 0.005, "parts score higher than the calibration images")
-_LIVE = (
-    _Stream("score", 0.005, "parts score higher than they did", "parts score lower than they did"),
-    _Stream(
+CALIBRATION = Stream("calibration", 0.005, "parts score higher than the calibration images")
+LIVE = (
+    Stream("score", 0.005, "parts score higher than they did", "parts score lower than they did"),
+    Stream(
         "brightness", 0.01, "images are brighter than they were", "images are darker than they were"
     ),
-    _Stream(
+    Stream(
         "sharpness", 0.05, "images are sharper than they were", "images are blurrier than they were"
     ),
-    _Stream("colour", 0.004, "images have other colours than they had"),
-    _Stream("appearance", 0.0005, "images look different than they did"),
+    Stream("colour", 0.004, "images have other colours than they had"),
+    Stream("appearance", 0.0005, "images look different than they did"),
 )
-STREAMS: tuple[StreamName, ...] = (_CALIBRATION.name, *(stream.name for stream in _LIVE))
-TESTS = 1 + sum(2 if stream.lower else 1 for stream in _LIVE)
+STREAMS: tuple[StreamName, ...] = (CALIBRATION.name, *(stream.name for stream in LIVE))
+TESTS = 1 + sum(2 if stream.lower else 1 for stream in LIVE)
 """K, the number of tests: a stream has one for each side that matters."""
 
 
@@ -216,13 +218,19 @@ class Tails:
         self._seen += 1
 
 
-class _Panel:
-    """The tests of some streams, each on the sides that matter."""
+class Panel:
+    """The tests of some streams, each on the sides that matter.
+
+    Args:
+        streams: S of them.
+        reference_NRS: N values of each, of one category (R is absent) or of several side by side.
+        settings: when it alarms.
+    """
 
     def __init__(
-        self, streams: Sequence[_Stream], reference_NS: ArrayLike, settings: DriftSettings
+        self, streams: Sequence[Stream], reference_NRS: ArrayLike, settings: DriftSettings
     ) -> None:
-        values_NS = np.asarray(reference_NS, np.float64)
+        values_NRS = np.asarray(reference_NRS, np.float64)
         tests = [
             (index, stream, sign)
             for index, stream in enumerate(streams)
@@ -231,21 +239,24 @@ class _Panel:
         self._streams = [stream for _, stream, _ in tests]
         self._columns = np.array([index for index, _, _ in tests])
         self._signs = np.array([sign for _, _, sign in tests], np.float64)
-        self._means_S = values_NS.mean(0)
-        low_S, high_S = np.quantile(values_NS, [TAIL, 1 - TAIL], axis=0)
+        self._means_RS = values_NRS.mean(0)
+        low_RS, high_RS = np.quantile(values_NRS, [TAIL, 1 - TAIL], axis=0)
         least_S = np.array([stream.least for stream in streams])
-        margins_S = np.maximum(least_S, settings.tolerance * (high_S - low_S))
-        self._tails = Tails.of(values_NS[:, self._columns] * self._signs, margins_S[self._columns])
+        margins_RS = np.maximum(least_S, settings.tolerance * (high_RS - low_RS))
+        self._tails = Tails.of(
+            values_NRS[..., self._columns] * self._signs, margins_RS[..., self._columns]
+        )
         self._limit = TESTS / settings.false_alarms
 
     def reset(self) -> None:
+        """Forget all values but the reference."""
         self._tails.reset()
 
-    def add(self, values_S: Floats, at: float) -> list[DriftAlarm]:
-        """One more image; what it raises an alarm of, again and again."""
-        tails = self._tails
-        tails.add(values_S[self._columns] * self._signs, at)
-        return [self._alarm(test, at) for test in np.flatnonzero(tails.evidence >= self._limit)]
+    def add(self, values_RS: Floats, at: float = 0.0) -> NDArray[np.bool_]:
+        """One more image; which tests alarm now, (R, tests)."""
+        self._tails.add(values_RS[..., self._columns] * self._signs, at)
+        alarms: NDArray[np.bool_] = self._tails.evidence >= self._limit
+        return alarms
 
     def evidence(self) -> dict[StreamName, float]:
         """How near each stream is to an alarm, by the logarithm of its evidence, 0..1."""
@@ -255,7 +266,8 @@ class _Panel:
             found[stream.name] = max(found.get(stream.name, 0.0), min(near, 1.0))
         return found
 
-    def _alarm(self, test: np.intp, at: float) -> DriftAlarm:
+    def alarm(self, test: int, at: float) -> DriftAlarm:
+        """What a test that alarms says."""
         stream, tails = self._streams[test], self._tails
         is_higher = self._signs[test] > 0
         return DriftAlarm(
@@ -265,7 +277,7 @@ class _Panel:
             since=_iso(tails.begun[test]),
             at=_iso(at),
             images=int(tails.count[test]),
-            before=round(float(self._means_S[self._columns[test]]), 4),
+            before=round(float(self._means_RS[self._columns[test]]), 4),
             after=round(float(self._signs[test] * tails.total[test] / tails.count[test]), 4),
         )
 
@@ -290,15 +302,15 @@ class DriftWatch:
         self._settings = settings
         self._settled = settings.reference // _SETTLING
         self._rng = np.random.default_rng(seed)
-        self._calibration: _Panel | None = None
+        self._calibration: Panel | None = None
         if calibration:
             column = np.asarray(calibration, np.float64)[:, None]
-            self._calibration = _Panel((_CALIBRATION,), column, settings)
+            self._calibration = Panel((CALIBRATION,), column, settings)
         self._alarms: dict[StreamName, DriftAlarm] = {}
         self._learn()
 
     def _learn(self) -> None:
-        self._live: _Panel | None = None
+        self._live: Panel | None = None
         self._seen = 0
         self._middle_X: Floats = np.zeros(1)
         self._reference: list[Floats] = []
@@ -334,13 +346,13 @@ class DriftWatch:
             at: when, in seconds since 1970.
         """
         numbers_5 = (score, appearance.brightness, appearance.sharpness, *appearance.colour)
-        image_X = np.concatenate([numbers_5, _direction(features_W)])
-        if not np.isfinite(image_X).all():
+        if not (all(map(math.isfinite, numbers_5)) and np.isfinite(features_W).all()):
             return ()
+        image_X = np.concatenate([numbers_5, _direction(features_W)])
         jitter = self._rng.uniform(-_JITTER, _JITTER, len(STREAMS))
         raised = []
         if self._calibration:
-            raised += self._calibration.add(np.array([score + jitter[0]]), at)
+            raised += _told(self._calibration, np.array([score + jitter[0]]), at)
         self._seen += 1
         if self._seen <= self._settled:
             # Where the middle is, those images say that it is not tested on.
@@ -348,11 +360,11 @@ class DriftWatch:
         else:
             values_S = self._values(image_X) + jitter[1:]
             if self._live:
-                raised += self._live.add(values_S, at)
+                raised += _told(self._live, values_S, at)
             else:
                 self._reference.append(values_S)
                 if not self.learning:
-                    self._live = _Panel(_LIVE, self._reference, self._settings)
+                    self._live = Panel(LIVE, self._reference, self._settings)
                     self._reference = []
         news = []
         for alarm in raised:
@@ -382,6 +394,10 @@ class DriftWatch:
         away_2 = image_X[3:5] - self._middle_X[3:5]
         cosine = image_X[5:] @ _direction(self._middle_X[5:])
         return np.array([*image_X[:3], np.linalg.norm(away_2), 1 - cosine])
+
+
+def _told(panel: Panel, values_S: Floats, at: float) -> list[DriftAlarm]:
+    return [panel.alarm(int(test), at) for test in np.flatnonzero(panel.add(values_S, at))]
 
 
 def _direction(vector_W: NDArray[np.floating[Any]]) -> Floats:

@@ -26,6 +26,7 @@ from serving.controller.orders import (
     StoredVersion,
 )
 from serving.deploy.deployment import describe_status
+from serving.replica.drift import DriftWatches
 from serving.replica.follower import Follower
 from serving.replica.inspector import Inspector
 from serving.settings import Auth, Batching, CategoryEntry, HttpLimits
@@ -261,8 +262,10 @@ class Line:
         return await self.controller.fetch(category, version)
 
 
-def replica(line: Line, folder: Path, name: str = "r") -> tuple[Follower, Inspector, Access]:
-    inspector = Inspector(limits=HttpLimits().image, batching=Batching(), shared=True)
+def replica(
+    line: Line, folder: Path, name: str = "r", *, drift: DriftWatches | None = None
+) -> tuple[Follower, Inspector, Access]:
+    inspector = Inspector(limits=HttpLimits().image, batching=Batching(), shared=True, drift=drift)
     access = Access(Auth())
     follower = Follower(
         "tail",

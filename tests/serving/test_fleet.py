@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from ray.serve.schema import ServeDeploySchema
 
+from apt_ray.detection.drift import DriftSettings
 from apt_ray.errors import FleetError, RegistryError
 from serving import fleet as command
 from serving.app import PoolArgs
@@ -70,7 +71,7 @@ def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     assert shipped == Fleet() == Fleet.read(write(tmp_path, ""))
     assert shipped.categories == "all"
     shown = (shipped.defaults, shipped.defaults.autoscaling, shipped.http, shipped.registry)
-    for settings in (*shown, shipped.history, shipped.auth):
+    for settings in (*shown, shipped.history, DriftSettings(), shipped.auth):
         for name in type(settings).model_fields:
             assert f"  {name}:" in SHIPPED.read_text()
     for name in Fleet.model_fields:
