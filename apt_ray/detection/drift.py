@@ -67,7 +67,7 @@ class DriftSettings(Settings):
     )
     reference: int = Field(
         default=400,
-        ge=100,
+        ge=20,
         le=100_000,
         description="The first images of a version, with which later ones are compared.",
     )
@@ -142,8 +142,9 @@ class Appearance:
 
 def appearance_of(pixels_3HW: NDArray[np.float32]) -> Appearance:
     """The appearance of an image of at least 3 x 3 pixels in 0..1."""
-    means_3 = pixels_3HW.mean((1, 2), dtype=np.float64)
-    light_HW = np.tensordot(_LUMINANCE_3, pixels_3HW, 1)
+    pixels_3HW = np.ascontiguousarray(pixels_3HW)  # an image decoded by Pillow is not
+    means_3 = pixels_3HW.mean((1, 2))
+    light_HW = (_LUMINANCE_3 @ pixels_3HW.reshape(3, -1)).reshape(pixels_3HW.shape[1:])
     edges_HW = light_HW[1:-1, 1:-1] * np.float32(-4)
     edges_HW += light_HW[:-2, 1:-1]
     edges_HW += light_HW[2:, 1:-1]

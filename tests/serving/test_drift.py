@@ -26,7 +26,7 @@ from tests.serving.test_root import AUTH
 from tests.serving.test_thresholds import operating, problem
 
 RESET = "/fleet/categories/nut/drift/reset"
-SETTINGS = DriftSettings(reference=100)
+SETTINGS = DriftSettings(reference=40)
 
 
 def alarm(stream: str = "brightness", says: str = "images are darker than they were") -> DriftAlarm:
@@ -167,11 +167,11 @@ def test_a_replica_watches_what_it_inspects(
 
     async def run() -> None:
         assert inspector.drift() == {}
-        await inspect(60, 128)
-        assert inspector.drift()["nut"].learning == 40
-        await inspect(60, 128)
+        await inspect(30, 128)
+        assert inspector.drift()["nut"].learning == 10
+        await inspect(30, 128)
         assert inspector.drift()["nut"] == DriftReport(version=1, learning=0)
-        await inspect(40, 100)
+        await inspect(25, 100)
         found = inspector.drift()["nut"]
         assert "images are darker than they were" in [each.says for each in found.alarms]
         drifts = Drifts()
@@ -185,7 +185,7 @@ def test_a_replica_watches_what_it_inspects(
         serve(2)
         await inspect(1, 128)
         assert inspector.drift()["nut"].version == 2
-        assert inspector.drift()["nut"].learning == 99
+        assert inspector.drift()["nut"].learning == 39
         inspector.drop("nut")
         assert inspector.drift() == {}
 
@@ -208,9 +208,9 @@ def test_a_replica_tells_the_controller_and_obeys_its_resets(
         await inspector.inspect("nut", textured(128, rng), InspectionRequest())
         while not (drift := (await controller.status()).categories["nut"].drift):
             await asyncio.sleep(0.05)
-        assert (drift.learning, drift.alarms) == (99, ())
+        assert (drift.learning, drift.alarms) == (39, ())
         await controller.reset_drift("nut", anew=True, reason="a new lamp", by="boss")
-        while inspector.drift()["nut"].learning != 100:
+        while inspector.drift()["nut"].learning != 40:
             await asyncio.sleep(0.05)
         following.cancel()
 
