@@ -126,6 +126,8 @@ export const setThreshold = (category, value, reason) =>
 export const dropThreshold = (category, reason) =>
   post(ofCategory(category, "threshold"), { reason }, { method: "DELETE" });
 
+export const resetDrift = (category, { reason, anew }) => post(ofCategory(category, "drift", "reset"), { reason, anew });
+
 export function history(category, { before, limit = 48, only = "all", signal } = {}) {
   const query = new URLSearchParams({ limit, only });
   if (before != null) query.set("before", before);

@@ -5,6 +5,7 @@ import { html, useEffect, useRef } from "../html.js";
 import { score, when } from "../format.js";
 import { may, useLoaded } from "../hooks.js";
 import { categoryAddress, Link, ROOT } from "../router.js";
+import { Drift } from "../components/drift.js";
 import { Icon } from "../components/icons.js";
 import { CandidateMark, StateMark } from "../components/marks.js";
 import { Empty, ProblemMessage } from "../components/messages.js";
@@ -55,6 +56,7 @@ export function CategoryPage({ session, category, tab }) {
             aria-current=${key === tab ? "page" : undefined}>${label}<//>`)}
         </nav>
         ${status.data?.problem && html`<${ProblemMessage} quiet problem=${{ title: "It does not do as ordered", detail: status.data.problem }} />`}
+        <${Drift} category=${category} drift=${status.data?.drift} reload=${reload} />
         ${current
           ? html`<${current.view} key=${`${category} ${tab}`} session=${session} category=${category} about=${about} status=${status.data} reload=${reload} />`
           : html`<div class="panel"><${Empty} title="There is no such page"><${Link} to=${categoryAddress(category)}>Inspect ${category}<//><//></div>`}`}

@@ -5,6 +5,7 @@ import { html, useEffect, useMemo, useRef } from "../html.js";
 import { clock, count, milliseconds, NONE, percent, plural } from "../format.js";
 import { may, usePolled } from "../hooks.js";
 import { categoryAddress, Link, navigate } from "../router.js";
+import { drifted } from "../components/drift.js";
 import { CandidateMark, StateMark } from "../components/marks.js";
 import { Empty, ProblemMessage, Skeleton } from "../components/messages.js";
 import { Icon } from "../components/icons.js";
@@ -18,6 +19,7 @@ const FILTERS = [
   { key: "all", label: "All", keep: () => true },
   { key: "attention", label: "Attention", keep: (row) => row.state === "FAILED" || row.state === "LOADING" || Boolean(row.problem) },
   { key: "rejecting", label: "Rejecting", keep: (row) => row.rejected > 0 },
+  { key: "drift", label: "Drift", keep: (row) => row.drift.length > 0 },
   { key: "candidate", label: "Candidate", keep: (row) => row.candidate != null },
 ];
 
@@ -146,7 +148,8 @@ function Row({ row, sees }) {
   const { hour } = row;
   return html`
     <div role="cell" class="td c-name"><${Link} to=${categoryAddress(row.name)} class="row-link">${row.name}<//>
-      ${row.problem && html`<span class="row-problem" title=${row.problem}>${row.problem}</span>`}</div>
+      ${row.problem && html`<span class="row-problem" title=${row.problem}>${row.problem}</span>`}
+      ${!row.problem && row.drift?.length > 0 && html`<span class="row-problem drift">${drifted(row.drift[0])}</span>`}</div>
     <div role="cell" class="td c-state"><${StateMark} state=${row.state} /></div>
     ${sees && html`
       <div role="cell" class="td c-verdicts num">${hour ? count(hour.inspected) : html`<span class="none">${NONE}</span>`}</div>
@@ -170,6 +173,7 @@ const rowsOfStatus = ({ categories }) =>
       lower: name.toLowerCase(),
       state: said.state,
       problem: said.problem,
+      drift: said.drift?.alarms ?? [],
       version: said.serving.length ? said.serving[said.serving.length - 1] : said.wanted,
       candidate: said.candidate ?? null,
       threshold: said.threshold ?? null,

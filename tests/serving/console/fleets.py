@@ -24,6 +24,7 @@ from serving.api.root import create_root_api
 from serving.controller.activity import SCORE_BINS, Activity, score_bin
 from serving.controller.cache import Cache
 from serving.controller.controller import Controller
+from serving.controller.drift import DriftsCleared, DriftStatus
 from serving.controller.moves import VersionSummary
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan, Routes
 from serving.replica.beside import Beside
@@ -78,6 +79,15 @@ class MemoryController:
 
     async def wake(self, reason: str) -> None:
         raise NotImplementedError
+
+    async def reset_drift(
+        self, category: str, *, anew: bool, reason: str, by: str
+    ) -> DriftsCleared:
+        drift = self.categories[category].drift
+        cleared = tuple(alarm.stream for alarm in drift.alarms) if drift else ()
+        changed = {"drift": DriftStatus(learning=0, alarms=())}
+        self.categories[category] = self.categories[category].model_copy(update=changed)
+        return DriftsCleared(category=category, cleared=cleared, anew=anew)
 
     async def versions(self, category: str, limit: int) -> list[VersionSummary]:
         raise RegistryUnavailableError("no registry answers at memory: call it back")
