@@ -97,8 +97,8 @@ class Stream:
     """A number that each image has.
 
     Attributes:
-    least: a change that is too small to matter, whatever the reference.
-    higher, lower: what it means; without `lower` nothing is wrong with smaller values.
+        least: a change that is too small to matter, whatever the reference.
+        higher, lower: what it means; without `lower` nothing is wrong with smaller values.
     """
 
     name: StreamName

@@ -14,10 +14,12 @@ from serving.replica.meter import Meter
 from serving.replica.served import ServedCategory
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Watched:
-    """Attributes:
-    served: what the watch has seen so far; only by the same version and region do scores compare.
+    """A category's images so far.
+
+    Attributes:
+        served: how they were inspected; only by the same version and region do scores compare.
     """
 
     served: Order

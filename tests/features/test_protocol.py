@@ -33,6 +33,10 @@ def test_the_fake_and_the_real_backbone_keep_to_the_protocol(backbone: FrozenCLI
         assert features.layers[0].shape[:2] == (2, places)
         for tokens in (features.tokens_BNE, features.cls_BE, features.layers[0]):
             assert torch.allclose(tokens.norm(dim=-1), torch.ones(tokens.shape[:-1]), atol=1e-5)
+        widths = [tokens.shape[-1] for tokens in features.layers.values()]
+        assert features.whole_BW.shape == (2, sum(widths))
+        lengths_2 = torch.full((2,), len(widths) ** 0.5)
+        assert torch.allclose(features.whole_BW.norm(dim=-1), lengths_2)
         contexts = torch.randn(3, 2, one.token_width, generator=torch.Generator().manual_seed(0))
         text_TE = one.encode_contexts(contexts, torch.tensor([2, 1, 2]))
         assert text_TE.shape == (3, features.tokens_BNE.shape[-1])
