@@ -40,11 +40,12 @@ from apt_ray.config import Settings
 TAIL = 0.05
 """The share of the reference that its tail is, on each side."""
 
-STAKE = 8.0
+STAKE = 4.0
 """What a value in the tail multiplies the evidence by, before it is divided by its expectation.
 
-With it the evidence for a tail of 5 % grows once it holds 14 % of the images: a few more defects
-than there were are no drift."""
+With it the evidence for a tail of 5 % grows once it holds 10 % of the images: a few more defects
+than there were are no drift. A larger one tells an abrupt change some images sooner, and a growing
+share of defects later or not at all."""
 
 _SETTLING = 4  # one in so many of the reference's images says where the middle is
 _JITTER = 1e-9  # breaks ties at random, as the ranks need it
@@ -72,10 +73,10 @@ class DriftSettings(Settings):
         description="The first images of a version, with which later ones are compared.",
     )
     tolerance: float = Field(
-        default=0.25,
+        default=1.5,
         ge=0,
-        description="By how much of the range of nine tenths of the reference a value has to lie"
-        " beyond it.",
+        description="How far beyond the reference's tail a value has to lie, in its interquartile"
+        " ranges.",
     )
 
 
@@ -241,7 +242,8 @@ class Panel:
         self._columns = np.array([index for index, _, _ in tests])
         self._signs = np.array([sign for _, _, sign in tests], np.float64)
         self._means_RS = values_NRS.mean(0)
-        low_RS, high_RS = np.quantile(values_NRS, [TAIL, 1 - TAIL], axis=0)
+        # Of the middle half, since it is as wide whatever the share of defects is.
+        low_RS, high_RS = np.quantile(values_NRS, [0.25, 0.75], axis=0)
         least_S = np.array([stream.least for stream in streams])
         margins_RS = np.maximum(least_S, settings.tolerance * (high_RS - low_RS))
         self._tails = Tails.of(
