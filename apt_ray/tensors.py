@@ -1,4 +1,7 @@
-"""Tensors in safetensors files that tell damage: a digest of everything stands in the header."""
+"""Tensors in safetensors files that tell damage: a digest of everything stands in the header.
+
+And whether tensors are those of a graph in the making, which `apt_ray/export` writes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,13 @@ from collections.abc import Mapping
 import torch
 
 _HEADER = "apt-ray"
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made of what is computed: then nothing may depend on the number of
+    images, nor on what only eager PyTorch can do."""
+    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_tracing or torch.compiler.is_compiling()
 
 
 def seal(header: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

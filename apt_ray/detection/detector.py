@@ -16,11 +16,13 @@ from PIL import Image
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import ScoreRule, resize_map
 from apt_ray.errors import PromptSetError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import cover
+from apt_ray.levels import Reading
 
 MAX_REGIONS = 20
 """The most regions that one inspection reports, worst first."""
@@ -123,6 +125,20 @@ class Detector:
                     f" {prompt_set.threshold.value:.2g}; make the region larger"
                 )
 
+    @property
+    def category(self) -> str:
+        return self.prompt_set.category
+
+    @property
+    def reading(self) -> Reading:
+        """How image files are to be read for it."""
+        return self.prompt_set.reading
+
+    @property
+    def counted_share(self) -> float:
+        """What the region of interest leaves of an image, 0..1."""
+        return 1.0 if self._interest_SS is None else float(self._interest_SS.mean())
+
     def inspect(self, images: Sequence[Image.Image]) -> list[Inspection]:
         """Inspect RGB images of any size in one batch, one forward pass of the backbone."""
         features = self.backbone.encode_images(self.backbone.preprocess(images))
@@ -144,22 +160,7 @@ class Detector:
 
         The anomaly map may be wanted at another size; regions are in pixels of the image.
         """
-        threshold = self.prompt_set.threshold
-        is_anomalous = threshold.rejects(score)
-        map_size = map_size or size
-        map_HW: npt.NDArray[np.float32] = resize_map(map_SS, map_size).numpy()
-        regions: tuple[Region, ...] = ()
-        if is_anomalous:
-            whole_HW = map_HW if map_size == size else resize_map(map_SS, size).numpy()
-            regions = find_regions(whole_HW, threshold.value)
-        return Inspection(
-            anomaly_map=map_HW,
-            anomaly_score=score,
-            threshold=threshold.value,
-            is_anomalous=is_anomalous,
-            p_value=threshold.p_value(score),
-            regions=regions,
-        )
+        return conclude(self.prompt_set.threshold, map_SS, score, size, map_size=map_size)
 
     def probe_score(self) -> float:
         """The anomaly score of a fixed image, drawn by formula; it tells damage from health."""
@@ -200,15 +201,45 @@ class Detector:
             )
 
 
+def conclude(
+    threshold: Threshold,
+    map_SS: torch.Tensor,
+    score: float,
+    size: tuple[int, int],
+    *,
+    map_size: tuple[int, int] | None = None,
+) -> Inspection:
+    """`Detector.conclude` by a threshold of its own."""
+    is_anomalous = threshold.rejects(score)
+    map_size = map_size or size
+    map_HW: npt.NDArray[np.float32] = resize_map(map_SS, map_size).numpy()
+    regions: tuple[Region, ...] = ()
+    if is_anomalous:
+        whole_HW = map_HW if map_size == size else resize_map(map_SS, size).numpy()
+        regions = find_regions(whole_HW, threshold.value)
+    return Inspection(
+        anomaly_map=map_HW,
+        anomaly_score=score,
+        threshold=threshold.value,
+        is_anomalous=is_anomalous,
+        p_value=threshold.p_value(score),
+        regions=regions,
+    )
+
+
 @lru_cache(maxsize=2)
 def _probe_features(backbone: Backbone) -> ImageFeatures:
     """Encoded once: a replica of a long tail tests hundreds of prompt sets."""
-    return backbone.encode_images(backbone.preprocess([_probe_image(backbone.input_size)]))
+    return backbone.encode_images(backbone.preprocess([probe_image((backbone.input_size,) * 2)]))
 
 
-def _probe_image(size: int) -> Image.Image:
-    """Waves of three lengths and directions, one a channel: every patch differs from the others."""
-    y_HW, x_HW = np.mgrid[0:size, 0:size] / size
+def probe_image(size: tuple[int, int]) -> Image.Image:
+    """Waves of three lengths and directions, one a channel: every patch differs from the others.
+
+    `size` is (width, height).
+    """
+    width, height = size
+    y_HW, x_HW = np.mgrid[0:height, 0:width] / np.array([height, width])[:, None, None]
     waves_3HW = np.sin(
         2 * np.pi * np.stack([3 * x_HW + y_HW, 7 * y_HW - 2 * x_HW, 17 * (x_HW + y_HW)])
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from apt_ray.features.protocol import ImageEncoder, ImageFeatures
+from apt_ray.tensors import is_traced
 
 _UNIT = 0.01
 """Tokens whose lengths are 1 within this are compared by their directions."""
@@ -76,6 +77,8 @@ def _most(
     tokens_BMD: torch.Tensor, memory_KD: torch.Tensor, offset_K: torch.Tensor
 ) -> torch.Tensor:
     """The largest product of each token with any in memory, an offset for each added, `(B, M)`."""
+    if is_traced():
+        return (tokens_BMD @ memory_KD.T + offset_K).amax(-1)
     tokens_XD = tokens_BMD.flatten(0, 1)
     count = min(_TOKENS_PER_PASS.get(tokens_XD.device.type, _MOST_TOKENS_PER_PASS), len(tokens_XD))
     # One buffer for all passes: asked for anew, a large one costs more than the products in it.

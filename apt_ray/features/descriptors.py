@@ -25,4 +25,7 @@ def describe(
         for x_BDHW in maps_BDHW
     ]
     described = [F.normalize(x_BDHW, dim=1) for x_BDHW in pooled] + pooled[-1:] * lengths
-    return {layer: x_BDHW.flatten(2).mT.contiguous() for layer, x_BDHW in enumerate(described)}
+    return {
+        layer: x_BDHW.flatten(2).transpose(1, 2).contiguous()
+        for layer, x_BDHW in enumerate(described)
+    }

@@ -112,7 +112,7 @@ def embed_patches(
     """Normalised pixels -> the tokens `(B, S, D)` that enter the first block."""
     pixels_B3HW = pixels_B3HW.to(visual.conv1.weight.dtype)
     patches_BND = visual.conv1(pixels_B3HW).flatten(2).transpose(1, 2)
-    cls_B1D = visual.class_embedding.expand(len(patches_BND), 1, -1)
+    cls_B1D = visual.class_embedding.expand(patches_BND.shape[0], 1, -1)
     x_BSD: torch.Tensor = visual.ln_pre(torch.cat([cls_B1D, patches_BND], dim=1) + position_SD)
     return x_BSD
 

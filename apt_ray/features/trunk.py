@@ -24,6 +24,7 @@ from apt_ray.config import TRUNK_INPUT_SIZE, TRUNK_POOL, TRUNK_STAGES
 from apt_ray.errors import BackboneError
 from apt_ray.features.descriptors import describe
 from apt_ray.features.torchvision_guard import import_timm
+from apt_ray.tensors import is_traced
 
 _CPU_IMAGES_PER_PASS = 2
 """What the caches of a core hold: activations of more images travel to memory and back at every
@@ -105,6 +106,8 @@ class Trunk:
     @torch.no_grad()
     def encode(self, pixels_B3HW: torch.Tensor) -> dict[int, torch.Tensor]:
         """Pixels in 0..1 of `input_size` -> reference layers as of `describe`."""
+        if is_traced():
+            return self._encode(pixels_B3HW)
         on_cpu = self._device.type == "cpu"
         passes = pixels_B3HW.split(_CPU_IMAGES_PER_PASS if on_cpu else len(pixels_B3HW))
         described = [self._encode(pass_b3HW) for pass_b3HW in passes]
