@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apt_ray.errors import AptError as AptError
     from apt_ray.errors import BackboneError as BackboneError
     from apt_ray.errors import DataError as DataError
+    from apt_ray.errors import ExportError as ExportError
     from apt_ray.errors import FleetError as FleetError
     from apt_ray.errors import ImageError as ImageError
     from apt_ray.errors import ImageTooLargeError as ImageTooLargeError
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from apt_ray.errors import SettingsError as SettingsError
     from apt_ray.errors import UnsupportedImageError as UnsupportedImageError
     from apt_ray.errors import WriteError as WriteError
+    from apt_ray.export.exported import ExportedDetector as ExportedDetector
+    from apt_ray.export.exporting import Export as Export
+    from apt_ray.export.exporting import export_detector as export_detector
     from apt_ray.features.clip import load_backbone as load_backbone
     from apt_ray.features.protocol import Backbone as Backbone
     from apt_ray.files import location as location
@@ -63,6 +67,9 @@ _HOME = {
     "Detector": "detection.detector",
     "Inspection": "detection.detector",
     "Region": "detection.detector",
+    "export_detector": "export.exporting",
+    "Export": "export.exporting",
+    "ExportedDetector": "export.exported",
     "read_image": "images",
     "decode_image": "images",
     "ImageLimits": "images",
@@ -80,6 +87,7 @@ _HOME = {
     "UnsupportedImageError": "errors",
     "BackboneError": "errors",
     "PromptSetError": "errors",
+    "ExportError": "errors",
     "RegistryError": "errors",
     "RegistryUnavailableError": "errors",
     "RegistryConflictError": "errors",

@@ -9,6 +9,7 @@ AptError
 │   └── UnsupportedImageError  a file type that is not accepted
 ├── BackboneError              a vision-language model that cannot be used
 ├── PromptSetError             a prompt set that is damaged or belongs to another backbone
+├── ExportError                a graph that cannot be exported, or is not one of ours
 ├── RegistryError              the MLflow server refuses, or lacks what was asked for
 │   ├── RegistryUnavailableError   it does not answer
 │   └── RegistryConflictError      somebody else was faster
@@ -55,6 +56,10 @@ class BackboneError(AptError):
 
 class PromptSetError(AptError):
     """The prompt set is damaged, of another format, or belongs to another backbone."""
+
+
+class ExportError(AptError):
+    """A graph cannot be exported, does not score as the detector does, or cannot be read."""
 
 
 class RegistryError(AptError):

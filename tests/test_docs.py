@@ -182,7 +182,7 @@ def test_the_blocks_without_servers_run_from_an_empty_folder(tmp_path: Path) -> 
     assert "ANOMALOUS" in printed
     assert "True 0." in printed
     assert {path.name for path in folder.iterdir()} == {
-        *("data", "washer.safetensors", "overlays", "old.npz", "new.npz", "report"),
+        *("data", "washer.safetensors", "overlays", "old.npz", "new.npz", "report", "edge"),
     }
 
 

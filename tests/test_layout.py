@@ -54,6 +54,7 @@ def test_the_registry_is_imported_without_mlflow() -> None:
         ("-m", "apt_ray", "fit"),
         ("-m", "apt_ray", "inspect"),
         ("-m", "apt_ray", "evaluate"),
+        ("-m", "apt_ray", "export"),
         ("-m", "apt_ray", "sample"),
         ("-m", "apt_ray", "registry"),
         ("-m", "apt_ray", "registry", "promote"),

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_EXTRAS = """
 import sys
 for name in ("ray", "mlflow", "boto3", "botocore", "matplotlib", "fastapi", "starlette",
-             "python_multipart", "optuna", "sklearn", "pyarrow", "pandas", "psycopg2"):
+             "python_multipart", "optuna", "sklearn", "pyarrow", "pandas", "psycopg2",
+             "onnx", "onnxscript", "onnxruntime", "openvino"):
     sys.modules[name] = None  # imports of it raise ModuleNotFoundError
 """
 

@@ -82,6 +82,8 @@ PATHS = {
     "find_categories": {"root"},
     "Category.name_of": {"path"},
     "fit": {"support", "calibration"},
+    "Export.save": {"folder"},
+    "ExportedDetector.load": {"path"},
     "read_image": {"path"},
     "find_reading": {"support"},
     "PromptSet.save": {"path"},

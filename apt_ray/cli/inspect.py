@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from apt_ray.cli.common import add_command
-from apt_ray.errors import DataError, WriteError
+from apt_ray.errors import DataError, ImageError, SettingsError, WriteError
 from apt_ray.files import check_writable, keep, write_json, writing
 from apt_ray.text import printable
 
 if TYPE_CHECKING:
     from apt_ray.detection.detector import Detector
+    from apt_ray.export.exported import ExportedDetector
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = add_command(commands, "inspect", _run, "look for defects in images")
-    inspect.add_argument("prompt_set", type=Path, help="file that `fit` wrote")
+    inspect.add_argument("prompt_set", type=Path, help="file that `fit` or `export` wrote")
     inspect.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     inspect.add_argument(
         "--out", type=Path, help="folder for overlay images: NAME.png for each NAME, as they lie"
@@ -35,13 +36,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def _run(options: argparse.Namespace) -> int:
     check_writable(options.out, is_folder=True)
     check_writable(options.json)
-    from apt_ray.detection.detector import Detector
-    from apt_ray.detection.prompt_set import PromptSet
-    from apt_ray.features.clip import load_backbone
-
     paths = _images(options.images, options.out)
-    prompt_set = PromptSet.load(options.prompt_set)
-    detector = Detector(load_backbone(prompt_set.backbone, device=options.device), prompt_set)
+    detector = _load(options.prompt_set, options.device)
     # Below the folder that all have in common no two have one name.
     common = os.path.commonpath([os.path.abspath(_folder(path)) for path in options.images])
     rows: list[dict[str, object]] = []
@@ -61,17 +57,34 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _inspect(detector: Detector, path: Path, overlay: Path | None) -> dict[str, object]:
+def _load(path: Path, device: str) -> Detector | ExportedDetector:
+    """What inspects: a prompt set with its backbone, or an exported graph."""
+    from apt_ray.detection.detector import Detector
+    from apt_ray.detection.prompt_set import PromptSet
+    from apt_ray.export.exported import ExportedDetector, format_of
+    from apt_ray.features.clip import load_backbone
+
+    if format_of(path) is None:
+        prompt_set = PromptSet.load(path)
+        return Detector(load_backbone(prompt_set.backbone, device=device), prompt_set)
+    if device != "cpu":
+        raise SettingsError(f"an exported graph runs on the CPU, not on {device}: leave it out")
+    return ExportedDetector.load(path)
+
+
+def _inspect(
+    detector: Detector | ExportedDetector, path: Path, overlay: Path | None
+) -> dict[str, object]:
     """What is said of one image, printed too; what is wrong with the file is said of it."""
     from apt_ray.images import draw_overlay, read_image
 
     row: dict[str, object] = {
         "image": printable(path),
-        "category": detector.prompt_set.category,
+        "category": detector.category,
         **dict.fromkeys(("anomaly_score", "threshold", "is_anomalous", "p_value", "error")),
     }
     try:
-        image = read_image(path, detector.prompt_set.reading)
+        image = read_image(path, detector.reading)
         (inspection,) = detector.inspect([image])
         verdict = "ANOMALOUS" if inspection.is_anomalous else "normal"
         p_value = "" if inspection.p_value is None else f"  p {inspection.p_value:.3f}"
@@ -90,7 +103,7 @@ def _inspect(detector: Detector, path: Path, overlay: Path | None) -> dict[str, 
             with writing(overlay) as place:
                 drawn.save(place, format="PNG")
             row["overlay"] = printable(overlay)
-    except (DataError, WriteError) as error:
+    except (DataError, ImageError, WriteError) as error:
         row["error"] = printable(error)
         tqdm.write(f"{'error':9}  {row['error']}")
     return row

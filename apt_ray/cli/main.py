@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 import apt_ray
-from apt_ray.cli import compare, evaluate, fit, inspect, plan, registry, sample
+from apt_ray.cli import compare, evaluate, export, fit, inspect, plan, registry, sample
 from apt_ray.cli.common import run
 
 
@@ -29,6 +29,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"apt-ray {apt_ray.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (sample, fit, inspect, evaluate, compare, plan, registry):
+    for module in (sample, fit, inspect, evaluate, compare, export, plan, registry):
         module.add_to(commands)
     return parser
