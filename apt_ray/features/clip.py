@@ -29,6 +29,7 @@ from apt_ray.features.protocol import ImageFeatures, ReferenceEncoder
 from apt_ray.features.reference_encoder import load_reference_encoder
 from apt_ray.features.torchvision_guard import import_open_clip
 from apt_ray.features.towers import run_vision_tower
+from apt_ray.tensors import is_traced
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -97,6 +98,7 @@ class FrozenCLIP:
         tile_grid = (size // patch, size // patch)
         self.device = torch.device(device)
         self.fingerprint = _fingerprint(model, spec, self.constants, size, self._reference)
+        self._encode: Callable[[torch.Tensor], ImageFeatures] | None = None
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenize = tokenize
         self._mean_3 = torch.tensor(visual.image_mean, device=self.device)
@@ -123,6 +125,10 @@ class FrozenCLIP:
         """
         return to_pixels(images, self.input_size)
 
+    def encode_by(self, encode: Callable[[torch.Tensor], ImageFeatures]) -> None:
+        """Let another runtime do the work of `encode_images`, which gives the same features."""
+        self._encode = encode
+
     def drop_vision(self) -> None:
         """Free the vision tower, in a process that only trains prompts: most of a ViT-B-16.
 
@@ -134,6 +140,8 @@ class FrozenCLIP:
     @torch.no_grad()
     def encode_images(self, pixels_B3HW: torch.Tensor) -> ImageFeatures:
         """Features of preprocessed pixels in 0..1; mean and deviation are applied here."""
+        if self._encode is not None and not is_traced():
+            return self._encode(pixels_B3HW)
         pixels_B3HW = pixels_B3HW.to(self.device)
         joint_XSE, outputs = self._see(resize_pixels(pixels_B3HW, self.prompt_size))
         cls_BE = joint_XSE[:, 0].unflatten(0, (-1, self.tiles**2)).mean(1)

@@ -24,6 +24,7 @@ from PIL import Image
 from apt_ray.detection.detector import Inspection, Region
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ImageError
+from apt_ray.export.compiled import compile_encoders
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
@@ -117,6 +118,7 @@ class Inspector:
         self._limits = limits
         self._beside = beside
         self._device = device
+        self._batching = batching
         self._meter = meter
         self._history = history
         self._served: dict[str, ServedCategory] = {}
@@ -394,7 +396,10 @@ class Inspector:
         with self._loading:
             backbone = self._backbones.get(prompt_set.fingerprint)
             if backbone is None:
-                backbone = load_backbone(prompt_set.backbone, device=self._device)
+                loaded = load_backbone(prompt_set.backbone, device=self._device)
+                if self._batching.runtime == "openvino" and self._device == "cpu":
+                    compile_encoders(loaded, threads=self._batching.threads)
+                backbone = loaded
                 self._backbones[backbone.fingerprint] = backbone
             return backbone
 

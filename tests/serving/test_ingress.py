@@ -301,6 +301,22 @@ def test_images_that_wait_together_are_inspected_together(
     assert len(set(durations)) < len(images)
 
 
+def test_another_runtime_answers_the_same(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category
+) -> None:
+    images = [image.path.read_bytes() for image in category.test[:3]]
+
+    async def scores(inspecting: Inspector) -> list[float]:
+        found = await asyncio.gather(*(ask_for(inspecting, data) for data in images))
+        return [each.report.anomaly_score for each in found]
+
+    expected = asyncio.run(scores(inspector(backbone, prompt_set)))
+    batching = Batching(runtime="openvino", threads=2)
+    assert asyncio.run(scores(inspector(backbone, prompt_set, batching))) == pytest.approx(
+        expected, abs=1e-4
+    )
+
+
 def test_a_short_burst_waits_and_a_flood_is_refused(
     backbone: FrozenCLIP, prompt_set: PromptSet
 ) -> None:
