@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from apt_ray.errors import DataError as DataError
     from apt_ray.errors import ExportError as ExportError
     from apt_ray.errors import FleetError as FleetError
+    from apt_ray.errors import GateError as GateError
     from apt_ray.errors import ImageError as ImageError
     from apt_ray.errors import ImageTooLargeError as ImageTooLargeError
     from apt_ray.errors import MissingDependencyError as MissingDependencyError
@@ -92,6 +93,7 @@ _HOME = {
     "RegistryUnavailableError": "errors",
     "RegistryConflictError": "errors",
     "FleetError": "errors",
+    "GateError": "errors",
     "WriteError": "errors",
     "MissingDependencyError": "errors",
 }

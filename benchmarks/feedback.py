@@ -22,11 +22,11 @@ from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone, ImageFeatures
-from apt_ray.files import write_json
 from apt_ray.images import read_image
 from apt_ray.prompts.accept import grown
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
+from benchmarks.rows import Row, compared, write_rows
 
 _ACCEPTED = (1, 2, 4, 8)
 _STORED = 4
@@ -41,54 +41,35 @@ def main() -> None:
     options = parser.parse_args()
     backbone = load_backbone()
     table: list[list[str]] = []
-    values: list[dict[str, object]] = []
+    rows: list[Row] = []
     for category in find_categories(options.data):
         with torch.inference_mode():
             images = [read_image(image.path) for image in category.test]
             features = backbone.encode_in_batches(backbone.preprocess(images))
-        for what in ("none", "right", "wrong"):
-            for count in (0,) if what == "none" else _ACCEPTED:
-                found = np.array(
-                    [
-                        _after(category, backbone, features, what, count, seed)
-                        for seed in options.seeds
-                    ]
-                ).mean(0)
-                auroc_, alarms, misses, refused = found.tolist()
-                name = "as fitted" if what == "none" else f"{count} {what}"
+
+        def after(
+            what: str, count: int, category: Category = category, seen: ImageFeatures = features
+        ) -> list[float]:
+            found = [_after(category, backbone, seen, what, count, seed) for seed in options.seeds]
+            return [100 * float(value) for value in np.array(found).mean(0)]
+
+        fitted = after("right", 0)
+        table.append([category.name, "as fitted", *(f"{value:.1f}" for value in fitted)])
+        for what in ("right", "wrong"):
+            for count in _ACCEPTED:
+                found = after(what, count)
                 table.append(
-                    [
-                        category.name,
-                        name,
-                        *(f"{100 * x:.1f}" for x in found.tolist()),
-                    ]
-                )
-                values.append(
-                    {
-                        "category": category.name,
-                        "accepted": name,
-                        "image_auroc": auroc_,
-                        "false_alarms": alarms,
-                        "misses": misses,
-                        "refused": refused,
-                    }
+                    [category.name, f"{count} {what}", *(f"{value:.1f}" for value in found)]
                 )
                 print(*table[-1], flush=True)
-    print(
-        markdown(
-            (
-                "category",
-                "accepted",
-                "image AUROC",
-                "false alarms, %",
-                "misses, %",
-                "drawn rejected, %",
-            ),
-            table,
-        )
-    )
-    if options.json:
-        write_json(options.json, values)
+                title = f"{category.name}, {count} {what}: "
+                rows += [
+                    compared(f"{title}image AUROC", found[0], fitted[0], "%", more_is_better=True),
+                    compared(f"{title}misses", found[2], fitted[2], "%"),
+                ]
+    header = ("category", "accepted", "image AUROC", "false alarms", "misses", "refused")
+    print(markdown(header, table))
+    write_rows(rows, options.json)
 
 
 _FITTED: dict[tuple[str, int], PromptSet] = {}

@@ -350,7 +350,7 @@ def test_throttled_requests_are_repeated(
     uploaded: str, faulty: Callable[..., FaultyS3], category: Category
 ) -> None:
     server = faulty(slow_downs=2)
-    (found,) = find_categories(location(uploaded))
+    (found,) = find_categories(location(uploaded), [category.name])
     assert found.good[0].read_bytes() == category.good[0].read_bytes()
     assert server.faults == 2
 

@@ -23,9 +23,9 @@ from apt_ray.export.writers import SUFFIXES
 from apt_ray.files import StrPath
 from apt_ray.levels import Reading
 
-_DRIFT = 10
-"""How many times its tolerance a graph's own image may differ on another machine, which rounds in
-another way."""
+_DRIFT = 1e-3
+"""What the score of a graph's own image may differ on another machine, which rounds in another way,
+where the graph's tolerance is no more."""
 
 
 class ExportedDetector:
@@ -139,7 +139,7 @@ class ExportedDetector:
 
     def _test_itself(self, source: str) -> None:
         score = self.probe_score()
-        if not abs(score - self.header.probe_score) <= _DRIFT * self.header.tolerance:
+        if not abs(score - self.header.probe_score) <= max(self.header.tolerance, _DRIFT):
             raise ExportError(
                 f"{source} scores its test image {score:.4f}, not {self.header.probe_score:.4f} as"
                 f" when it was exported: the file is damaged, or this machine computes in another"

@@ -496,6 +496,7 @@ def test_a_check_that_hangs_or_fails_is_a_finding() -> None:
 def test_scripts_read_status_and_json(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where no token of somebody else's lies
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", closed())
     assert main(["doctor", "--only", "home, ray", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

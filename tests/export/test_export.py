@@ -80,25 +80,24 @@ def test_a_graph_says_what_its_detector_says(
     assert not top_HW.any(), "the region of interest is in the graph"
 
 
-def test_the_threshold_is_in_the_graph_itself(
-    exported: tuple[Format, Export], detector: Detector
-) -> None:
+def test_the_threshold_is_in_the_graph_itself(detector: Detector) -> None:
     """To the last bit: a score is above it in the graph exactly if it is for the detector."""
-    _, made = exported
-    graph = ExportedDetector(exported[0], made.files)
+    graph = ExportedDetector("torchscript", export_detector(detector, "torchscript").files)
     pixels = graph.pixels([probe_image((40, 30))])
     _, (score,), _ = graph.run(pixels)
     threshold = detector.prompt_set.threshold
+    region_HW = np.ones((8, 8), np.bool_)
+    region_HW[:2] = False
+    # Between the score and the next lower float32: neither of the two.
     for value, rejects in ((float(score), False), (np.nextafter(float(score), 0), True)):
         moved = threshold.model_copy(update={"value": value})
         provenance = detector.prompt_set.provenance.model_copy(update={"threshold": moved})
         prompt_set = replace(detector.prompt_set, provenance=provenance)
-        region_HW = np.arange(64).reshape(8, 8) >= 16
         other = Detector(detector.backbone, prompt_set, region_of_interest=region_HW)
         again = ExportedDetector("torchscript", export_detector(other, "torchscript").files)
-        verdict = again.run(pixels)
-        if verdict[1][0] == score:  # where runtimes round alike
-            assert bool(verdict[2][0]) is rejects
+        _, same, verdicts = again.run(pixels)
+        assert same[0] == score
+        assert bool(verdicts[0]) is rejects
 
 
 @pytest.mark.parametrize("kind", ["openvino", "torchscript"])

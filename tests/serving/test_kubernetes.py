@@ -249,6 +249,7 @@ def test_the_schemas_accept_the_manifests(built: list[Manifest]) -> None:
         check(secret)
 
 
+@pytest.mark.slow  # nobody has these but who fetches them
 def test_kuberays_own_definitions_accept_the_manifests(built: list[Manifest]) -> None:
     if "KUBERAY_CRDS" not in os.environ:
         pytest.skip("KUBERAY_CRDS names no folder of KubeRay's definitions")
