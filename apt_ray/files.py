@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 
 from apt_ray.errors import DataError, WriteError
 from apt_ray.machine import expanded
@@ -76,12 +77,94 @@ def visible(folder: AnyPath) -> list[Location]:
         raise DataError(f"cannot list {folder}: {error.strerror}") from error
 
 
+def files_below(folder: AnyPath) -> Iterator[str]:
+    """The files in a folder and in its folders, as texts, without what `visible` leaves out.
+
+    A million of them are little more than their names. Links to folders, which may lead back, are
+    not followed. DataError if a folder cannot be listed.
+    """
+    folder = location(folder)
+    try:
+        if isinstance(folder, S3Path):
+            listed = [(path.name, path.is_dir()) for path in folder.iterdir()]
+        else:
+            with os.scandir(folder) as entries:
+                listed = [
+                    (entry.name, entry.is_dir(follow_symlinks=False))
+                    for entry in entries
+                    if not (entry.is_symlink() and entry.is_dir())
+                ]
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}") from error
+    for name, is_folder in sorted(listed):
+        if _FOREIGN.match(name):
+            continue
+        if is_folder:
+            yield from files_below(folder / name)
+        else:
+            yield f"{folder}/{name}"
+
+
 def read_file(path: AnyPath) -> bytes:
     """The whole content; DataError if it cannot be read."""
     try:
         return location(path).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_part(path: AnyPath, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on, or to its end; DataError if it cannot be read."""
+    path = location(path)
+    if isinstance(path, S3Path):
+        return path.read_bytes(start, size)
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def open_file(path: AnyPath, *, ahead: int) -> BinaryIO:
+    """A file or an object of S3, to be read here and there; `ahead` bytes are fetched at once.
+
+    DataError, now or while it is read, if it cannot be read.
+    """
+    path = location(path)
+    if isinstance(path, S3Path):
+        return cast(BinaryIO, io.BufferedReader(_Parts(path), buffer_size=ahead))
+    try:
+        return path.open("rb", buffering=ahead)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+class _Parts(io.RawIOBase):
+    """An object of S3, of which each read is a request."""
+
+    def __init__(self, path: S3Path) -> None:
+        self._path, self._place, self._size = path, 0, path.size()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}
+        self._place = starts[whence] + offset
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), self._size - self._place)
+        if size <= 0:
+            return 0
+        data = self._path.read_bytes(self._place, size)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 @contextmanager
@@ -182,6 +265,18 @@ def write_whole(path: StrPath, content: bytes | str, *, private: bool = False) -
         file.write(data)
 
 
+def put(path: AnyPath, content: bytes) -> None:
+    """Write a file as `write_whole` does, or an object of S3 in one request, which is as whole.
+
+    WriteError if it cannot be written.
+    """
+    path = location(path)
+    if isinstance(path, S3Path):
+        path.write_bytes(content)
+    else:
+        write_whole(path, content)
+
+
 def write_json(path: StrPath, value: object) -> None:
     """Write a value as indented JSON, as `write_whole` does."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
@@ -261,16 +356,29 @@ class S3Path:
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
 
-    def read_bytes(self) -> bytes:
-        """The whole object; a transfer that breaks off is begun again, up to three times."""
+    def size(self) -> int:
+        """Bytes of the object; DataError if there is none."""
+        return int(self._ask("head_object", Key=self._key)["ContentLength"])
+
+    def write_bytes(self, content: bytes) -> None:
+        """Put the object there in one request; WriteError if S3 cannot be reached or refuses."""
+        try:
+            self._ask("put_object", Key=self._key, Body=content)
+        except DataError as error:
+            raise WriteError(str(error)) from error
+
+    def read_bytes(self, start: int = 0, size: int | None = None) -> bytes:
+        """The object, or a part of it; a transfer that breaks off is begun again, up to three
+        times."""
         require("boto3", extra="s3")
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
+        part = {} if size is None else {"Range": f"bytes={start}-{start + size - 1}"}
         for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
-            answer = self._ask("get_object", Key=self._key)
+            answer = self._ask("get_object", Key=self._key, **part)
             try:
                 # The bytes are counted: what arrives short raises.
                 with answer["Body"] as body:
@@ -302,6 +410,7 @@ class S3Path:
         )
 
         bucket = self.parts[0]
+        verb = "write" if operation == "put_object" else "read"
         if not bucket:
             raise DataError(f"{self} names no bucket: give s3://bucket/prefix")
         try:
@@ -309,7 +418,7 @@ class S3Path:
             return answer
         except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
             raise DataError(
-                f"no credentials to read {self} ({error}): set AWS_ACCESS_KEY_ID and"
+                f"no credentials to {verb} {self} ({error}): set AWS_ACCESS_KEY_ID and"
                 f" AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from error
         except ClientError as error:
@@ -317,18 +426,18 @@ class S3Path:
             if code in _REFUSED:
                 reason = (
                     f"access is refused ({code}): check AWS_ACCESS_KEY_ID and"
-                    f" AWS_SECRET_ACCESS_KEY, and that they may list and read {bucket}"
+                    f" AWS_SECRET_ACCESS_KEY, and that they may list and {verb} {bucket}"
                 )
             elif code in _MISSING:
                 reason = f"it is not there ({code}): check bucket and prefix"
             else:
                 reason = f"{error}: check the bucket, or retry"
-            raise DataError(f"cannot read {self}: {reason}") from error
+            raise DataError(f"cannot {verb} {self}: {reason}") from error
         except ParamValidationError as error:
             raise DataError(f"{self} cannot name an object: check bucket and prefix") from error
         except (BotoCoreError, ValueError) as error:
             raise DataError(
-                f"cannot read {self} ({error}): check the network, AWS_DEFAULT_REGION and"
+                f"cannot {verb} {self} ({error}): check the network, AWS_DEFAULT_REGION and"
                 f" AWS_ENDPOINT_URL_S3"
             ) from error
 

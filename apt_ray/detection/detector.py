@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import ScoreRule, resize_map
 from apt_ray.errors import PromptSetError
@@ -144,22 +145,7 @@ class Detector:
 
         The anomaly map may be wanted at another size; regions are in pixels of the image.
         """
-        threshold = self.prompt_set.threshold
-        is_anomalous = threshold.rejects(score)
-        map_size = map_size or size
-        map_HW: npt.NDArray[np.float32] = resize_map(map_SS, map_size).numpy()
-        regions: tuple[Region, ...] = ()
-        if is_anomalous:
-            whole_HW = map_HW if map_size == size else resize_map(map_SS, size).numpy()
-            regions = find_regions(whole_HW, threshold.value)
-        return Inspection(
-            anomaly_map=map_HW,
-            anomaly_score=score,
-            threshold=threshold.value,
-            is_anomalous=is_anomalous,
-            p_value=threshold.p_value(score),
-            regions=regions,
-        )
+        return conclude(self.prompt_set.threshold, map_SS, score, size, map_size=map_size)
 
     def probe_score(self) -> float:
         """The anomaly score of a fixed image, drawn by formula; it tells damage from health."""
@@ -198,6 +184,32 @@ class Detector:
                 f" and {own} by layer, its backbone gives {widths[1]} and {seen}: fit or register"
                 f" the category again"
             )
+
+
+def conclude(
+    threshold: Threshold,
+    map_SS: torch.Tensor,
+    score: float,
+    size: tuple[int, int],
+    *,
+    map_size: tuple[int, int] | None = None,
+) -> Inspection:
+    """`Detector.conclude` where no detector is, only its threshold."""
+    is_anomalous = threshold.rejects(score)
+    map_size = map_size or size
+    map_HW: npt.NDArray[np.float32] = resize_map(map_SS, map_size).numpy()
+    regions: tuple[Region, ...] = ()
+    if is_anomalous:
+        whole_HW = map_HW if map_size == size else resize_map(map_SS, size).numpy()
+        regions = find_regions(whole_HW, threshold.value)
+    return Inspection(
+        anomaly_map=map_HW,
+        anomaly_score=score,
+        threshold=threshold.value,
+        is_anomalous=is_anomalous,
+        p_value=threshold.p_value(score),
+        regions=regions,
+    )
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,358 @@
+"""A batch on Ray Data: decoders, actors that hold the model, and writers, one block after another.
+
+Blocks stream: a stage is held back while those behind it have enough to do, so that memory does not
+grow with the number of images.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+
+from apt_ray.errors import AptError, SettingsError, WriteError
+from serving.bulk.inputs import Input, to_table
+from serving.bulk.results import Output, Tallies, add_tallies, whole
+from serving.bulk.stages import (
+    TO_DO,
+    Batch,
+    Model,
+    Overlays,
+    Verdicts,
+    conclude_block,
+    decode,
+    read_tallies,
+)
+from serving.bulk.versions import Version
+
+# Of a processor that a thread of the model is given; the rest is for the decoders beside it.
+_MODEL_SHARE = 0.75
+_DECODER_CPUS = 0.25
+# A task or an actor that dies is tried again so often; then its block is left for the next run,
+# and after so many such blocks the run ends.
+_RETRIES = 3
+_LOST_BLOCKS = 10
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What a batch takes of a cluster.
+
+    Attributes:
+        actors: that hold the model.
+        threads: of each.
+        gpus: of each.
+        decoders: tasks that decode at once.
+        batch_size: images of one forward pass.
+        block_images: images of a block, at most.
+    """
+
+    actors: int
+    threads: int
+    gpus: float
+    decoders: int
+    batch_size: int
+    block_images: int
+
+    @property
+    def actor_cpus(self) -> float:
+        return 1.0 if self.gpus else self.threads * _MODEL_SHARE
+
+    @property
+    def decoder_cpus(self) -> float:
+        return 1.0 if self.gpus else _DECODER_CPUS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a user says of `Resources`; None is up to the cluster."""
+
+    actors: int | None = None
+    threads: int | None = None
+    gpus: float | None = None
+    batch_size: int | None = None
+    block_images: int = 256
+
+    def of_cluster(self) -> Resources:
+        """What is taken of the cluster that this process is connected to.
+
+        Raises SettingsError if no node could hold an actor and none of the cluster's kind may come.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        gpus = self.gpus
+        if gpus is None:
+            gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
+        most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+        threads = self.threads or (1 if gpus else max(1, min(4, most)))
+        cpus = 1.0 if gpus else threads * _MODEL_SHARE
+        fitting = sum(
+            int(
+                min(
+                    node.get("CPU", 0) // cpus,
+                    node.get("GPU", 0) // gpus if gpus else math.inf,
+                )
+            )
+            for node in nodes
+        )
+        actors = self.actors or fitting
+        if actors < 1:
+            wanted = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+            raise SettingsError(
+                f"no node of the cluster has {wanted} for an actor: ask for less with"
+                f" --cpus-per-actor or --gpus-per-actor, or say --actors N where an autoscaler"
+                f" brings such nodes"
+            )
+        left = sum(node.get("CPU", 0) for node in nodes) - actors * cpus
+        decoder_cpus = 1.0 if gpus else _DECODER_CPUS
+        return Resources(
+            actors=actors,
+            threads=threads,
+            gpus=gpus,
+            # Two stages share what is left, and one of each must find room.
+            decoders=max(1, int(left / decoder_cpus) - 1),
+            batch_size=self.batch_size or (64 if gpus else 8),
+            block_images=self.block_images,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """What one run did.
+
+    Attributes:
+        images: that have a row now and had none before.
+        seconds: of the whole run, from the first block on.
+        stage_s: seconds of work by stage, over all processes.
+        slots: how many work at once, by stage.
+        lost: inputs of blocks that were given up, because their processes died again and again.
+        tallies: over the images.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    stage_s: dict[str, float] = field(
+        default_factory=lambda: {"decode": 0.0, "model": 0.0, "conclude": 0.0}
+    )
+    slots: dict[str, int] = field(default_factory=dict)
+    lost: list[Input] = field(default_factory=list)
+    tallies: Tallies = field(default_factory=dict)
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """The share of the time in which a stage's processes work, by stage."""
+        return {
+            stage: seconds / max(1e-9, self.seconds * self.slots[stage])
+            for stage, seconds in self.stage_s.items()
+        }
+
+    @property
+    def slowest(self) -> str:
+        """The stage that all others wait for."""
+        busy = self.busy
+        return max(busy, key=lambda stage: busy[stage])
+
+
+def cut(
+    inputs: Sequence[Input], versions: Mapping[str, Version], most: int
+) -> list[tuple[int, int, int]]:
+    """Blocks of inputs that are sorted: (start, stop, input size of the backbone).
+
+    A block has one backbone. What is left when some blocks are finished is cut as it was.
+    """
+    blocks: list[tuple[int, int, int]] = []
+    start = 0
+    for place in range(1, len(inputs) + 1):
+        first = versions[inputs[start].category]
+        if place < len(inputs) and place - start < most:
+            if inputs[place].category == inputs[place - 1].category:
+                continue
+            after = versions[inputs[place].category]
+            if after.prompt_set.fingerprint == first.prompt_set.fingerprint:
+                continue
+        blocks.append((start, place, first.input_size))
+        start = place
+    return blocks
+
+
+def inspect_all(
+    inputs: Sequence[Input],
+    versions: Mapping[str, Version],
+    output: Output,
+    resources: Resources,
+    *,
+    overlays: Overlays = "none",
+    say: Callable[[str], None] = print,
+) -> Run:
+    """Inspect images on the Ray that this process is connected to, and write their rows.
+
+    Args:
+        inputs: sorted, each once.
+        versions: by category.
+        output: where to.
+        resources: of the cluster.
+        overlays: of which images.
+        say: takes a line of progress now and then.
+
+    Raises:
+        WriteError: a block cannot be written; those before it are.
+        AptError: too many blocks were lost, or the actors cannot begin.
+    """
+    blocks = cut(inputs, versions, resources.block_images)
+    batch = Batch(
+        inputs=ray.put(to_table(inputs)),
+        verdicts={category: Verdicts.of(version) for category, version in versions.items()},
+        output=output,
+        overlays=overlays,
+    )
+    pixels = max(size for _, _, size in blocks) ** 2 * 3 * resources.block_images
+    _settle_context(resources, pixels)
+    done = (
+        ray.data.from_arrow([_row(block) for block in blocks])
+        .map_batches(
+            partial(decode, batch=batch),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=resources.decoder_cpus,
+            concurrency=resources.decoders,
+            max_retries=_RETRIES,
+        )
+        .map_batches(
+            Model,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={
+                "versions": ray.put(dict(versions)),
+                "overlays": overlays,
+                "batch_size": resources.batch_size,
+                "threads": resources.threads,
+                "device": "cuda" if resources.gpus else "cpu",
+            },
+            compute=ActorPoolStrategy(size=resources.actors),
+            num_cpus=resources.actor_cpus,
+            num_gpus=resources.gpus,
+            max_task_retries=_RETRIES,
+        )
+        .map_batches(
+            partial(conclude_block, batch=batch),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=resources.decoder_cpus,
+            max_retries=_RETRIES,
+        )
+    )
+    run = Run(slots={"decode": resources.decoders, "model": resources.actors, "conclude": 1})
+    left = {start: stop for start, stop, _ in blocks}
+    with _Progress(len(inputs), run, say):
+        try:
+            for table in done.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                assert isinstance(table, pa.Table)
+                for row in table.to_pylist():
+                    _count(row, run, left)
+        except ray.exceptions.RayError as error:
+            raise AptError(
+                f"the batch ended early, after {run.images:,} images: {_reason(error)}; run the"
+                f" same command again to go on"
+            ) from error
+    run.lost = [each for start, stop in left.items() for each in inputs[start:stop]]
+    return run
+
+
+def _count(row: dict[str, object], run: Run, left: dict[int, int]) -> None:
+    if row["failure"] is not None:
+        raise WriteError(
+            f"{row['failure']}; the {run.images:,} images before are kept: run the same command"
+            f" again to go on"
+        )
+    start = row["start"]
+    assert isinstance(start, int)
+    run.images += left.pop(start) - start
+    add_tallies(run.tallies, read_tallies(str(row["tallies"])))
+    for stage in run.stage_s:
+        run.stage_s[stage] += float(str(row[f"{stage}_s"]))
+
+
+def _settle_context(resources: Resources, pixels: int) -> None:
+    """Keep Ray Data quiet, and what waits between its stages in bounds."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = _LOST_BLOCKS
+    context.target_max_block_size = None
+    waiting = 2 * resources.decoders + 3 * resources.actors + 2
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=max(2**28, waiting * pixels)
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _row(block: tuple[int, int, int]) -> pa.Table:
+    return pa.table(
+        [pa.array([value], kind.type) for value, kind in zip(block, TO_DO, strict=True)],
+        schema=TO_DO,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what Ray says, which is the error itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+class _Progress:
+    """Says a line now and then while entered, also while no block ends.
+
+    Args:
+        total: images to inspect.
+        run: as it grows.
+        say: takes the lines.
+    """
+
+    def __init__(self, total: int, run: Run, say: Callable[[str], None]) -> None:
+        self._total, self._run, self._say = total, run, say
+        self._end = threading.Event()
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._run.seconds = time.monotonic() - self._started
+        self._say(self._line())
+
+    def _tick(self) -> None:
+        while not self._end.wait(_SECONDS_BETWEEN_LINES):
+            self._say(self._line())
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self._started
+        run, total = self._run, whole(dict(self._run.tallies))
+        share = run.images / self._total
+        if not run.images:
+            return f"0 of {self._total:,} images after {seconds:.0f} s: the model is being loaded"
+        rate = run.images / seconds
+        left = (self._total - run.images) / rate
+        return (
+            f"{run.images:,} of {self._total:,} images ({share:.0%}), {rate:.1f}/s,"
+            f" {total.rejected:,} rejected, {total.unreadable:,} unreadable"
+            + (f", {_duration(left)} left" if left >= 1 else "")
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
