@@ -203,7 +203,7 @@ def _listed(path: Location, naming: _Naming) -> Iterator[Input]:
     """The images that a Parquet file names."""
     wanted = [naming.path_column, *([naming.column] if naming.column else [])]
     try:
-        with pq.ParquetFile(open_file(path, ahead=_AHEAD)) as file:
+        with open_file(path, ahead=_AHEAD) as content, pq.ParquetFile(content) as file:
             missing = [name for name in wanted if name not in file.schema_arrow.names]
             if missing:
                 raise DataError(

@@ -21,6 +21,7 @@ from serving.bulk.inputs import Input, to_table
 from serving.bulk.results import Output, Tallies, add_tallies, whole
 from serving.bulk.stages import (
     TO_DO,
+    Attempts,
     Batch,
     Model,
     Overlays,
@@ -34,9 +35,7 @@ from serving.bulk.versions import Version
 # Of a processor that a thread of the model is given; the rest is for the decoders beside it.
 _MODEL_SHARE = 0.75
 _DECODER_CPUS = 0.25
-# A task or an actor that dies is tried again so often; then its block is left for the next run,
-# and after so many such blocks the run ends.
-_RETRIES = 3
+# Blocks that are given up and left to the next run; with more of them the run ends.
 _LOST_BLOCKS = 10
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -210,6 +209,7 @@ def inspect_all(
         verdicts={category: Verdicts.of(version) for category, version in versions.items()},
         output=output,
         overlays=overlays,
+        attempts=ray.remote(num_cpus=0, max_restarts=-1)(Attempts).remote(),
     )
     pixels = max(size for _, _, size in blocks) ** 2 * 3 * resources.block_images
     _settle_context(resources, pixels)
@@ -221,15 +221,14 @@ def inspect_all(
             batch_format="pyarrow",
             num_cpus=resources.decoder_cpus,
             concurrency=resources.decoders,
-            max_retries=_RETRIES,
         )
         .map_batches(
             Model,
             batch_size=1,
             batch_format="pyarrow",
             fn_constructor_kwargs={
+                "batch": batch,
                 "versions": ray.put(dict(versions)),
-                "overlays": overlays,
                 "batch_size": resources.batch_size,
                 "threads": resources.threads,
                 "device": "cuda" if resources.gpus else "cpu",
@@ -237,16 +236,15 @@ def inspect_all(
             compute=ActorPoolStrategy(size=resources.actors),
             num_cpus=resources.actor_cpus,
             num_gpus=resources.gpus,
-            max_task_retries=_RETRIES,
         )
         .map_batches(
             partial(conclude_block, batch=batch),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=resources.decoder_cpus,
-            max_retries=_RETRIES,
         )
     )
+    given_up = 0
     run = Run(slots={"decode": resources.decoders, "model": resources.actors, "conclude": 1})
     left = {start: stop for start, stop, _ in blocks}
     with _Progress(len(inputs), run, say):
@@ -256,7 +254,15 @@ def inspect_all(
             ):
                 assert isinstance(table, pa.Table)
                 for row in table.to_pylist():
-                    _count(row, run, left)
+                    given_up += row["given_up"]
+                    if given_up > _LOST_BLOCKS:
+                        raise AptError(
+                            f"the processes of {given_up} blocks died again and again, after"
+                            f" {run.images:,} images: see Ray's logs for why, memory maybe; then"
+                            f" run the same command again to go on"
+                        )
+                    if not row["given_up"]:
+                        _count(row, run, left)
         except ray.exceptions.RayError as error:
             raise AptError(
                 f"the batch ended early, after {run.images:,} images: {_reason(error)}; run the"
@@ -285,7 +291,6 @@ def _settle_context(resources: Resources, pixels: int) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_errored_blocks = _LOST_BLOCKS
     context.target_max_block_size = None
     waiting = 2 * resources.decoders + 3 * resources.actors + 2
     context.execution_options.resource_limits = ExecutionResources.for_limits(

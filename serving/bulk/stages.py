@@ -9,7 +9,7 @@ B images of a block, S pixels a side.
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -39,11 +39,20 @@ Overlays = Literal["rejects", "all", "none"]
 _READERS = 4
 _LIMITS = ImageLimits(max_bytes=sys.maxsize)
 
+# What kills its process, as an image may that no decoder survives, would do so for ever.
+_ATTEMPTS = 4
+
 _BLOCK = [("start", pa.int64()), ("stop", pa.int64()), ("size", pa.int32())]
 TO_DO = pa.schema(_BLOCK)
 """A block that is to be inspected: its part of the table of inputs, and S."""
 _DECODED = pa.schema(
-    [*_BLOCK, ("images", pa.string()), ("levels", pa.large_binary()), ("decode_s", pa.float64())]
+    [
+        *_BLOCK,
+        ("images", pa.string()),
+        ("levels", pa.large_binary()),
+        ("decode_s", pa.float64()),
+        ("given_up", pa.bool_()),
+    ]
 )
 _SCORED = pa.schema(
     [
@@ -54,6 +63,7 @@ _SCORED = pa.schema(
         ("map_side", pa.int32()),
         ("decode_s", pa.float64()),
         ("model_s", pa.float64()),
+        ("given_up", pa.bool_()),
     ]
 )
 DONE = pa.schema(
@@ -63,10 +73,24 @@ DONE = pa.schema(
         ("decode_s", pa.float64()),
         ("model_s", pa.float64()),
         ("conclude_s", pa.float64()),
+        ("given_up", pa.bool_()),
         ("failure", pa.string()),
     ]
 )
-"""A block that has its file: sums, seconds of work, and why it could not be written, if so."""
+"""What came of a block: sums, seconds of work, whether it was given up, for its processes died
+again and again, and why it could not be written, if so."""
+
+
+class Attempts:
+    """An actor that counts how often each stage began with each block: Ray tries again for ever."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[tuple[str, int]] = Counter()
+
+    def is_last(self, stage: str, start: int) -> bool:
+        """Count one more; whether these were enough."""
+        self._begun[stage, start] += 1
+        return self._begun[stage, start] > _ATTEMPTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,12 +118,18 @@ class Batch:
         verdicts: by category.
         output: where to.
         overlays: of which images.
+        attempts: a handle of `Attempts`.
     """
 
     inputs: "ray.ObjectRef[Any]"
     verdicts: Mapping[str, Verdicts]
     output: Output
     overlays: Overlays
+    attempts: Any
+
+    def is_given_up(self, stage: str, start: int) -> bool:
+        """Whether a stage has begun with a block too often; it begins once more now."""
+        return bool(ray.get(self.attempts.is_last.remote(stage, start)))
 
     def part(self, start: int, stop: int) -> list[Input]:
         """Inputs of a block."""
@@ -111,8 +141,10 @@ def decode(block: pa.Table, batch: Batch) -> pa.Table:
     """Read the images of a block, and make them as large as the backbone takes them."""
     started = time.perf_counter()
     start, stop, size = _place(block)
+    is_given_up = batch.is_given_up("decode", start)
+    inputs = [] if is_given_up else batch.part(start, stop)
     with ThreadPoolExecutor(_READERS) as readers:
-        found = list(readers.map(lambda each: _decode(each, batch, size), batch.part(start, stop)))
+        found = list(readers.map(lambda each: _decode(each, batch, size), inputs))
     levels = [pixels for _, pixels in found if pixels is not None]
     return pa.table(
         [
@@ -120,6 +152,7 @@ def decode(block: pa.Table, batch: Batch) -> pa.Table:
             [json.dumps([said for said, _ in found])],
             pa.array([np.stack(levels).data if levels else b""], pa.large_binary()),
             [time.perf_counter() - started],
+            [is_given_up],
         ],
         schema=_DECODED,
     )
@@ -129,8 +162,8 @@ class Model:
     """The second stage, an actor: scores of a block, and maps of the images that need one.
 
     Args:
+        batch: what all stages know.
         versions: of all categories, in Ray's object store.
-        overlays: of which images.
         batch_size: images of one forward pass.
         threads: that compute.
         device: of torch.
@@ -139,13 +172,13 @@ class Model:
     def __init__(
         self,
         *,
+        batch: Batch,
         versions: "ray.ObjectRef[Any]",
-        overlays: Overlays,
         batch_size: int,
         threads: int,
         device: str,
     ) -> None:
-        self._all_maps = overlays == "all"
+        self._batch = batch
         self._batch_size, self._threads = batch_size, threads
         torch.set_num_threads(threads)
         backbones: dict[str, Backbone] = {}
@@ -163,10 +196,11 @@ class Model:
         started = time.perf_counter()
         torch.set_num_threads(self._threads)  # of the thread in which Ray calls
         start, stop, size = _place(block)
-        images = json.loads(block["images"][0].as_py())
+        is_given_up = block["given_up"][0].as_py() or self._batch.is_given_up("model", start)
+        images = [] if is_given_up else json.loads(block["images"][0].as_py())
         categories = [each["category"] for each in images if each["error"] is None]
-        levels_BSS3 = np.frombuffer(block["levels"][0].as_buffer(), np.uint8)
-        levels_BSS3 = levels_BSS3.reshape(len(categories), size, size, 3)
+        levels = np.frombuffer(block["levels"][0].as_buffer(), np.uint8)
+        levels_BSS3 = levels.reshape(-1, size, size, 3)
         scores: list[float] = []
         maps: list[NDArray[np.float32]] = []
         for first in range(0, len(categories), self._batch_size):
@@ -184,6 +218,7 @@ class Model:
                 pa.array([maps[0].shape[-1] if maps else 0], pa.int32()),
                 block["decode_s"],
                 [time.perf_counter() - started],
+                [is_given_up],
             ],
             schema=_SCORED,
         )
@@ -207,7 +242,7 @@ class Model:
             )
             rejects = detector.prompt_set.threshold.rejects
             for row, map_SS, score in zip(some, maps_BSS, scores_B.tolist(), strict=True):
-                is_drawn = self._all_maps or rejects(score)
+                is_drawn = self._batch.overlays == "all" or rejects(score)
                 found[row] = (score, map_SS.cpu().numpy() if is_drawn else None)
         return [found[row] for row in range(len(categories))]
 
@@ -216,14 +251,16 @@ def conclude_block(block: pa.Table, batch: Batch) -> pa.Table:
     """Find regions, draw overlays, and write the file of a block."""
     started = time.perf_counter()
     start, stop, size = _place(block)
-    inputs = batch.part(start, stop)
+    is_given_up = block["given_up"][0].as_py() or batch.is_given_up("conclude", start)
     tallies, failure = {}, None
-    try:
-        rows = to_rows(_rows(block, inputs, batch))
-        batch.output.write(digest(inputs, str(size)), rows)
-        tallies = tally_rows(rows)
-    except WriteError as error:
-        failure = str(error)
+    if not is_given_up:
+        try:
+            inputs = batch.part(start, stop)
+            rows = to_rows(_rows(block, inputs, batch))
+            batch.output.write(digest(inputs, str(size)), rows)
+            tallies = tally_rows(rows)
+        except WriteError as error:
+            failure = str(error)
     return pa.table(
         [
             *_columns(start, stop, size),
@@ -231,6 +268,7 @@ def conclude_block(block: pa.Table, batch: Batch) -> pa.Table:
             block["decode_s"],
             block["model_s"],
             [time.perf_counter() - started],
+            [is_given_up],
             pa.array([failure], pa.string()),
         ],
         schema=DONE,
