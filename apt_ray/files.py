@@ -144,7 +144,7 @@ class _Parts(io.RawIOBase):
     """An object of S3, of which each read is a request."""
 
     def __init__(self, path: S3Path) -> None:
-        self._path, self._place, self._size = path, 0, path.size()
+        self._path, self._place, self._size = path, 0, path._size()
 
     def readable(self) -> bool:
         return True
@@ -272,7 +272,7 @@ def put(path: AnyPath, content: bytes) -> None:
     """
     path = location(path)
     if isinstance(path, S3Path):
-        path.write_bytes(content)
+        path._write(content)
     else:
         write_whole(path, content)
 
@@ -356,11 +356,11 @@ class S3Path:
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
 
-    def size(self) -> int:
+    def _size(self) -> int:
         """Bytes of the object; DataError if there is none."""
         return int(self._ask("head_object", Key=self._key)["ContentLength"])
 
-    def write_bytes(self, content: bytes) -> None:
+    def _write(self, content: bytes) -> None:
         """Put the object there in one request; WriteError if S3 cannot be reached or refuses."""
         try:
             self._ask("put_object", Key=self._key, Body=content)

@@ -23,8 +23,12 @@ from apt_ray.errors import DataError, WriteError
 from apt_ray.files import (
     Location,
     S3Path,
+    files_below,
     location,
+    open_file,
+    put,
     read_file,
+    read_part,
     s3_client,
     write_json,
     write_whole,
@@ -209,6 +213,28 @@ def test_an_object_that_went_away_is_named(uploaded: str) -> None:
 def test_a_bucket_cannot_be_read(uploaded: str) -> None:
     with pytest.raises(DataError, match="cannot name an object"):
         location(f"s3://{BUCKET}").read_bytes()
+
+
+def test_files_are_written_and_read_in_parts_as_local_ones(uploaded: str, tmp_path: Path) -> None:
+    for root in (location(uploaded) / "new", tmp_path):
+        path = root / "deep" / "file.bin"
+        put(path, bytes(range(100)))
+        put(path, bytes(range(200)))
+        assert path.read_bytes() == bytes(range(200))
+        assert read_part(path, 150, 20) == bytes(range(150, 170))
+        with open_file(path, ahead=16) as file:
+            assert file.read(3) == b"\0\1\2"
+            file.seek(-5, os.SEEK_END)
+            assert file.read() == bytes(range(195, 200))
+            assert file.seek(10) == 10
+            assert file.read(40) == bytes(range(10, 50))
+        assert list(files_below(root)) == [str(path)]
+        with pytest.raises(DataError, match="cannot read"):
+            open_file(root / "none", ahead=16)
+        with pytest.raises(DataError, match="cannot read"):
+            read_part(root / "none", 0, 1)
+    with pytest.raises(WriteError, match=r"cannot write s3://nowhere/x: it is not there"):
+        put("s3://nowhere/x", b"")
 
 
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)

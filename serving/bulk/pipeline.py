@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pyarrow as pa
@@ -82,43 +82,48 @@ class Asked:
     def of_cluster(self) -> Resources:
         """What is taken of the cluster that this process is connected to.
 
-        Raises SettingsError if no node could hold an actor and none of the cluster's kind may come.
+        Raises SettingsError if no node has an actor's share free, unless their number is given.
         """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        # Ray has no public name for what is free on each node.
+        nodes = list(ray._private.state.available_resources_per_node().values())  # type: ignore[no-untyped-call]
         gpus = self.gpus
         if gpus is None:
             gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
-        most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-        threads = self.threads or (1 if gpus else max(1, min(4, most)))
-        cpus = 1.0 if gpus else threads * _MODEL_SHARE
-        fitting = sum(
-            int(
-                min(
-                    node.get("CPU", 0) // cpus,
-                    node.get("GPU", 0) // gpus if gpus else math.inf,
-                )
-            )
-            for node in nodes
-        )
-        actors = self.actors or fitting
-        if actors < 1:
-            wanted = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-            raise SettingsError(
-                f"no node of the cluster has {wanted} for an actor: ask for less with"
-                f" --cpus-per-actor or --gpus-per-actor, or say --actors N where an autoscaler"
-                f" brings such nodes"
-            )
-        left = sum(node.get("CPU", 0) for node in nodes) - actors * cpus
         decoder_cpus = 1.0 if gpus else _DECODER_CPUS
+        free = [node.get("CPU", 0) for node in nodes]
+        # Somewhere a decoder must find room beside the actors.
+        most = max([*free, 0]) - decoder_cpus
+        threads = self.threads or (1 if gpus else min(4, max(1, int(most / _MODEL_SHARE))))
+        cpus = 1.0 if gpus else threads * _MODEL_SHARE
+        actors = self.actors or min(
+            _fitting(nodes, cpus, gpus),
+            int((sum(free) - decoder_cpus) / cpus),
+        )
+        if actors < 1:
+            wanted = f"{cpus + decoder_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+            raise SettingsError(
+                f"no node of the cluster has {wanted} free for an actor and a decoder: ask for less"
+                f" with --cpus-per-actor or --gpus-per-actor, wait until others are done, or say"
+                f" --actors N where an autoscaler brings nodes"
+            )
         return Resources(
             actors=actors,
             threads=threads,
             gpus=gpus,
-            # Two stages share what is left, and one of each must find room.
-            decoders=max(1, int(left / decoder_cpus) - 1),
+            # Two stages share what is left, and one of each should find room.
+            decoders=max(1, int((sum(free) - actors * cpus) / decoder_cpus) - 1),
             batch_size=self.batch_size or (64 if gpus else 8),
             block_images=self.block_images,
         )
+
+
+def _fitting(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
+    """How many actors nodes hold."""
+    on_gpus = [int(node.get("GPU", 0) / gpus + 1e-9) if gpus else math.inf for node in nodes]
+    return sum(
+        int(min(node.get("CPU", 0) // cpus, most))
+        for node, most in zip(nodes, on_gpus, strict=True)
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,7 +132,9 @@ class Run:
 
     Attributes:
         images: that have a row now and had none before.
-        seconds: of the whole run, from the first block on.
+        seconds: of the whole run, the start of its processes included.
+        ended: of each block that ended, when (of `time.monotonic`) and the images by then; the
+            first and the last.
         stage_s: seconds of work by stage, over all processes.
         slots: how many work at once, by stage.
         lost: inputs of blocks that were given up, because their processes died again and again.
@@ -136,6 +143,7 @@ class Run:
 
     images: int = 0
     seconds: float = 0.0
+    ended: list[tuple[float, int]] = field(default_factory=list)
     stage_s: dict[str, float] = field(
         default_factory=lambda: {"decode": 0.0, "model": 0.0, "conclude": 0.0}
     )
@@ -150,6 +158,14 @@ class Run:
             stage: seconds / max(1e-9, self.seconds * self.slots[stage])
             for stage, seconds in self.stage_s.items()
         }
+
+    @property
+    def steady_rate(self) -> float | None:
+        """Images a second once blocks come; None until there are two."""
+        if len(self.ended) < 2:
+            return None
+        (began, first), (now, images) = self.ended
+        return (images - first) / max(1e-9, now - began)
 
     @property
     def slowest(self) -> str:
@@ -204,6 +220,12 @@ def inspect_all(
         AptError: too many blocks were lost, or the actors cannot begin.
     """
     blocks = cut(inputs, versions, resources.block_images)
+    # More of them than there are blocks would have nothing to do.
+    resources = replace(
+        resources,
+        actors=min(resources.actors, len(blocks)),
+        decoders=min(resources.decoders, len(blocks)),
+    )
     batch = Batch(
         inputs=ray.put(to_table(inputs)),
         verdicts={category: Verdicts.of(version) for category, version in versions.items()},
@@ -281,6 +303,7 @@ def _count(row: dict[str, object], run: Run, left: dict[int, int]) -> None:
     start = row["start"]
     assert isinstance(start, int)
     run.images += left.pop(start) - start
+    run.ended = [*run.ended[:1], (time.monotonic(), run.images)]
     add_tallies(run.tallies, read_tallies(str(row["tallies"])))
     for stage in run.stage_s:
         run.stage_s[stage] += float(str(row[f"{stage}_s"]))
@@ -346,7 +369,7 @@ class _Progress:
         share = run.images / self._total
         if not run.images:
             return f"0 of {self._total:,} images after {seconds:.0f} s: the model is being loaded"
-        rate = run.images / seconds
+        rate = run.steady_rate or run.images / seconds
         left = (self._total - run.images) / rate
         return (
             f"{run.images:,} of {self._total:,} images ({share:.0%}), {rate:.1f}/s,"
