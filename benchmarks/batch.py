@@ -5,8 +5,8 @@ it reads, decodes and inspects in turn. The batch is `serving.bulk` on a Ray of 
 that its processes take to start does not count, for both inspect a while before the clock runs.
 Both take turns, so that whatever else the machine does hits both.
 
-`--memory N` inspects N generated images instead, by a small model that a few steps of training
-made, adds up the proportional set sizes of all processes (shared pages are counted once) each
+`--memory N` inspects N generated images instead, by the built-in towers alone, which take
+128 px: it adds up the proportional set sizes of all processes (shared pages are counted once) each
 second, and draws them into docs/batch-memory.png.
 """
 
@@ -142,7 +142,7 @@ def _prepare(folder: Path, spec: BackboneSpec) -> PromptSet:
 
 
 def _memory(options: argparse.Namespace, folder: Path) -> None:
-    _prepare(folder, BackboneSpec(reference_encoder="backbone", input_size=64))
+    _prepare(folder, BackboneSpec(reference_encoder="backbone"))
     _generate(folder / "images", options.memory)
     batch = subprocess.Popen(
         [
@@ -150,6 +150,7 @@ def _memory(options: argparse.Namespace, folder: Path) -> None:
             *("--input", str(folder / "images"), "--output", str(folder / "out")),
             *("--prompt-set", str(folder / f"{_CATEGORY}.safetensors")),
         ],
+        env=os.environ | {"RAY_worker_niceness": "0"},
     )
     samples: list[tuple[float, float, int]] = []
     started = time.monotonic()

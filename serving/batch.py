@@ -178,7 +178,7 @@ def _connect(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a Ray that does not start in time raises nothing else
         raise SettingsError(f"cannot connect to Ray at {address} ({error}): {remedy}") from error
 
 

@@ -267,7 +267,8 @@ def inspect_all(
         )
     )
     given_up = 0
-    run = Run(slots={"decode": resources.decoders, "model": resources.actors, "conclude": 1})
+    room = resources.decoders
+    run = Run(slots={"decode": room, "model": resources.actors, "conclude": room})
     left = {start: stop for start, stop, _ in blocks}
     with _Progress(len(inputs), run, say):
         try:
@@ -302,7 +303,10 @@ def _count(row: dict[str, object], run: Run, left: dict[int, int]) -> None:
         )
     start = row["start"]
     assert isinstance(start, int)
-    run.images += left.pop(start) - start
+    stop = left.pop(start, None)
+    if stop is None:
+        return
+    run.images += stop - start
     run.ended = [*run.ended[:1], (time.monotonic(), run.images)]
     add_tallies(run.tallies, read_tallies(str(row["tallies"])))
     for stage in run.stage_s:
