@@ -372,7 +372,7 @@ class _Progress:
         run, total = self._run, whole(dict(self._run.tallies))
         share = run.images / self._total
         if not run.images:
-            return f"0 of {self._total:,} images after {seconds:.0f} s: the model is being loaded"
+            return f"0 of {self._total:,} images after {seconds:.0f} s: no block is done yet"
         rate = run.steady_rate or run.images / seconds
         left = (self._total - run.images) / rate
         return (

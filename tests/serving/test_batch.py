@@ -50,7 +50,7 @@ def summary_of(output: Path) -> dict[str, Any]:
     return summary
 
 
-def wait_until(is_so: Callable[[], object], *, timeout_s: float = 120) -> None:
+def wait_until(is_so: Callable[[], object], *, timeout_s: float = 300) -> None:
     until = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < until
