@@ -89,6 +89,7 @@ def _throughput(options: argparse.Namespace, folder: Path) -> None:
         threads=options.threads,
         gpus=0,
         decoders=1,
+        writers=1,
         batch_size=options.batch,
         block_images=options.block_images,
     )

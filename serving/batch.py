@@ -102,7 +102,8 @@ def _inspect(options: argparse.Namespace) -> int:
         _say(
             f"{resources.actors} actors of"
             f" {f'{resources.gpus:g} GPUs' if resources.gpus else f'{resources.threads} threads'},"
-            f" batches of {resources.batch_size}, {resources.decoders} decoders, blocks of"
+            f" batches of {resources.batch_size}, {resources.decoders} decoders,"
+            f" {resources.writers} writers, blocks of"
             f" {resources.block_images} images"
         )
         ran = inspect_all(left, versions, output, resources, overlays=options.overlays, say=_say)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import pyarrow as pa
 import ray
@@ -23,11 +22,11 @@ from serving.bulk.stages import (
     TO_DO,
     Attempts,
     Batch,
+    Decoder,
     Model,
     Overlays,
     Verdicts,
-    conclude_block,
-    decode,
+    Writer,
     read_tallies,
 )
 from serving.bulk.versions import Version
@@ -48,7 +47,7 @@ class Resources:
         actors: that hold the model.
         threads: of each.
         gpus: of each.
-        decoders: tasks that decode at once.
+        decoders, writers: processes of the stages before and behind the model.
         batch_size: images of one forward pass.
         block_images: images of a block, at most.
     """
@@ -57,6 +56,7 @@ class Resources:
     threads: int
     gpus: float
     decoders: int
+    writers: int
     batch_size: int
     block_images: int
 
@@ -91,27 +91,29 @@ class Asked:
             gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
         decoder_cpus = 1.0 if gpus else _DECODER_CPUS
         free = [node.get("CPU", 0) for node in nodes]
-        # Somewhere a decoder must find room beside the actors.
-        most = max([*free, 0]) - decoder_cpus
+        # A decoder and a writer must find room beside the actors.
+        most = max([*free, 0]) - 2 * decoder_cpus
         threads = self.threads or (1 if gpus else min(4, max(1, int(most / _MODEL_SHARE))))
         cpus = 1.0 if gpus else threads * _MODEL_SHARE
         actors = self.actors or min(
             _fitting(nodes, cpus, gpus),
-            int((sum(free) - decoder_cpus) / cpus),
+            int((sum(free) - 2 * decoder_cpus) / cpus),
         )
         if actors < 1:
-            wanted = f"{cpus + decoder_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+            wanted = f"{cpus + 2 * decoder_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
             raise SettingsError(
-                f"no node of the cluster has {wanted} free for an actor and a decoder: ask for less"
-                f" with --cpus-per-actor or --gpus-per-actor, wait until others are done, or say"
-                f" --actors N where an autoscaler brings nodes"
+                f"no node of the cluster has {wanted} free for an actor, a decoder and a writer:"
+                f" ask for less with --cpus-per-actor or --gpus-per-actor, wait until others are"
+                f" done, or say --actors N where an autoscaler brings nodes"
             )
+        others = max(2, int((sum(free) - actors * cpus) / decoder_cpus))
+        writers = max(1, others // 4)
         return Resources(
             actors=actors,
             threads=threads,
             gpus=gpus,
-            # Two stages share what is left, and one of each should find room.
-            decoders=max(1, int((sum(free) - actors * cpus) / decoder_cpus) - 1),
+            decoders=others - writers,
+            writers=writers,
             batch_size=self.batch_size or (64 if gpus else 8),
             block_images=self.block_images,
         )
@@ -225,6 +227,7 @@ def inspect_all(
         resources,
         actors=min(resources.actors, len(blocks)),
         decoders=min(resources.decoders, len(blocks)),
+        writers=min(resources.writers, len(blocks)),
     )
     batch = Batch(
         inputs=ray.put(to_table(inputs)),
@@ -238,11 +241,12 @@ def inspect_all(
     done = (
         ray.data.from_arrow([_row(block) for block in blocks])
         .map_batches(
-            partial(decode, batch=batch),
+            Decoder,
             batch_size=1,
             batch_format="pyarrow",
+            fn_constructor_kwargs={"batch": batch},
+            compute=ActorPoolStrategy(size=resources.decoders),
             num_cpus=resources.decoder_cpus,
-            concurrency=resources.decoders,
         )
         .map_batches(
             Model,
@@ -260,15 +264,22 @@ def inspect_all(
             num_gpus=resources.gpus,
         )
         .map_batches(
-            partial(conclude_block, batch=batch),
+            Writer,
             batch_size=1,
             batch_format="pyarrow",
+            fn_constructor_kwargs={"batch": batch},
+            compute=ActorPoolStrategy(size=resources.writers),
             num_cpus=resources.decoder_cpus,
         )
     )
     given_up = 0
-    room = resources.decoders
-    run = Run(slots={"decode": room, "model": resources.actors, "conclude": room})
+    run = Run(
+        slots={
+            "decode": resources.decoders,
+            "model": resources.actors,
+            "conclude": resources.writers,
+        }
+    )
     left = {start: stop for start, stop, _ in blocks}
     with _Progress(len(inputs), run, say):
         try:

@@ -1,5 +1,8 @@
 """The three stages of a block: decode, model, conclude. Each row that passes between is a block.
 
+All are actors. As tasks, the first and the last would start a process for nearly each block on a
+small node, where Ray ends what idles for a second, and importing PyTorch takes longer than a block.
+
 Ray Data cuts and merges its own blocks as their bytes suggest, but a row stays whole: a row that
 holds the pixels of all images of a block meets its end as one file.
 
@@ -158,8 +161,36 @@ def decode(block: pa.Table, batch: Batch) -> pa.Table:
     )
 
 
+class Decoder:
+    """The first stage: images of a block, as large as the backbone takes them.
+
+    Args:
+        batch: what all stages know.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return decode(block, self._batch)
+
+
+class Writer:
+    """The last stage: regions, overlays and the file of a block.
+
+    Args:
+        batch: what all stages know.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return conclude_block(block, self._batch)
+
+
 class Model:
-    """The second stage, an actor: scores of a block, and maps of the images that need one.
+    """The second stage: scores of a block, and maps of the images that need one.
 
     Args:
         batch: what all stages know.

@@ -36,7 +36,7 @@ from tests.registry.fake import FakeRegistry
 from tests.serving.bulk.test_inputs import write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = Resources(actors=1, threads=1, gpus=0, decoders=2, batch_size=4, block_images=4)
+SMALL = Resources(actors=1, threads=1, gpus=0, decoders=2, writers=1, batch_size=4, block_images=4)
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -229,8 +229,8 @@ def test_what_cannot_be_done_is_said_before_anything_is(
 def test_an_actor_that_fits_nowhere_is_refused(ray_local: None) -> None:
     from apt_ray.errors import SettingsError
 
-    assert Asked(actors=2, threads=1, gpus=0).of_cluster().decoders >= 1
-    with pytest.raises(SettingsError, match="no node of the cluster has 2 CPUs and 1 GPUs free"):
+    assert Asked(actors=2, threads=1, gpus=0).of_cluster().writers >= 1
+    with pytest.raises(SettingsError, match="no node of the cluster has 3 CPUs and 1 GPUs free"):
         Asked(gpus=1).of_cluster()
 
 
