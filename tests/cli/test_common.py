@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 # A command that is in the middle of writing a file.
+# What runs in the background of a shell inherits that it ignores Ctrl-C.
 _COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from apt_ray.cli.common import run
 from apt_ray.files import writing
 
