@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     settle()
 
     def command() -> int | None:
-        if "ray_address" in arguments:
+        if "ray_address" in arguments or arguments.run is _render_command:
             require("ray", "fastapi", "python_multipart", "mlflow", extra="serve")
         code: int | None = arguments.run(arguments)
         return code
@@ -59,6 +59,28 @@ def _deploy_command(arguments: argparse.Namespace) -> None:
     width = max(map(len, pages | routes))
     for name, path in (pages | routes).items():
         print(f"{name:{width}}  {address.url}{path}")
+
+
+def _render_command(arguments: argparse.Namespace) -> None:
+    fleet = Fleet.read(arguments.file)
+    from apt_ray.registry import open_registry
+    from serving.deploy.deployment import resolve
+    from serving.deploy.kubernetes import demand, render
+    from serving.deploy.plan import pools_of
+
+    tracking_uri = arguments.mlflow or os.environ.get("MLFLOW_TRACKING_URI", "")
+    registry = open_registry(tracking_uri)
+    if isinstance(fleet.categories, dict):
+        entries, absent = fleet.categories, dict[str, str]()
+    else:
+        registry.check()
+        entries, absent = resolve(fleet, registry)
+    pools = pools_of(fleet, entries)
+    text = render(fleet, pools, tracking_uri=tracking_uri, gpus=arguments.gpu)
+    for name, reason in absent.items():
+        _say(f"left out: {name}: {reason}")
+    _say(demand(pools, gpus=arguments.gpu))
+    print(text, end="")
 
 
 def _status_command(arguments: argparse.Namespace) -> None:
@@ -126,12 +148,6 @@ def _parser() -> argparse.ArgumentParser:
         " such as 0.0.0.0, needs tokens in the fleet file",
     )
     deploy_parser.add_argument(
-        "--mlflow",
-        metavar="URI",
-        help="address of the MLflow server, as the cluster's nodes reach it (default:"
-        " MLFLOW_TRACKING_URI)",
-    )
-    deploy_parser.add_argument(
         "--timeout",
         type=number(float),
         default=300,
@@ -140,10 +156,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     deploy_parser.set_defaults(run=_deploy_command)
 
+    render_parser = commands.add_parser(
+        "render",
+        help="print a fleet file as KubeRay takes it",
+        description="Print what a fleet file decides of a RayService, as a patch for the overlays"
+        " of serving/kubernetes: Serve's configuration is the one that `deploy` would make. No"
+        " cluster is needed, and the registry is asked only for `categories: all`.",
+    )
+    render_parser.add_argument("file", type=Path, help="the fleet file; it needs tokens")
+    device = render_parser.add_mutually_exclusive_group(required=True)
+    device.add_argument("--cpu", action="store_true", help="for worker pods without GPUs")
+    device.add_argument("--gpu", action="store_true", help="for worker pods with GPUs")
+    render_parser.set_defaults(run=_render_command)
+
     status_parser = commands.add_parser("status", help="show what is served and how it is doing")
     status_parser.set_defaults(run=_status_command)
     down_parser = commands.add_parser("down", help="stop serving")
     down_parser.set_defaults(run=_down_command)
+    for command in (deploy_parser, render_parser):
+        command.add_argument(
+            "--mlflow",
+            metavar="URI",
+            help="address of the MLflow server, as the cluster's nodes reach it (default:"
+            " MLFLOW_TRACKING_URI)",
+        )
     for command in (deploy_parser, status_parser, down_parser):
         command.add_argument(
             "--ray-address",
