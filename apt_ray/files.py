@@ -42,6 +42,8 @@ _PROBE_BYTES = 2**16
 _REFUSED = frozenset(
     {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 )
+# What the client repeats, a while, before it gives up.
+_BUSY = frozenset({"503", "SlowDown", "Throttling", "RequestLimitExceeded", "ServiceUnavailable"})
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound"})
 
 
@@ -321,6 +323,8 @@ class S3Path:
                 )
             elif code in _MISSING:
                 reason = f"it is not there ({code}): check bucket and prefix"
+            elif code in _BUSY:
+                reason = f"S3 has too much to do ({code}): wait, then retry"
             else:
                 reason = f"{error}: check the bucket, or retry"
             raise DataError(f"cannot read {self}: {reason}") from error
@@ -347,7 +351,7 @@ def s3_client() -> Any:
     import boto3
     from botocore.config import Config
 
-    retries = {"mode": "standard", "max_attempts": _ATTEMPTS}
+    retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
     session = boto3.session.Session()
     return session.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
 

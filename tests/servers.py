@@ -4,9 +4,12 @@ import os
 import pwd
 import secrets
 import shutil
+import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,9 +111,97 @@ def rclone(folder: Path) -> Iterator[dict[str, str]]:
         yield environment
 
 
+class FaultyS3(socketserver.ThreadingTCPServer):
+    """Passes requests on to an S3 server, but not all of them well; a `with` block serves.
+
+    Args:
+        target: address of that server.
+        slow_downs: so many requests, the first ones, are answered as S3 does under too much load.
+        breaks: the first so many long answers are cut in their middle.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, target: str, *, slow_downs: int = 0, breaks: int = 0) -> None:
+        super().__init__((HOST, 0), _FaultyAnswers)
+        self.target = (HOST, int(target.rpartition(":")[2]))
+        self.slow_downs, self.breaks = slow_downs, breaks
+        self.faults = 0
+        self.url = f"http://{HOST}:{self.server_address[1]}"
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
+
+    def __enter__(self) -> "FaultyS3":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class _FaultyAnswers(socketserver.StreamRequestHandler):
+    """One request of a connection, which then is closed."""
+
+    def handle(self) -> None:
+        server = self.server
+        assert isinstance(server, FaultyS3)
+        request, is_head = self._read()
+        if not request:
+            return
+        if server.slow_downs:
+            server.slow_downs -= 1
+            server.faults += 1
+            body = (
+                b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+            )
+            head = (
+                b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body)
+            )
+            self.wfile.write(head if is_head else head + body)
+            return
+        with socket.create_connection(server.target) as passed_on:
+            passed_on.sendall(request)
+            answer = b"".join(iter(lambda: passed_on.recv(2**16), b""))
+        begin = answer.index(b"\r\n\r\n") + 4
+        if server.breaks and len(answer) - begin > 5000:
+            server.breaks -= 1
+            server.faults += 1
+            answer = answer[: begin + 3000]
+        self.wfile.write(answer)
+
+    def _read(self) -> tuple[bytes, bool]:
+        """The request as it came, but for its connection; whether it wants headers alone."""
+        first, headers = self.rfile.readline(), []
+        while (line := self.rfile.readline()) not in (b"\r\n", b""):
+            headers.append(line)
+        values = {
+            name.lower(): value.strip() for name, _, value in (h.partition(b":") for h in headers)
+        }
+        if b"expect" in values:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if values.get(b"transfer-encoding") == b"chunked":
+            body = b""
+            while True:
+                size = self.rfile.readline()
+                chunk = self.rfile.read(int(size.partition(b";")[0], 16) + 2)
+                body += size + chunk
+                if chunk == b"\r\n":
+                    break
+        else:
+            body = self.rfile.read(int(values.get(b"content-length", 0)))
+        kept = [
+            h for h in headers if h.partition(b":")[0].lower() not in (b"expect", b"connection")
+        ]
+        request = b"".join([first, *kept, b"Connection: close\r\n\r\n", body]) if first else b""
+        return request, first.startswith(b"HEAD")
+
+
 def s3_environment(url: str, key: str, secret: str) -> dict[str, str]:
     return {
         "MLFLOW_S3_ENDPOINT_URL": url,
+        "AWS_ENDPOINT_URL_S3": url,
         "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -119,6 +210,10 @@ def s3_environment(url: str, key: str, secret: str) -> dict[str, str]:
 
 def make_bucket(environment: dict[str, str]) -> None:
     _client(environment).create_bucket(Bucket=BUCKET)
+
+
+def upload(environment: dict[str, str], key: str, content: bytes) -> None:
+    _client(environment).put_object(Bucket=BUCKET, Key=key, Body=content)
 
 
 def stored(environment: dict[str, str]) -> list[str]:

@@ -1,16 +1,14 @@
 """Files: images in S3 come from real servers, moto's for what works, rclone's for refusals."""
 
-import hashlib
 import os
 import pickle
 import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 
 import boto3
@@ -33,6 +31,7 @@ from apt_ray.files import (
 from apt_ray.images import read_image
 from apt_ray.validation.evaluation import TestSet
 from tests.disks import full_disk
+from tests.servers import FaultyS3
 
 BUCKET = "images"
 RCLONE = Path(sys.executable).parent / "rclone"
@@ -292,61 +291,49 @@ def test_a_server_that_is_away_is_named(
         ask(location(f"s3://{BUCKET}/x"))
 
 
-class BreakingProxy:
-    """Passes bytes on to a server, but cuts the first `breaks` long answers in their middle."""
+@pytest.fixture
+def faulty(
+    uploaded: str, credentials: pytest.MonkeyPatch, moto: str
+) -> Iterator[Callable[..., FaultyS3]]:
+    """Puts a server with faults before the one where things are uploaded."""
+    with ExitStack() as running:
 
-    def __init__(self, target: str, breaks: int) -> None:
-        self._target = ("127.0.0.1", int(target.rpartition(":")[2]))
-        self._breaks = breaks
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.cut = 0
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        def put_before(**faults: int) -> FaultyS3:
+            server = running.enter_context(FaultyS3(moto, **faults))
+            credentials.setenv("AWS_ENDPOINT_URL_S3", server.url)
+            s3_client.cache_clear()
+            return server
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
-
-    def _serve(self) -> None:
-        """One connection after the other, one request each: all that the test sends."""
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            with client, socket.create_connection(self._target) as server:
-                request = client.recv(65536).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-                server.sendall(request)
-                answer = b"".join(iter(lambda server=server: server.recv(65536), b""))
-                body = answer.index(b"\r\n\r\n") + 4 if answer else 0
-                if len(answer) - body > 5000 and self.cut < self._breaks:
-                    self.cut += 1
-                    answer = answer[: body + 3000]
-                client.sendall(answer)
+        yield put_before
 
 
-@pytest.mark.parametrize("breaks", [2, 99])
 def test_a_broken_transfer_is_begun_again_and_never_half_read(
-    uploaded: str, credentials: pytest.MonkeyPatch, moto: str, category: Category, breaks: int
+    uploaded: str, faulty: Callable[..., FaultyS3], category: Category
 ) -> None:
-    proxy = BreakingProxy(moto, breaks)
-    try:
-        credentials.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
-        s3_client.cache_clear()
-        path = location(f"{uploaded}/{category.name}/train/good/{category.good[0].name}")
-        if breaks == 99:
-            with pytest.raises(DataError, match=r"broke off 4 times .*check the network"):
-                path.read_bytes()
-            assert proxy.cut == 4
-        else:
-            expected = hashlib.sha256(category.good[0].read_bytes()).digest()
-            assert hashlib.sha256(path.read_bytes()).digest() == expected
-            assert proxy.cut == 2
-    finally:
-        s3_client.cache_clear()
-        proxy.close()
+    path = location(f"{uploaded}/{category.name}/train/good/{category.good[0].name}")
+    server = faulty(breaks=2)
+    assert path.read_bytes() == category.good[0].read_bytes()
+    assert server.faults == 2
+    server = faulty(breaks=99)
+    with pytest.raises(DataError, match=r"broke off 4 times .*check the network"):
+        path.read_bytes()
+    assert server.faults == 4
+
+
+def test_throttled_requests_are_repeated(
+    uploaded: str, faulty: Callable[..., FaultyS3], category: Category
+) -> None:
+    server = faulty(slow_downs=2)
+    (found,) = find_categories(location(uploaded))
+    assert found.good[0].read_bytes() == category.good[0].read_bytes()
+    assert server.faults == 2
+
+
+def test_what_stays_throttled_is_named(uploaded: str, faulty: Callable[..., FaultyS3]) -> None:
+    server = faulty(slow_downs=99)
+    with pytest.raises(DataError, match=r"S3 has too much to do \(SlowDown\): wait, then retry"):
+        find_categories(location(uploaded))
+    assert server.faults == 4
 
 
 def mode(path: Path) -> int:

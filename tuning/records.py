@@ -179,8 +179,14 @@ class SearchStore:
             ) from error
 
     def plan(self) -> SearchPlan:
-        """What is searched; SettingsError if there is no such search."""
-        content = self.read(_SEARCH)
+        """What is searched; SettingsError if there is no such search, or the storage is away."""
+        try:
+            content = self.read(_SEARCH)
+        except OSError as error:
+            raise SettingsError(
+                f"cannot read the storage {self.storage} ({error}): check that it can be reached"
+                " from here and, for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
         if content is None:
             raise SettingsError(
                 f"there is no search {self.name} in {self.storage}"

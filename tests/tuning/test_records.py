@@ -1,8 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from apt_ray.errors import SettingsError
+from tests.servers import BUCKET, FaultyS3, make_bucket, rclone, s3_environment
 from tuning.calls import RungResult
 from tuning.records import SearchPlan, SearchStore, TrialRecord
 from tuning.settings import SearchSettings
@@ -126,3 +129,74 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_options_of_an_address_stay_behind_the_name() -> None:
     store = SearchStore("s3://bucket/searches?scheme=http", "monday")
     assert store.uri == "s3://bucket/searches/monday?scheme=http"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an S3 server with a bucket."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    environment = s3_environment(address, "key", "secret")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    make_bucket(environment)
+    yield address
+    server.stop()
+
+
+def in_s3(address: str, *, bucket: str = BUCKET) -> SearchStore:
+    host = address.removeprefix("http://")
+    return SearchStore(f"s3://{bucket}/searches?scheme=http&endpoint_override={host}", "monday")
+
+
+STATE = bytes(range(256)) * 100
+
+
+def test_a_storage_in_s3_outlives_a_bad_network(bucket: str) -> None:
+    with FaultyS3(bucket, slow_downs=2) as server:
+        in_s3(server.url).create(PLAN)
+        in_s3(server.url).save_trial(RECORD.reported(result(), 1, is_last=False), STATE)
+        assert server.faults == 2
+    with FaultyS3(bucket, slow_downs=1, breaks=1) as server:
+        store = in_s3(server.url)
+        assert store.plan() == PLAN
+        (record,) = store.trials("washer")
+        assert store.state(record) == STATE
+        assert server.faults == 2
+
+
+@pytest.mark.slow
+def test_a_storage_in_s3_never_gives_or_keeps_half_a_file(bucket: str) -> None:
+    in_s3(bucket).write("state", STATE)
+    with FaultyS3(bucket, breaks=999) as server, pytest.raises(OSError, match="partial file"):
+        in_s3(server.url).read("state")
+    with FaultyS3(bucket, slow_downs=999) as server:
+        with pytest.raises(OSError, match="request rate"):
+            in_s3(server.url).write("state", b"new")
+        with pytest.raises(SettingsError, match=r"cannot write to the storage .*request rate"):
+            in_s3(server.url).create(PLAN)
+        with pytest.raises(SettingsError, match=r"cannot read the storage .*can be reached"):
+            in_s3(server.url).plan()
+    assert in_s3(bucket).read("state") == STATE
+
+
+def test_a_bucket_that_is_missing_is_named(bucket: str) -> None:
+    with pytest.raises(SettingsError, match=r"cannot write to the storage s3://nowhere/.*BUCKET"):
+        in_s3(bucket, bucket="nowhere").create(PLAN)
+    with pytest.raises(SettingsError, match="there is no search monday in s3://nowhere/"):
+        in_s3(bucket, bucket="nowhere").plan()
+
+
+def test_wrong_credentials_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rclone(tmp_path) as environment:
+        address = environment["MLFLOW_S3_ENDPOINT_URL"]
+        for name, value in s3_environment(address, "key", "wrong").items():
+            monkeypatch.setenv(name, value)
+        for ask in (lambda store: store.create(PLAN), SearchStore.plan):
+            with pytest.raises(SettingsError, match=r"the storage s3://.*(DENIED|SIGNATURE)"):
+                ask(in_s3(address))
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", environment["AWS_SECRET_ACCESS_KEY"])
+        with pytest.raises(SettingsError, match="there is no search monday"):
+            in_s3(address).plan()

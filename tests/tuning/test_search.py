@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from apt_ray.config import FitSettings
+from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import (
     HOST,
@@ -26,7 +27,9 @@ from apt_ray.devtools.local_stack import (
 )
 from apt_ray.registry import CANDIDATE, CHAMPION, open_registry
 from apt_ray.registry.mlflow.names import TRIALS_EXPERIMENT
+from tests.nodes import three_nodes
 from tests.registry.registering import register, spoilt
+from tests.servers import BUCKET, moto, upload
 from tests.serving.fleets import ray_workers
 from tuning.records import SearchStore, TrialRecord
 from tuning.search import main
@@ -70,25 +73,23 @@ class RunningSearch:
 
     environment: Mapping[str, str]
     folder: Path
+    storage: str = ""
+    banks: str = ""
     process: "subprocess.Popen[str]" = field(init=False)
 
     @property
-    def storage(self) -> Path:
-        return self.folder / "storage"
-
-    @property
     def name(self) -> str:
-        (plan,) = self.storage.glob("*/search.json")
-        return plan.parent.name
+        (name,) = set(re.findall(r"--resume (\S+)", self.log()))
+        return str(name)
 
     @property
     def store(self) -> SearchStore:
-        return SearchStore(str(self.storage), self.name)
+        return SearchStore(self.storage, self.name)
 
     def start(self, *arguments: object, mlflow: str | None = None) -> None:
         log = (self.folder / "log").open("a")
         self.process = subprocess.Popen(
-            command("--storage", self.storage, "--bank-cache", self.folder / "banks", *arguments),
+            command("--storage", self.storage, "--bank-cache", self.banks, *arguments),
             cwd=ROOT,
             env=os.environ
             | dict(self.environment)
@@ -110,7 +111,7 @@ class RunningSearch:
             time.sleep(0.05)
 
     def reports(self, category: str) -> int:
-        if not list(self.storage.glob("*/search.json")):
+        if "--resume" not in self.log():
             return 0
         return sum(len(trial.steps) for trial in self.store.trials(category))
 
@@ -123,7 +124,12 @@ class RunningSearch:
 
 @pytest.fixture
 def running(stack: LocalStack, tmp_path: Path) -> Iterator[RunningSearch]:
-    search = RunningSearch(stack.environment, tmp_path)
+    search = RunningSearch(
+        stack.environment,
+        tmp_path,
+        storage=str(tmp_path / "storage"),
+        banks=str(tmp_path / "banks"),
+    )
     yield search
     if search.process.poll() is None:
         search.process.kill()
@@ -337,31 +343,33 @@ def test_two_categories_survive_repeated_kills(
 
 
 @pytest.mark.slow
-def test_the_node_of_an_engine_may_be_lost(
-    sample_data: Path, mlflow_server: str, tmp_path: Path
+def test_nodes_that_share_only_s3_search_together_and_one_may_be_lost(
+    category: Category, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-    )
-    search = RunningSearch({"MLFLOW_TRACKING_URI": mlflow_server}, tmp_path)
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        cluster.wait_for_nodes()
-        search.start(
-            *(*KILLABLE, *SHARED, "--data", sample_data, "--categories", "washer"),
-            *("--trials", "8", "--live-trials", "4", "--ray-address", cluster.address),
+    with moto(tmp_path) as bucket, three_nodes(tmp_path, environment=bucket) as nodes:
+        for name, value in bucket.items():
+            monkeypatch.setenv(name, value)
+        for path in category.good[:4]:
+            upload(bucket, f"line/{category.name}/good/{path.name}", path.read_bytes())
+        search = RunningSearch(
+            {"MLFLOW_TRACKING_URI": mlflow_server}, tmp_path, storage=f"s3://{BUCKET}/searches"
         )
-        search.wait_for(lambda: search.reports("washer") >= 4)
-        assert "3 engine(s) ready" in search.log()
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        search.wait()
-        assert_every_trial_once(search, mlflow_server, "washer", 8)
-    finally:
-        search.process.kill()
-        search.process.wait()
-        cluster.shutdown()
+        try:
+            search.start(
+                *(*KILLABLE, *SHARED, "--data", f"s3://{BUCKET}/line", "--trials", 8),
+                *("--live-trials", 4, "--ray-address", nodes.address),
+            )
+            search.wait_for(lambda: search.reports(category.name) >= 4)
+            assert "3 engine(s) ready" in search.log()
+            nodes.lose(next(iter(nodes.workers)))
+            search.wait()
+            assert_every_trial_once(search, mlflow_server, category.name, 8)
+        finally:
+            search.process.kill()
+            search.process.wait()
+        # Whatever a node wrote on its own disk, no other read.
+        found = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+        assert not [path for path in found if path.suffix in (".json", ".safetensors", ".png")]
 
 
 def test_private_ray_own_engines_a_single_shot_and_never_promoted(

@@ -1,0 +1,78 @@
+"""A fleet on several nodes, one of which is lost while images are inspected."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from apt_ray.data.folders import Category
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.devtools.local_stack import free_ports
+from tests.nodes import Nodes, three_nodes
+from tests.serving.fleets import Deployed, Load
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """What a fleet's commands need."""
+
+    environment: Mapping[str, str]
+
+
+def replicas_by_node(nodes: Nodes) -> dict[str, int]:
+    """Node -> how many replicas of the pool run there."""
+    url = f"http://{nodes.cluster.webui_url}/api/serve/applications/"
+    details: dict[str, Any] = httpx.get(url, trust_env=False).json()
+    found: dict[str, int] = {}
+    for replica in details["applications"]["pool-washer"]["deployments"]["Pool"]["replicas"]:
+        if replica["state"] == "RUNNING":
+            found[replica["node_id"]] = found.get(replica["node_id"], 0) + 1
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_replicas_are_spread_and_the_loss_of_a_node_costs_no_image(
+    prompt_set: PromptSet, category: Category, mlflow_server: str, tmp_path: Path
+) -> None:
+    picture = category.good[0].read_bytes()
+    with three_nodes(tmp_path, environment={}, head_cpus=0, dashboard=True) as nodes:
+        fleet = Deployed(
+            stack=_Stack({"RAY_ADDRESS": nodes.address, "MLFLOW_TRACKING_URI": mlflow_server}),  # type: ignore[arg-type]
+            port=free_ports(1)[0],
+            folder=tmp_path,
+        )
+        fleet.register(prompt_set, "washer")
+        done = fleet.deploy(
+            {
+                "categories": {"washer": {}},
+                "defaults": {
+                    "num_cpus": 0.25,
+                    "max_wait_s": 20,
+                    "autoscaling": {"min_replicas": 2, "max_replicas": 2},
+                },
+            }
+        )
+        assert done.returncode == 0, done.stderr
+        placed = replicas_by_node(nodes)
+        assert placed == dict.fromkeys(nodes.workers, 1)
+        with Load(fleet.url, ("washer",), picture, per_second=4, retry_after_s=2) as load:
+            load.wait_for("washer", 1)
+            lost = next(iter(placed))
+            began = time.time()
+            nodes.lose(lost)
+            deadline = time.monotonic() + 300
+            while sum((placed := replicas_by_node(nodes)).values()) < 2 or lost in placed:
+                assert time.monotonic() < deadline, placed
+                time.sleep(0.5)
+            load.wait_for("washer", 1)
+        print(f"healed after {time.time() - began:.0f} s;", len(load.answers), "answers;")
+        for answer in load.failed():
+            print(answer)
+        # Who asks once more gets an answer.
+        assert load.failed(attempts=2) == []
+        assert fleet.get("/v1/washer")["version"] == 1
