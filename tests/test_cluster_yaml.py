@@ -92,6 +92,23 @@ def test_haproxy_is_started_by_the_script_that_keeps_its_ports_closed(
     assert os.access(ROOT / Path(path).relative_to(inside), os.X_OK)
 
 
+def test_ray_serves_as_it_does_on_kubernetes(config: dict[str, Any]) -> None:
+    on_kubernetes = yaml.safe_load((ROOT / "serving/kubernetes/base/config.yaml").read_text())
+    options = config["docker"]["run_options"]
+    here = dict(option.removeprefix("--env ").split("=", 1) for option in options if "=" in option)
+    del here["RAY_SERVE_HAPROXY_BINARY_PATH"]  # of the image
+    assert {name: value for name, value in here.items() if name.startswith("RAY_SERVE_")} == {
+        name: value
+        for name, value in on_kubernetes["data"].items()
+        if name.startswith("RAY_SERVE_")
+    }
+
+
+def test_nodes_read_from_s3_what_they_do_not_share(config: dict[str, Any]) -> None:
+    assert "IamInstanceProfile" in config["available_node_types"]["gpu_worker"]["node_config"]
+    assert "--storage s3://" in CLUSTER.read_text()
+
+
 def test_image_has_the_tested_ray(config: dict[str, Any]) -> None:
     (version,) = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert config["docker"]["image"].startswith(f"rayproject/ray:{version}-py3")
