@@ -61,6 +61,7 @@ def test_the_registry_is_imported_without_mlflow() -> None:
         ("tuning/search.py",),
         ("-m", "serving.fleet"),
         ("-m", "serving.fleet", "deploy"),
+        ("-m", "serving.fleet", "render"),
     ],
     ids=" ".join,
 )
