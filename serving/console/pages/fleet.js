@@ -20,7 +20,7 @@ const FILTERS = [
   { key: "all", label: "All", keep: () => true },
   { key: "attention", label: "Attention", keep: (row) => row.state === "FAILED" || row.state === "LOADING" || Boolean(row.problem) },
   { key: "rejecting", label: "Rejecting", keep: (row) => row.rejected > 0 },
-  { key: "drift", label: "Drift", keep: (row) => row.drift.length > 0 },
+  { key: "drift", label: "Drift", keep: (row) => row.drift?.length > 0 },
   { key: "candidate", label: "Candidate", keep: (row) => row.candidate != null },
 ];
 
