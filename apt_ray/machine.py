@@ -1,8 +1,10 @@
-"""Who runs this, and where that user's files lie: also where a uid has neither name nor home."""
+"""Who runs this, where that user's files lie, and which names are this machine's own: also where a
+uid has neither name nor home."""
 
 import getpass
 import os
 import socket
+from ipaddress import ip_address
 from pathlib import Path
 
 _NO_HOME = "/nonexistent"
@@ -46,3 +48,11 @@ def pending_folder() -> Path:
     """Where a machine keeps what could not be registered: APT_RAY_PENDING, or the user's state."""
     state = os.environ.get("XDG_STATE_HOME") or expanded(Path("~/.local/state"))
     return Path(os.environ.get("APT_RAY_PENDING") or Path(state) / "apt-ray" / "pending")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is that of this machine, for itself alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

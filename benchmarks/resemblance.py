@@ -24,7 +24,7 @@ from apt_ray.features.pixels import to_image, to_pixels
 from apt_ray.features.protocol import Backbone
 from apt_ray.images import decode_image, read_image
 from apt_ray.prompts.fit import fit
-from apt_ray.validation.resemblance import Kinds, departure, draw_kinds, join
+from apt_ray.validation.resemblance import departure, draw_kinds, join
 from benchmarks.rows import Row, compared, write_rows
 
 _OTHERS = 4
@@ -118,11 +118,8 @@ class _Told:
         point = ((column + 0.5) / side, (row + 0.5) / side)
         scales = self._set.provenance.scales
         (place,) = nearest_places(features, self._layers, scales, [point])
-        return _ranked(self._kinds, departure(features, point, self._layers, place))
-
-
-def _ranked(kinds: Kinds, direction_D: torch.Tensor) -> list[str]:
-    return [each.family for each in kinds.of(direction_D)]
+        direction_D = departure(features, point, self._layers, place)
+        return [each.family for each in self._kinds.of(direction_D)]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from apt_ray.config import CATEGORY_NAME, MAX_DAYS, Settings
+from apt_ray.config import CATEGORY_NAME, MAX_DAYS, OperatorThreshold, Settings
 from apt_ray.detection.drift import DriftSettings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
@@ -26,6 +26,9 @@ CategoryName = Annotated[str, StringConstraints(pattern=f"^{CATEGORY_NAME}$")]
 PoolName = CategoryName
 PathPrefix = Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9._~-]+)*$")]
 Origin = Annotated[str, StringConstraints(to_lower=True, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")]
+
+ThresholdSource = Literal["prompt set", "fleet file", "operator"]
+"""Who says what a threshold is; the later ones stand above the earlier."""
 
 _WEB_ADDRESS = r"^https?://[^\s\"'<>]+$"
 
@@ -242,6 +245,13 @@ class CategoryEntry(Decision):
     @property
     def decision(self) -> Decision:
         return Decision(threshold=self.threshold, false_alarm_rate=self.false_alarm_rate)
+
+    def decided(self, operator: OperatorThreshold | None) -> tuple[Decision, ThresholdSource]:
+        """How its images are decided, and who says so: an operator's threshold stands above the
+        fleet file's, and that above the version's."""
+        if operator is not None and operator.value is not None:
+            return Decision(threshold=operator.value), "operator"
+        return self.decision, "prompt set" if self.decision == Decision() else "fleet file"
 
 
 Categories = Annotated[

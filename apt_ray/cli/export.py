@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +80,8 @@ def _run(options: argparse.Namespace) -> int:
 
     prompt_set = PromptSet.load(options.prompt_set)
     if options.threshold is not None:
-        prompt_set = _with_threshold(prompt_set, options.threshold)
+        threshold = prompt_set.threshold.moved_to(options.threshold)
+        prompt_set = prompt_set.with_threshold(threshold)
     region = options.region_of_interest
     detector = Detector(
         load_backbone(prompt_set.backbone),
@@ -110,15 +110,6 @@ def _run(options: argparse.Namespace) -> int:
         f" allowed)"
     )
     return 0
-
-
-def _with_threshold(prompt_set: PromptSet, value: float) -> PromptSet:
-    """Of which nothing is certified any more."""
-    threshold = prompt_set.threshold.model_copy(
-        update={"value": value, "certified_false_alarm_rate": None}
-    )
-    provenance = prompt_set.provenance.model_copy(update={"threshold": threshold})
-    return replace(prompt_set, provenance=provenance)
 
 
 def _images(paths: list[Path], prompt_set: PromptSet) -> list[Image.Image]:

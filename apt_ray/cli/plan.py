@@ -81,14 +81,18 @@ def _run(options: argparse.Namespace) -> int:
     if options.image_ms is not None:
         speeds = replace(speeds, name="as given", image_s=options.image_ms / 1000)
     fleet, search = plan_fleet(demand, speeds), plan_search(wanted, speeds)
+    value = {
+        "speeds": asdict(speeds),
+        "fleet": {"demand": asdict(demand), "plan": asdict(fleet)},
+        "search": {"demand": asdict(wanted), "plan": asdict(search)},
+    }
     if prints:
-        print(json.dumps(_value(demand, fleet, wanted, search, speeds), indent=1))
+        print(json.dumps(value, indent=1))
         return 0
     print(_table(demand, fleet, wanted, search, speeds))
     for warning in fleet.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if options.json is not None:
-        value = _value(demand, fleet, wanted, search, speeds)
         keep(options.json, partial(write_json, value=value))
     return 0
 
@@ -126,20 +130,6 @@ def _table(
 
 def _hours(hours: float) -> str:
     return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:,.1f} h"
-
-
-def _value(
-    demand: FleetDemand,
-    fleet: FleetPlan,
-    wanted: SearchDemand,
-    search: SearchPlan,
-    speeds: Speeds,
-) -> dict[str, object]:
-    return {
-        "speeds": asdict(speeds),
-        "fleet": {"demand": asdict(demand), "plan": asdict(fleet)},
-        "search": {"demand": asdict(wanted), "plan": asdict(search)},
-    }
 
 
 def _measured(options: argparse.Namespace) -> Speeds:

@@ -38,6 +38,10 @@ class Threshold(Settings):
     source: Literal["calibration images", "left-out support images", "copies of the support image"]
     scores: tuple[float, ...]
 
+    def moved_to(self, value: float) -> "Threshold":
+        """The threshold at a value that somebody names: nothing is certified of it."""
+        return self.model_copy(update={"value": value, "certified_false_alarm_rate": None})
+
     def rejects(self, score: float) -> bool:
         """The verdict: whether an image with this anomaly score is anomalous."""
         return score > self.value

@@ -133,6 +133,11 @@ class PromptSet:
         provenance = self.provenance.model_copy(update={"metrics": {**self.metrics, **metrics}})
         return replace(self, provenance=provenance)
 
+    def with_threshold(self, threshold: Threshold) -> PromptSet:
+        """The same prompt set, deciding by another threshold."""
+        provenance = self.provenance.model_copy(update={"threshold": threshold})
+        return replace(self, provenance=provenance)
+
     def with_category(self, category: str) -> PromptSet:
         """The same prompt set under another category's name."""
         provenance = self.provenance.model_copy(update={"category": category})

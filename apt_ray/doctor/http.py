@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from ipaddress import ip_address
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -159,10 +158,3 @@ def named_servers(setup: Setup) -> Iterator[Named]:
             continue  # no address: whoever asks there says so
         if parts.scheme in _DEFAULT_PORTS and parts.hostname:
             yield Named(name=name, url=url, host=parts.hostname, port=port)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -18,11 +18,11 @@ from packaging.specifiers import SpecifierSet
 
 import apt_ray
 from apt_ray.doctor.findings import Finding, Setup, error, ok, skipped, warning
-from apt_ray.doctor.http import Unanswered, ask, is_loopback, named_servers
+from apt_ray.doctor.http import Unanswered, ask, named_servers
 from apt_ray.errors import BackboneError, WriteError
 from apt_ray.features.weights import Weights, builtin_weights, trunk_weights
 from apt_ray.files import check_writable
-from apt_ray.machine import cache_folder, expanded, pending_folder, settle
+from apt_ray.machine import cache_folder, expanded, is_loopback, pending_folder, settle
 
 PACKAGE = "apt-ray"
 

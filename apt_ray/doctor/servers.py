@@ -17,7 +17,6 @@ from apt_ray.doctor.http import (
     ask,
     basic,
     bearer,
-    is_loopback,
     mlflow_address,
     named_servers,
     ray_address,
@@ -26,7 +25,7 @@ from apt_ray.doctor.http import (
 )
 from apt_ray.errors import AptError
 from apt_ray.files import S3Path, location
-from apt_ray.machine import expanded
+from apt_ray.machine import expanded, is_loopback
 
 FLEET_TOKEN = "APT_RAY_TOKEN"
 """The variable that holds a token of the fleet."""

@@ -20,6 +20,7 @@ from apt_ray.errors import ExportError, ImageError
 from apt_ray.export.header import ExportHeader, Format
 from apt_ray.export.runtimes import Answer, open_runtime
 from apt_ray.export.writers import SUFFIXES
+from apt_ray.features.pixels import to_levels
 from apt_ray.files import StrPath
 from apt_ray.levels import Reading
 
@@ -155,7 +156,7 @@ class ExportedDetector:
 
 def pixels_of(images: Sequence[Image.Image], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Images resized to `size` = (width, height), `(N, H, W, 3)`."""
-    return np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
+    return np.stack([to_levels(image, size) for image in images])
 
 
 def format_of(path: StrPath) -> Format | None:

@@ -5,7 +5,6 @@ N images, H, W pixels.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -32,6 +31,7 @@ from apt_ray.export.writers import (
     write_torchscript,
 )
 from apt_ray.files import StrPath, write_whole
+from apt_ray.images import decode_image
 from apt_ray.optional import require
 from apt_ray.version import __version__
 
@@ -116,7 +116,8 @@ def export_detector(
         for image in (probe_image(own_size), *_support(detector), *images)
     ]
     shown[0] = probe_image(size)
-    expected_N = [inspection.anomaly_score for inspection in detector.inspect(shown)]
+    features = detector.backbone.encode_images(detector.backbone.preprocess(shown))
+    maps_NSS, scores_N = (part.numpy() for part in detector.score(features))
     prompt_set = detector.prompt_set
     header = ExportHeader(
         library_version=__version__,
@@ -128,13 +129,13 @@ def export_detector(
         precision=precision,
         tolerance=TOLERANCES[precision],
         counted_share=detector.counted_share,
-        probe_score=expected_N[0],
+        probe_score=float(scores_N[0]),
         provenance=prompt_set.provenance,
     )
     pixels_NHW3 = pixels_of(shown, size)
     files = _write(DetectorGraph(detector, resizes=size != own_size), format, header, pixels_NHW3)
     exported = ExportedDetector(format, files, source=f"the graph of {prompt_set.category}")
-    return _check(exported, files, detector, shown, pixels_NHW3)
+    return _check(exported, files, maps_NSS, scores_N, pixels_NHW3)
 
 
 def _check_settings(detector: Detector, kind: Format, precision: GraphPrecision) -> None:
@@ -179,15 +180,13 @@ def _write(
 def _check(
     exported: ExportedDetector,
     files: Files,
-    detector: Detector,
-    shown: Sequence[Image.Image],
+    maps_NSS: npt.NDArray[np.float32],
+    scores_N: npt.NDArray[np.float32],
     pixels_NHW3: npt.NDArray[np.uint8],
 ) -> Export:
     """Each image alone and all together, since a graph may take its batch for granted."""
     header = exported.header
-    features = detector.backbone.encode_images(detector.backbone.preprocess(shown))
-    maps_NSS, scores_N = (part.numpy() for part in detector.score(features))
-    alone = [exported.run(pixels_NHW3[place : place + 1]) for place in range(len(shown))]
+    alone = [exported.run(pixels_NHW3[place : place + 1]) for place in range(len(pixels_NHW3))]
     together = exported.run(pixels_NHW3)
     difference = map_difference = 0.0
     for maps, scores, verdicts in (
@@ -216,7 +215,7 @@ def _check(
     return Export(
         files=files,
         header=header,
-        checked=len(shown),
+        checked=len(pixels_NHW3),
         difference=difference,
         map_difference=map_difference,
     )
@@ -224,4 +223,4 @@ def _check(
 
 def _support(detector: Detector) -> list[Image.Image]:
     """The support images that the prompt set holds."""
-    return [Image.open(io.BytesIO(data)).convert("RGB") for data in detector.prompt_set.thumbnails]
+    return [decode_image(data) for data in detector.prompt_set.thumbnails]

@@ -6,7 +6,6 @@ B images, H, W pixels.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -23,13 +22,14 @@ def to_pixels(images: Sequence[Image.Image], size: int) -> torch.Tensor:
 
     The whole image is resized (bicubic, antialiased); nothing is cropped.
     """
-    return from_levels(torch.from_numpy(np.stack([to_levels(image, size) for image in images])))
+    levels_BHW3 = np.stack([to_levels(image, (size, size)) for image in images])
+    return from_levels(torch.from_numpy(levels_BHW3))
 
 
-def to_levels(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The pixels `(size, size, 3)` of an RGB image before they are numbers in 0..1: a quarter of
-    the bytes, for those who send them elsewhere."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+def to_levels(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The pixels `(H, W, 3)` of an RGB image at `size` = (width, height), before they are numbers
+    in 0..1: a quarter of the bytes, for those who send them elsewhere."""
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
 
 def from_levels(levels_BHW3: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _resample(x_B3HW: torch.Tensor, size: int) -> torch.Tensor:
     return weights_LS.T.contiguous() @ (x_B3HW @ weights_LS)
 
 
-def _resampling(length: int, size: int, *, one: int) -> npt.NDArray[np.int32]:
+def _resampling(length: int, size: int, *, one: int) -> NDArray[np.int32]:
     """What Pillow makes of each pixel of a row of so many, `(length, size)`, of values of `one`."""
     each = Image.fromarray(np.eye(length, dtype=np.int32) * np.int32(one))
     return np.array(each.resize((size, length), Image.Resampling.BICUBIC))

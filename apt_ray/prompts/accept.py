@@ -74,18 +74,16 @@ def accept(prompt_set: PromptSet, images: Sequence[Image.Image], backbone: Backb
             prompt_set.provenance.scales,
             size=prompt_set.settings.reference_size,
         )
-    extended = replace(prompt_set, memory=memory)
-    accepted = prompt_set.provenance.accepted + len(images)
+    extended = Detector(backbone, replace(prompt_set, memory=memory))
+    _, after_B = extended.score(features)
     provenance = prompt_set.provenance.model_copy(
         update={
-            "accepted": accepted,
-            "probe_score": Detector(backbone, extended).probe_score(),
+            "accepted": prompt_set.provenance.accepted + len(images),
+            "probe_score": extended.probe_score(),
         }
     )
-    extended = replace(extended, provenance=provenance)
-    _, after_B = Detector(backbone, extended).score(features)
     return Acceptance(
-        prompt_set=extended,
+        prompt_set=replace(extended.prompt_set, provenance=provenance),
         added=_places(memory) - _places(prompt_set.memory),
         before=tuple(before_B.tolist()),
         after=tuple(after_B.tolist()),

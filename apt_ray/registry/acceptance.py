@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from PIL import Image
+
 from apt_ray.detection.detector import Detector
 from apt_ray.errors import GateError, RegistryError
 from apt_ray.features.clip import load_backbone
@@ -66,12 +68,10 @@ def accept_false_alarms(
     backbone = load(prompt_set.backbone)
     shown = [read_image(path, prompt_set.reading) for path in images]
     acceptance = accept(prompt_set, shown, backbone)
-    known = [read_image(path, prompt_set.reading) for path in defects]
-    scores = [
-        [found.anomaly_score for found in Detector(backbone, one).inspect(known)] if known else []
-        for one in (prompt_set, acceptance.prompt_set)
-    ]
-    pairs = tuple(zip(*scores, strict=True))
+    pairs = _scores(
+        [read_image(path, prompt_set.reading) for path in defects],
+        [Detector(backbone, one) for one in (prompt_set, acceptance.prompt_set)],
+    )
     rejects = prompt_set.threshold.rejects
     passing = [
         str(path)
@@ -105,3 +105,15 @@ def accept_false_alarms(
         defects=pairs,
         move=move,
     )
+
+
+def _scores(
+    images: Sequence[Image.Image], detectors: Sequence[Detector]
+) -> tuple[tuple[float, float], ...]:
+    """Anomaly scores of images by two detectors of one backbone, before and after."""
+    if not images:
+        return ()
+    backbone = detectors[0].backbone
+    features = backbone.encode_in_batches(backbone.preprocess(images))
+    before, after = (detector.score(features)[1].tolist() for detector in detectors)
+    return tuple(zip(before, after, strict=True))

@@ -6,7 +6,6 @@ SHA-256 of each file. What lacks its end, or has changed, is refused. It needs n
 registry's database or store, and fits any kind of them.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from pydantic import Field, ValidationError
 from apt_ray.config import CATEGORY_NAME, OperatorThreshold, Settings
 from apt_ray.errors import RegistryError, WriteError
 from apt_ray.files import StrPath, writing
-from apt_ray.registry.contents import DIRECTORY, Record
+from apt_ray.registry.contents import DIRECTORY, Record, sha256
 from apt_ray.registry.history import Move
 from apt_ray.registry.protocol import CHAMPION, ExportedVersion, RegisteredVersion, Registry
 from apt_ray.version import __version__
@@ -212,7 +211,7 @@ def _add(archive: tarfile.TarFile, registry: Registry, registered: RegisteredVer
             if file.is_file():
                 name = file.relative_to(home).as_posix()
                 data = file.read_bytes()
-                digests[name] = _sha256(data)
+                digests[name] = sha256(data)
                 _add_bytes(archive, _member(registered.category, registered.version, name), data)
     tags = {key: tag for key, tag in exported.record.tags.items() if key != _RESTORED_AS}
     return _Version(
@@ -232,10 +231,6 @@ def _add_bytes(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _member(category: str, version: int, name: str) -> str:
     return f"{category}/{version}/{name}"
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
@@ -261,9 +256,9 @@ def _read(path: Path) -> _Manifest:
                     f"{path} holds what no backup does ({member.name}): use another"
                 )
             last = _content(archive, member)
-            found[member.name] = _sha256(last)
+            found[member.name] = sha256(last)
     try:
-        if _MANIFEST not in found or found[_MANIFEST] != _sha256(last):
+        if _MANIFEST not in found or found[_MANIFEST] != sha256(last):
             raise ValueError(f"it ends without its {_MANIFEST}")
         told = json.loads(last)
         if isinstance(told, dict) and told.get("format", 0) > _FORMAT:

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, Field
 
 from serving.api.problems import Problem
-from serving.controller.orders import ThresholdSource
+from serving.settings import ThresholdSource
 
 
 class RegionReport(BaseModel):

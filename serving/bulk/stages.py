@@ -140,27 +140,6 @@ class Batch:
         return from_table(table.slice(start, stop - start))
 
 
-def decode(block: pa.Table, batch: Batch) -> pa.Table:
-    """Read the images of a block, and make them as large as the backbone takes them."""
-    started = time.perf_counter()
-    start, stop, size = _place(block)
-    is_given_up = batch.is_given_up("decode", start)
-    inputs = [] if is_given_up else batch.part(start, stop)
-    with ThreadPoolExecutor(_READERS) as readers:
-        found = list(readers.map(lambda each: _decode(each, batch, size), inputs))
-    levels = [pixels for _, pixels in found if pixels is not None]
-    return pa.table(
-        [
-            *_columns(start, stop, size),
-            [json.dumps([said for said, _ in found])],
-            pa.array([np.stack(levels).data if levels else b""], pa.large_binary()),
-            [time.perf_counter() - started],
-            [is_given_up],
-        ],
-        schema=_DECODED,
-    )
-
-
 class Decoder:
     """The first stage: images of a block, as large as the backbone takes them.
 
@@ -172,21 +151,23 @@ class Decoder:
         self._batch = batch
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return decode(block, self._batch)
-
-
-class Writer:
-    """The last stage: regions, overlays and the file of a block.
-
-    Args:
-        batch: what all stages know.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return conclude_block(block, self._batch)
+        started = time.perf_counter()
+        start, stop, size = _place(block)
+        is_given_up = self._batch.is_given_up("decode", start)
+        inputs = [] if is_given_up else self._batch.part(start, stop)
+        with ThreadPoolExecutor(_READERS) as readers:
+            found = list(readers.map(lambda each: _decode(each, self._batch, size), inputs))
+        levels = [pixels for _, pixels in found if pixels is not None]
+        return pa.table(
+            [
+                *_columns(start, stop, size),
+                [json.dumps([said for said, _ in found])],
+                pa.array([np.stack(levels).data if levels else b""], pa.large_binary()),
+                [time.perf_counter() - started],
+                [is_given_up],
+            ],
+            schema=_DECODED,
+        )
 
 
 class Model:
@@ -278,32 +259,41 @@ class Model:
         return [found[row] for row in range(len(categories))]
 
 
-def conclude_block(block: pa.Table, batch: Batch) -> pa.Table:
-    """Find regions, draw overlays, and write the file of a block."""
-    started = time.perf_counter()
-    start, stop, size = _place(block)
-    is_given_up = block["given_up"][0].as_py() or batch.is_given_up("conclude", start)
-    tallies, failure = {}, None
-    if not is_given_up:
-        try:
-            inputs = batch.part(start, stop)
-            rows = to_rows(_rows(block, inputs, batch))
-            batch.output.write(digest(inputs, str(size)), rows)
-            tallies = tally_rows(rows)
-        except WriteError as error:
-            failure = str(error)
-    return pa.table(
-        [
-            *_columns(start, stop, size),
-            [json.dumps({category: asdict(tally) for category, tally in tallies.items()})],
-            block["decode_s"],
-            block["model_s"],
-            [time.perf_counter() - started],
-            [is_given_up],
-            pa.array([failure], pa.string()),
-        ],
-        schema=DONE,
-    )
+class Writer:
+    """The last stage: regions, overlays and the file of a block.
+
+    Args:
+        batch: what all stages know.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        started = time.perf_counter()
+        start, stop, size = _place(block)
+        is_given_up = block["given_up"][0].as_py() or self._batch.is_given_up("conclude", start)
+        tallies, failure = {}, None
+        if not is_given_up:
+            try:
+                inputs = self._batch.part(start, stop)
+                rows = to_rows(_rows(block, inputs, self._batch))
+                self._batch.output.write(digest(inputs, str(size)), rows)
+                tallies = tally_rows(rows)
+            except WriteError as error:
+                failure = str(error)
+        return pa.table(
+            [
+                *_columns(start, stop, size),
+                [json.dumps({category: asdict(tally) for category, tally in tallies.items()})],
+                block["decode_s"],
+                block["model_s"],
+                [time.perf_counter() - started],
+                [is_given_up],
+                pa.array([failure], pa.string()),
+            ],
+            schema=DONE,
+        )
 
 
 def read_tallies(text: str) -> dict[str, Tally]:
@@ -324,7 +314,7 @@ def _decode(
         )
     except (DataError, ImageError) as error:
         return said | {"error": str(error)}, None
-    return said | {"width": image.width, "height": image.height}, to_levels(image, size)
+    return said | {"width": image.width, "height": image.height}, to_levels(image, (size, size))
 
 
 def _rows(block: pa.Table, inputs: list[Input], batch: Batch) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.registry import Registry
 from serving.replica.served import decide
-from serving.settings import CategoryEntry, Decision, Fleet
+from serving.settings import CategoryEntry, Fleet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -83,10 +83,7 @@ def versions_of(
             reference = str(numbers[category]) if category in numbers else alias or entry.reference
             loaded, registered = registry.load(category, reference)
             number = registered.version
-        decision = entry.decision
-        operator = said[category].threshold if category in said else None
-        if operator is not None and operator.value is not None:
-            decision = Decision(threshold=operator.value)
+        decision, _ = entry.decided(said[category].threshold if category in said else None)
         decided = decide(replace(loaded, thumbnails=()), decision)
         if decided.fingerprint not in backbones:
             backbones[decided.fingerprint] = load_backbone(decided.backbone)

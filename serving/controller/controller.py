@@ -41,11 +41,10 @@ from serving.controller.orders import (
     Routes,
     State,
     StoredVersion,
-    ThresholdSource,
 )
 from serving.controller.version_pictures import VersionPictures
 from serving.logs import audit
-from serving.settings import CategoryEntry, Decision
+from serving.settings import CategoryEntry, Decision, ThresholdSource
 
 if TYPE_CHECKING:
     from apt_ray.registry import Registry
@@ -465,11 +464,7 @@ class Controller:
 
     def _decision(self, category: str, entry: CategoryEntry) -> tuple[Decision, ThresholdSource]:
         """How a category is decided, and who says so."""
-        said = self._aliases.thresholds.get(category)
-        if said is not None and said.value is not None:
-            return Decision(threshold=said.value), "operator"
-        decision = entry.decision
-        return decision, "prompt set" if decision == Decision() else "fleet file"
+        return entry.decided(self._aliases.thresholds.get(category))
 
     def _why_no_version(self, category: str, entry: CategoryEntry) -> str:
         if self._registry != "ok":

@@ -14,14 +14,20 @@ from pydantic import Field
 from apt_ray.config import Settings
 from serving.controller.activity import Activity, Counts
 from serving.controller.drift import DriftReport, DriftReset, DriftStatus
-from serving.settings import Auth, CategoryEntry, CategoryName, Decision, PoolName, RegionOfInterest
+from serving.settings import (
+    Auth,
+    CategoryEntry,
+    CategoryName,
+    Decision,
+    PoolName,
+    RegionOfInterest,
+    ThresholdSource,
+)
 
 State = Literal["READY", "LOADING", "IDLE", "FAILED"]
 Newcomers = Literal["served", "deploy", "name"]
 """What lets a category be served that gets its first champion after the deploy: nothing, it is
 `served` at once; the next `deploy`; or its `name` in the fleet file, and a deploy."""
-ThresholdSource = Literal["prompt set", "fleet file", "operator"]
-"""Who says what a threshold is; the later ones stand above the earlier."""
 
 
 class Message(Settings):

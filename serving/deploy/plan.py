@@ -1,11 +1,11 @@
 """From a fleet file to what Serve runs: pools, their applications, whether they fit the cluster."""
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from apt_ray.errors import FleetError
+from apt_ray.machine import is_loopback
 from serving.app import (
     CONTROLLER,
     CONTROLLER_DEPLOYMENT,
@@ -55,10 +55,7 @@ class HttpAddress:
 
     @property
     def is_loopback(self) -> bool:
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def url(self) -> str:

@@ -96,6 +96,7 @@ class Supports:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, int], Support] = OrderedDict()
+        self._making = asyncio.Lock()
 
     async def of(
         self, served: ServedCategory, beside: Beside | None, model: Executor
@@ -108,23 +109,33 @@ class Supports:
         if beside is None:
             return None
         if key not in self._kept:
-            stored = await beside.stored(*key)
-            thumbnails = (await asyncio.to_thread(PromptSet.from_bytes, stored.data)).thumbnails
-            if not thumbnails:
-                return None
-            images = await asyncio.to_thread(lambda: tuple(map(decode_image, thumbnails)))
-            loop, backbone = asyncio.get_running_loop(), served.detector.backbone
-            layers = await loop.run_in_executor(model, _encode, backbone, images)
-            kinds = []
-            steps = draw_kinds(backbone, images[:_MOST_IMAGES], layers, draws=1, seed=0)
-            # One step after another, so that inspections that wait for the model come between.
-            while (some := await loop.run_in_executor(model, next, steps, None)) is not None:
-                kinds.append(some)
-            self._kept[key] = Support(images=images, layers=layers, kinds=join(kinds))
+            async with self._making:  # or all who ask at once encode as often
+                if key not in self._kept:
+                    stored = await beside.stored(*key)
+                    found = await _look_at(stored.data, served.detector.backbone, model)
+                    if found is None:
+                        return None
+                    self._kept[key] = found
+                    while len(self._kept) > _KEPT:
+                        self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
         return self._kept[key]
+
+
+async def _look_at(data: bytes, backbone: Backbone, model: Executor) -> Support | None:
+    """The support images of a prompt set's file; None if it holds no copies of them."""
+    thumbnails = (await asyncio.to_thread(PromptSet.from_bytes, data)).thumbnails
+    if not thumbnails:
+        return None
+    images = await asyncio.to_thread(lambda: tuple(map(decode_image, thumbnails)))
+    loop = asyncio.get_running_loop()
+    layers = await loop.run_in_executor(model, _encode, backbone, images)
+    kinds = []
+    steps = draw_kinds(backbone, images[:_MOST_IMAGES], layers, draws=1, seed=0)
+    # One step after another, so that inspections that wait for the model come between.
+    while (some := await loop.run_in_executor(model, next, steps, None)) is not None:
+        kinds.append(some)
+    return Support(images=images, layers=layers, kinds=join(kinds))
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """One category as a replica serves it: the detector of one version, tested before it serves."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from apt_ray.detection.calibration import Threshold, calibrate
 from apt_ray.detection.detector import Detector
@@ -9,8 +9,8 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from apt_ray.features.protocol import Backbone
 from serving.api.messages import CategoryReport
-from serving.controller.orders import Order, ThresholdSource
-from serving.settings import Decision
+from serving.controller.orders import Order
+from serving.settings import Decision, ThresholdSource
 
 # What other processors, threads and batch sizes may change in a score. Damage of the text features
 # changes it by more; of the memory, not always.
@@ -78,13 +78,10 @@ def decide(prompt_set: PromptSet, decision: Decision) -> PromptSet:
     """The prompt set with the fleet file's threshold in place of its own, if it gives one."""
     threshold = prompt_set.threshold
     if decision.threshold is not None:
-        threshold = threshold.model_copy(
-            update={"value": decision.threshold, "certified_false_alarm_rate": None}
-        )
+        threshold = threshold.moved_to(decision.threshold)
     elif decision.false_alarm_rate is not None:
         threshold = _recalibrate(prompt_set, decision.false_alarm_rate)
-    provenance = prompt_set.provenance.model_copy(update={"threshold": threshold})
-    return replace(prompt_set, provenance=provenance)
+    return prompt_set.with_threshold(threshold)
 
 
 def _recalibrate(prompt_set: PromptSet, false_alarm_rate: float) -> Threshold:

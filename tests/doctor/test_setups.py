@@ -35,7 +35,9 @@ OK = (200, b'{"status": "ok"}')
 def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A user with an empty home, no proxy and no credentials."""
     for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("AWS_", "APT_RAY_TOKEN", "XDG_")):
+        if name.lower().endswith("_proxy") or name.startswith(
+            ("AWS_", "APT_RAY_TOKEN", "MLFLOW_", "RAY_", "XDG_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -496,7 +498,6 @@ def test_a_check_that_hangs_or_fails_is_a_finding() -> None:
 def test_scripts_read_status_and_json(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # where no token of somebody else's lies
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", closed())
     assert main(["doctor", "--only", "home, ray", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -1,7 +1,5 @@
 """False alarms that join the memory."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -16,9 +14,7 @@ from apt_ray.prompts.accept import MOST_GROWTH, MOST_PER_IMAGE, accept, grown
 
 def rejecting(prompt_set: PromptSet, threshold: float) -> PromptSet:
     """The same with another threshold."""
-    changed = prompt_set.threshold.model_copy(update={"value": threshold})
-    provenance = prompt_set.provenance.model_copy(update={"threshold": changed})
-    return replace(prompt_set, provenance=provenance)
+    return prompt_set.with_threshold(prompt_set.threshold.moved_to(threshold))
 
 
 def test_no_score_rises_and_the_accepted_image_passes(

@@ -29,7 +29,7 @@ from serving.batch import main
 from serving.bulk.inputs import find_inputs, to_table
 from serving.bulk.pipeline import Asked, Resources, cut, inspect_all
 from serving.bulk.results import Output
-from serving.bulk.stages import TO_DO, Attempts, Batch, Model, Verdicts, conclude_block, decode
+from serving.bulk.stages import TO_DO, Attempts, Batch, Decoder, Model, Verdicts, Writer
 from serving.bulk.versions import Version, versions_of
 from tests import servers
 from tests.registry.fake import FakeRegistry
@@ -177,11 +177,11 @@ def test_what_kills_its_process_again_and_again_is_given_up(
     ((start, stop, size),) = cut(inputs, versions, 10)
     block = pa.table([[start], [stop], [size]], schema=TO_DO)
     for _ in range(4):
-        assert not decode(block, batch)["given_up"][0].as_py()
-    decoded = decode(block, batch)
+        assert not Decoder(batch)(block)["given_up"][0].as_py()
+    decoded = Decoder(batch)(block)
     assert decoded["given_up"][0].as_py()
     model = Model(batch=batch, versions=ray.put(versions), batch_size=4, threads=1, device="cpu")
-    done = conclude_block(model(decoded), batch)
+    done = Writer(batch)(model(decoded))
     assert done["given_up"][0].as_py()
     assert not (tmp_path / "out").exists()
 

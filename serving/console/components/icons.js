@@ -25,6 +25,11 @@ const PATHS = {
   star: "m8 1.300 2 4.300 4.700.6-3.500 3.200.9 4.600L8 11.700 3.900 14l.9-4.600L1.300 6.200 6 5.600 8 1.300Z",
 };
 
+/** A link to another server's page, in a tab of its own. */
+export function LinkOut({ to, children }) {
+  return html`<a href=${to} target="_blank" rel="noopener noreferrer" class="nowrap">${children}<${Icon} name="link" size=${12} /></a>`;
+}
+
 /** A sign beside words, which say the same: hidden from screen readers. */
 export function Icon({ name, size = 16, class: className = "" }) {
   return html`<svg class="icon ${className}" width=${size} height=${size} viewBox="0 0 16 16" aria-hidden="true">

@@ -17,12 +17,6 @@ const STATES = {
   FAILED: { icon: "warn", word: "Failed", tone: "bad" },
 };
 
-/** What a category does. */
-export function StateMark({ state }) {
-  const { icon, word, tone } = STATES[state] ?? { icon: "idle", word: state, tone: "quiet" };
-  return html`<span class="state ${tone}"><${Icon} name=${icon} />${word}</span>`;
-}
-
 const SEARCH_STATES = {
   pending: { icon: "idle", word: "Waiting", tone: "quiet" },
   running: { icon: "loading", word: "Running", tone: "warn" },
@@ -31,11 +25,16 @@ const SEARCH_STATES = {
   failed: { icon: "warn", word: "Failed", tone: "bad" },
 };
 
-/** What a search does. */
-export function SearchMark({ state }) {
-  const { icon, word, tone } = SEARCH_STATES[state] ?? { icon: "idle", word: state, tone: "quiet" };
+const marked = (states) => ({ state }) => {
+  const { icon, word, tone } = states[state] ?? { icon: "idle", word: state, tone: "quiet" };
   return html`<span class="state ${tone}"><${Icon} name=${icon} />${word}</span>`;
-}
+};
+
+/** What a category does. */
+export const StateMark = marked(STATES);
+
+/** What a search does. */
+export const SearchMark = marked(SEARCH_STATES);
 
 /** A candidate waits to be promoted. */
 export function CandidateMark({ version }) {

@@ -5,9 +5,9 @@ import { html, useState } from "../html.js";
 import { clock, duration, NONE, plural, score, when } from "../format.js";
 import { useLoaded } from "../hooks.js";
 import { Dialog } from "./dialog.js";
-import { Icon } from "./icons.js";
+import { Icon, LinkOut } from "./icons.js";
 import { SearchMark } from "./marks.js";
-import { ProblemMessage } from "./messages.js";
+import { Empty, ProblemMessage, prose } from "./messages.js";
 
 /** Whether it has not ended. */
 export const isLive = ({ state }) => state === "pending" || state === "running";
@@ -28,7 +28,12 @@ const range = ({ least_s: least, most_s: most }) =>
   duration(least) === duration(most) ? duration(most) : `${duration(least)} to ${duration(most)}`;
 
 export function JobLink({ search }) {
-  return search.link && html`<a href=${search.link} target="_blank" rel="noopener noreferrer" class="nowrap">Ray job<${Icon} name="link" size=${12} /></a>`;
+  return search.link && html`<${LinkOut} to=${search.link}>Ray job<//>`;
+}
+
+/** Where the fleet file has no folder for searches. */
+export function NoSearches() {
+  return html`<section class="panel"><${Empty} title="This fleet takes no searches" icon="warn"><p>${prose("Give `searches` a folder in the fleet file and deploy it")}</p><//></section>`;
 }
 
 /** A search with its progress; `onChanged()` after it was stopped. */

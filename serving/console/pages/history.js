@@ -1,10 +1,10 @@
 // History: the last inspections that the fleet kept, and what people say of them.
 
 import { history, historyImage, historyMap, mark } from "../api.js";
-import { html, useCallback, useEffect, useRef, useState } from "../html.js";
+import { html, useCallback, useEffect, useState } from "../html.js";
 import { score, when } from "../format.js";
 import { overlaid, readMap } from "../heat.js";
-import { may, useObjectUrl } from "../hooks.js";
+import { may, useObjectUrl, useWhenSeen } from "../hooks.js";
 import { Explanation } from "../components/explanation.js";
 import { Icon } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
@@ -73,25 +73,10 @@ const MARKS = { good: "Marked good", defective: "Marked defective" };
 
 /** The image of an inspection, loaded once it is seen; with its map while looked at. */
 function Card({ category, entry, onOpen }) {
-  const element = useRef(null);
-  const [image, setImage] = useState(null);
+  const [element, image] = useWhenSeen((signal) => historyImage(category, entry.id, signal), [category, entry.id]);
   const [overlay, setOverlay] = useState(null);
   const [isOn, setOn] = useState(false);
   const url = useObjectUrl(isOn && overlay ? overlay : image);
-
-  useEffect(() => {
-    const controller = new AbortController();
-    const observer = new IntersectionObserver((changes) => {
-      if (!changes.some(({ isIntersecting }) => isIntersecting)) return;
-      observer.disconnect();
-      historyImage(category, entry.id, controller.signal).then(setImage, () => {});
-    }, { rootMargin: "300px" });
-    observer.observe(element.current);
-    return () => {
-      observer.disconnect();
-      controller.abort();
-    };
-  }, [category, entry.id]);
 
   const look = async () => {
     setOn(true);

@@ -6,8 +6,8 @@ import { duration, when } from "../format.js";
 import { may, usePolled } from "../hooks.js";
 import { categoryAddress, Link } from "../router.js";
 import { SearchMark } from "../components/marks.js";
-import { Empty, OperatorsOnly, ProblemMessage, prose, Skeleton } from "../components/messages.js";
-import { inShort, isLive, JobLink } from "../components/search-view.js";
+import { Empty, OperatorsOnly, ProblemMessage, Skeleton } from "../components/messages.js";
+import { inShort, isLive, JobLink, NoSearches } from "../components/search-view.js";
 
 export function SearchesPage({ session }) {
   useEffect(() => {
@@ -22,7 +22,7 @@ export function SearchesPage({ session }) {
 function List() {
   const { data: list, problem, ask } = usePolled(() => (signal) => searches(null, signal), []);
   if (problem?.type?.endsWith(":not-found")) {
-    return html`<section class="panel"><${Empty} title="This fleet takes no searches" icon="warn"><p>${prose("Give `searches` a folder in the fleet file and deploy it")}</p><//></section>`;
+    return html`<${NoSearches} />`;
   }
   return html`
     ${problem && html`<${ProblemMessage} problem=${problem} onRetry=${ask} quiet=${Boolean(list)} />`}

@@ -5,11 +5,11 @@ import { html, useEffect, useId, useRef, useState } from "../html.js";
 import { plural, score, when } from "../format.js";
 import { may, useLoaded, usePolled } from "../hooks.js";
 import { categoryAddress, Link } from "../router.js";
-import { Icon } from "../components/icons.js";
+import { Icon, LinkOut } from "../components/icons.js";
 import { Empty, OperatorsOnly, ProblemMessage, prose, Skeleton } from "../components/messages.js";
 import { aliased, Moves } from "../components/moves.js";
 import { VersionPictures } from "../components/pictures.js";
-import { Estimate, isLive, SearchView } from "../components/search-view.js";
+import { Estimate, isLive, NoSearches, SearchView } from "../components/search-view.js";
 import { TrainingImages } from "../components/training-images.js";
 
 const LOOK_MS = 15_000;
@@ -44,7 +44,7 @@ function Tune({ category, isServed, newcomers, reload }) {
   }, [last?.id, last?.state]);
 
   if (jobs.problem?.type?.endsWith(":not-found")) {
-    return html`<section class="panel"><${Empty} title="This fleet takes no searches" icon="warn"><p>${prose("Give `searches` a folder in the fleet file and deploy it")}</p><//></section>`;
+    return html`<${NoSearches} />`;
   }
   // The form begins with what was asked for last, wherever the page was loaded.
   if (!jobs.since && !jobs.problem) return html`<${Loading} />`;
@@ -184,7 +184,7 @@ function Outcome({ category, found, last, isServed, onMoved }) {
         <div><dt>Registered</dt><dd>${when(shown.created)}</dd></div>
         <div><dt>Shots</dt><dd>${shown.shots ?? "–"}</dd></div>
       </dl>
-      ${shown.link && html`<a href=${shown.link} target="_blank" rel="noopener noreferrer" class="nowrap">MLflow<${Icon} name="link" size=${12} /></a>`}
+      ${shown.link && html`<${LinkOut} to=${shown.link}>MLflow<//>`}
     </div>
     <${VersionPictures} key=${shown.version} category=${category} version=${shown.version} />`}
   </section>`;

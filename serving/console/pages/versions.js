@@ -4,7 +4,7 @@ import { versions } from "../api.js";
 import { html, useState } from "../html.js";
 import { NONE, score, when } from "../format.js";
 import { may, useLoaded } from "../hooks.js";
-import { Icon } from "../components/icons.js";
+import { Icon, LinkOut } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
 import { Empty, OperatorsOnly, ProblemMessage, Skeleton } from "../components/messages.js";
 import { Moves } from "../components/moves.js";
@@ -52,6 +52,6 @@ function Version({ version, onShow }) {
     <td class="settings">${version.shots != null && html`<span><span class="hint">shots</span> ${version.shots}</span>`}
       ${Object.entries(settings).map(([name, value]) => html`<span key=${name}><span class="hint">${name.replaceAll("_", " ")}</span> ${value}</span>`)}</td>
     <td class="elsewhere"><button type="button" class="bare" aria-label="Pictures of version ${version.version}" onClick=${onShow}><${Icon} name="image" />Pictures</button>
-      ${version.link && html`<a href=${version.link} target="_blank" rel="noopener noreferrer" class="nowrap">MLflow<${Icon} name="link" size=${12} /></a>`}</td>
+      ${version.link && html`<${LinkOut} to=${version.link}>MLflow<//>`}</td>
   </tr>`;
 }
