@@ -2,7 +2,8 @@
 
 Every runtime has a process of its own, so that threads of one that wait actively take nothing from
 another's; they are asked in turns, so that other work on the machine delays all alike. Timed is
-what the graph does: from pixels to map, score and verdict, one image at a time.
+what the graph does: from pixels to map, score and verdict, `--batch` images at a time; "replica" is
+what a fleet's replica does with `runtime: openvino`.
 
 With `--data DIR` it measures instead what a graph's precision costs: all test images of each
 category, scored by the detector and by its graphs.
@@ -27,6 +28,7 @@ from apt_ray import Detector, FitSettings, PromptSet, find_categories, fit, load
 from apt_ray.auroc import auroc
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.detection.detector import probe_image
+from apt_ray.export.compiled import compile_encoders
 from apt_ray.export.exported import ExportedDetector, pixels_of
 from apt_ray.export.exporting import PRECISIONS, export_detector
 from apt_ray.export.header import Format, GraphPrecision
@@ -34,6 +36,7 @@ from apt_ray.images import read_image
 from benchmarks.rows import compared, write_rows
 
 _PYTORCH = "PyTorch"
+_REPLICA = "replica: encoders by OpenVINO, rule by PyTorch"
 _WARM_UPS = 3
 
 
@@ -42,7 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Exported graphs against PyTorch.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15, help="turns of each runtime (15)")
-    parser.add_argument("--images", type=int, default=4, help="images a turn (4)")
+    parser.add_argument("--passes", type=int, default=4, help="of each in its turn (4)")
+    parser.add_argument("--batch", type=int, default=1, help="images of one pass (1)")
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -55,21 +59,24 @@ def main() -> None:
         if options.data:
             _print_differences(options.data, Path(folder))
             return
-        files = _export_sample(Path(folder))
+        files = _export_sample(Path(folder), with_fixed_batch=options.batch == 1)
         rows = []
         for threads in options.threads:
-            medians = _latencies(
-                files, threads, options.rounds, options.images, cpu_time=options.cpu_time
-            )
+            medians = _latencies(files, threads, options)
             rows += [
-                compared(f"{name}, {threads} threads", ms, medians[_PYTORCH], "ms an image")
+                compared(
+                    f"{name}, {options.batch} at once, {threads} threads",
+                    ms,
+                    medians[_PYTORCH],
+                    "ms an image",
+                )
                 for name, ms in medians.items()
             ]
     print("baseline: PyTorch\n")
     write_rows(rows, options.json)
 
 
-def _export_sample(folder: Path) -> dict[str, Path]:
+def _export_sample(folder: Path, *, with_fixed_batch: bool) -> dict[str, Path]:
     """A prompt set of a sample product, and all of its graphs."""
     write_samples(folder / "data")
     (category,) = find_categories(folder / "data", ["washer"])
@@ -78,13 +85,16 @@ def _export_sample(folder: Path) -> dict[str, Path]:
     prompt_set = fit("washer", category.support_set(4, 0), settings, backbone=backbone)
     files = {_PYTORCH: folder / "washer.safetensors"}
     prompt_set.save(files[_PYTORCH])
+    files[_REPLICA] = files[_PYTORCH]
     detector = Detector(backbone, prompt_set)
-    for name, write in _graphs(detector, folder).items():
+    for name, write in _graphs(detector, folder, with_fixed_batch=with_fixed_batch).items():
         files[name] = write()
     return files
 
 
-def _graphs(detector: Detector, folder: Path) -> dict[str, Callable[[], Path]]:
+def _graphs(
+    detector: Detector, folder: Path, *, with_fixed_batch: bool
+) -> dict[str, Callable[[], Path]]:
     """How each graph of a detector is written."""
 
     def writer(kind: Format, precision: GraphPrecision, batch: int | None) -> Callable[[], Path]:
@@ -97,39 +107,44 @@ def _graphs(detector: Detector, folder: Path) -> dict[str, Callable[[], Path]]:
         )
         for kind, precisions in PRECISIONS.items()
         for precision in precisions
-        for batch in ((None, 1) if precision == "float32" else (None,))
+        for batch in ((None, 1) if with_fixed_batch and precision == "float32" else (None,))
     }
 
 
 def _latencies(
-    files: dict[str, Path], threads: int, rounds: int, images: int, *, cpu_time: bool
+    files: dict[str, Path], threads: int, options: argparse.Namespace
 ) -> dict[str, float]:
     """Median milliseconds an image of each runtime."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name, file in files.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, file, threads, cpu_time), daemon=True)
+        task = (theirs, file, name == _REPLICA, threads, options.batch, options.cpu_time)
+        process = context.Process(target=_work, args=task, daemon=True)
         process.start()
         ours.recv()
         workers[name] = (process, ours)
     seconds: dict[str, list[float]] = {name: [] for name in files}
-    for turn in tqdm(range(_WARM_UPS + rounds), desc="rounds", disable=None):
+    for turn in tqdm(range(_WARM_UPS + options.rounds), desc="rounds", disable=None):
         for name, (_, ours) in workers.items():
-            ours.send(images)
+            ours.send(options.passes)
             taken = ours.recv()
             if turn >= _WARM_UPS:
                 seconds[name] += taken
     for process, ours in workers.values():
         ours.send(None)
         process.join()
-    return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}
+    return {
+        name: 1000 * statistics.median(taken) / options.batch for name, taken in seconds.items()
+    }
 
 
-def _work(pipe: Connection, file: Path, threads: int, cpu_time: bool) -> None:
+def _work(
+    pipe: Connection, file: Path, is_replica: bool, threads: int, batch: int, cpu_time: bool
+) -> None:
     clock = time.process_time if cpu_time else time.perf_counter
     torch.set_num_threads(threads)
-    run = _runner(file, threads)
+    run = _runner(file, is_replica=is_replica, threads=threads, batch=batch)
     run()
     pipe.send(None)
     while (count := pipe.recv()) is not None:
@@ -141,19 +156,22 @@ def _work(pipe: Connection, file: Path, threads: int, cpu_time: bool) -> None:
         pipe.send(taken)
 
 
-def _runner(file: Path, threads: int) -> Callable[[], object]:
+def _runner(file: Path, *, is_replica: bool, threads: int, batch: int) -> Callable[[], object]:
     if file.suffix != ".safetensors":
         exported = ExportedDetector.load(file, threads=threads)
         size = (exported.header.width, exported.header.height)
-        pixels_1HW3 = pixels_of([probe_image(size)], size)
-        return lambda: exported.run(pixels_1HW3)
+        pixels_BHW3 = pixels_of([probe_image(size)] * batch, size)
+        return lambda: exported.run(pixels_BHW3)
     prompt_set = PromptSet.load(file)
-    detector = Detector(load_backbone(prompt_set.backbone), prompt_set)
-    pixels_13HW = detector.backbone.preprocess([probe_image((detector.backbone.input_size,) * 2)])
+    backbone = load_backbone(prompt_set.backbone)
+    if is_replica:
+        compile_encoders(backbone, threads=threads)
+    detector = Detector(backbone, prompt_set)
+    pixels_B3HW = backbone.preprocess([probe_image((backbone.input_size,) * 2)] * batch)
 
     @torch.inference_mode()
     def run() -> object:
-        return detector.score(detector.backbone.encode_images(pixels_13HW))
+        return detector.score(backbone.encode_images(pixels_B3HW))
 
     return run
 
@@ -171,8 +189,10 @@ def _print_differences(data: Path, folder: Path) -> None:
         threshold = detector.prompt_set.threshold
         graphs = {
             name: ExportedDetector.load(write())
-            for name, write in _graphs(detector, folder / category.name).items()
-            if "fixed" not in name and "torchscript" not in name
+            for name, write in _graphs(
+                detector, folder / category.name, with_fixed_batch=False
+            ).items()
+            if "torchscript" not in name
         }
         tested = [image for image in category.test if image.path not in support]
         labels = np.array([image.is_anomalous for image in tested])

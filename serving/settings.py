@@ -55,9 +55,10 @@ class Batching(Settings):
 
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=8, ge=1)
-    runtime: Literal["torch", "openvino"] = Field(
-        default="torch",
-        description="What encodes images on CPUs; openvino needs the extra `edge` on each node.",
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        default="auto",
+        description="What encodes images on CPUs; auto is openvino where it gives the same"
+        " features, and torch elsewhere.",
     )
     max_wait_s: float = Field(
         default=2, gt=0, description="How long an image may have to wait for its turn."

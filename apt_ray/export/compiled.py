@@ -42,29 +42,31 @@ def compile_encoders(backbone: FrozenCLIP, *, threads: int) -> None:
         ExportError: It cannot compile the encoders, or computes other features.
     """
     require("openvino", extra="edge")
-    pixels_B3HW = backbone.preprocess([probe_image((backbone.input_size,) * 2)] * 2)
-    expected = backbone.encode_images(pixels_B3HW)
+    pixels_13HW = backbone.preprocess([probe_image((backbone.input_size,) * 2)])
+    expected = backbone.encode_images(pixels_13HW)
     try:
-        compiled = _compile(backbone, pixels_B3HW, threads)
+        compiled = _compile(backbone, pixels_13HW, threads)
     except Exception as error:  # the tracer's, the converter's and the compiler's own
         raise ExportError(
             f"OpenVINO cannot compile {backbone.spec.name} ({str(error).strip()[:300]}): serve it"
             f" with `runtime: torch`"
         ) from error
 
+    def encode_one(pixels_3HW: torch.Tensor) -> list[torch.Tensor]:
+        answered = compiled([np.ascontiguousarray(pixels_3HW[None].numpy())])
+        # Copied: the next image is written over what OpenVINO gives.
+        return [torch.from_numpy(answered[place].copy()) for place in range(2 + len(layers))]
+
+    layers = list(expected.layers)
+
     def encode(pixels_B3HW: torch.Tensor) -> ImageFeatures:
-        answered = compiled([np.ascontiguousarray(pixels_B3HW.numpy())])
-        # Copied: the next images are written over what OpenVINO gives.
-        tokens_BNE, cls_BE, *layers = (
-            torch.from_numpy(answered[place].copy()) for place in range(2 + len(expected.layers))
-        )
+        images = [encode_one(pixels_3HW) for pixels_3HW in pixels_B3HW]
+        tokens_BNE, cls_BE, *others = (torch.cat(parts) for parts in zip(*images, strict=True))
         return ImageFeatures(
-            tokens_BNE=tokens_BNE,
-            cls_BE=cls_BE,
-            layers=dict(zip(expected.layers, layers, strict=True)),
+            tokens_BNE=tokens_BNE, cls_BE=cls_BE, layers=dict(zip(layers, others, strict=True))
         )
 
-    found = encode(pixels_B3HW)
+    found = encode(pixels_13HW)
     for ours, theirs in (
         (expected.tokens_BNE, found.tokens_BNE),
         (expected.cls_BE, found.cls_BE),
@@ -79,18 +81,20 @@ def compile_encoders(backbone: FrozenCLIP, *, threads: int) -> None:
     backbone.encode_by(encode)
 
 
-def _compile(backbone: FrozenCLIP, pixels_B3HW: torch.Tensor, threads: int):  # type: ignore[no-untyped-def]
+def _compile(backbone: FrozenCLIP, pixels_13HW: torch.Tensor, threads: int):  # type: ignore[no-untyped-def]
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with quiet(), torch.no_grad():
-        traced = torch.jit.trace(_Encoders(backbone), pixels_B3HW, check_trace=False)
+        traced = torch.jit.trace(_Encoders(backbone), pixels_13HW, check_trace=False)
         # `openvino.convert_model` does the same, and reports to its makers.
-        decoder = TorchScriptPythonDecoder(traced, example_input=(pixels_B3HW,))
+        decoder = TorchScriptPythonDecoder(traced, example_input=(pixels_13HW,))
         frontend = FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
-    model.reshape(openvino.PartialShape([-1, *pixels_B3HW.shape[1:]]))
+    # One image at a time: with its number fixed OpenVINO lays out memory beforehand, and several at
+    # once are no faster on CPUs.
+    model.reshape(openvino.PartialShape(list(pixels_13HW.shape)))
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": threads,

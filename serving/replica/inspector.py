@@ -7,6 +7,7 @@ registry or waits for a lock.
 """
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -21,12 +22,13 @@ from weakref import WeakValueDictionary
 import torch
 from PIL import Image
 
+from apt_ray.config import BackboneSpec
 from apt_ray.detection.detector import Inspection, Region
 from apt_ray.detection.drift import Appearance, appearance_of
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import ImageError
+from apt_ray.errors import ExportError, ImageError, MissingDependencyError
 from apt_ray.export.compiled import compile_encoders
-from apt_ray.features.clip import load_backbone
+from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
 from serving.api import problems
@@ -54,6 +56,8 @@ from serving.replica.meter import Meter
 from serving.replica.pictures import bounded, gray_png
 from serving.replica.served import ServedCategory, build, self_test
 from serving.settings import Batching
+
+logger = logging.getLogger("ray.serve")
 
 # Decoding is memory-bound: more threads than this gain nothing and multiply the pixels in flight.
 _DECODERS = 2
@@ -434,12 +438,20 @@ class Inspector:
         with self._loading:
             backbone = self._backbones.get(prompt_set.fingerprint)
             if backbone is None:
-                loaded = load_backbone(prompt_set.backbone, device=self._device)
-                if self._batching.runtime == "openvino" and self._device == "cpu":
-                    compile_encoders(loaded, threads=self._batching.threads)
-                backbone = loaded
+                backbone = self._loaded(prompt_set.backbone)
                 self._backbones[backbone.fingerprint] = backbone
             return backbone
+
+    def _loaded(self, spec: BackboneSpec) -> FrozenCLIP:
+        backbone = load_backbone(spec, device=self._device)
+        if self._device == "cpu" and self._batching.runtime != "torch":
+            try:
+                compile_encoders(backbone, threads=self._batching.threads)
+            except (ExportError, MissingDependencyError) as error:
+                if self._batching.runtime == "openvino":
+                    raise
+                logger.warning("PyTorch encodes images: %s", error)
+        return backbone
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import sys
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from apt_ray.data.folders import Category
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import AptError
+from apt_ray.errors import AptError, MissingDependencyError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import decode_image, read_image
 from serving.api.access import Access
@@ -310,11 +311,25 @@ def test_another_runtime_answers_the_same(
         found = await asyncio.gather(*(ask_for(inspecting, data) for data in images))
         return [each.report.anomaly_score for each in found]
 
-    expected = asyncio.run(scores(inspector(backbone, prompt_set)))
+    expected = asyncio.run(scores(inspector(backbone, prompt_set, Batching(runtime="torch"))))
     batching = Batching(runtime="openvino", threads=2)
     assert asyncio.run(scores(inspector(backbone, prompt_set, batching))) == pytest.approx(
         expected, abs=1e-4
     )
+
+
+def test_a_runtime_that_is_not_there_is_done_without_unless_it_is_named(
+    backbone: FrozenCLIP,
+    prompt_set: PromptSet,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)  # imports of it raise ModuleNotFoundError
+    answered = asyncio.run(ask_for(inspector(backbone, prompt_set), png()))
+    assert 0 <= answered.report.anomaly_score <= 1
+    assert "PyTorch encodes images: " in caplog.text
+    with pytest.raises(MissingDependencyError, match="edge"):
+        inspector(backbone, prompt_set, Batching(runtime="openvino"))
 
 
 def test_a_short_burst_waits_and_a_flood_is_refused(
