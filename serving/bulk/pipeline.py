@@ -91,29 +91,28 @@ class Asked:
             gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
         decoder_cpus = 1.0 if gpus else _DECODER_CPUS
         free = [node.get("CPU", 0) for node in nodes]
-        # A decoder and a writer must find room beside the actors.
-        most = max([*free, 0]) - 2 * decoder_cpus
+        # A decoder must find room beside an actor.
+        most = max([*free, 0]) - decoder_cpus
         threads = self.threads or (1 if gpus else min(4, max(1, int(most / _MODEL_SHARE))))
         cpus = 1.0 if gpus else threads * _MODEL_SHARE
         actors = self.actors or min(
             _fitting(nodes, cpus, gpus),
-            int((sum(free) - 2 * decoder_cpus) / cpus),
+            int((sum(free) - decoder_cpus) / cpus),
         )
         if actors < 1:
-            wanted = f"{cpus + 2 * decoder_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+            wanted = f"{cpus + decoder_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
             raise SettingsError(
-                f"no node of the cluster has {wanted} free for an actor, a decoder and a writer:"
+                f"no node of the cluster has {wanted} free for an actor and a decoder:"
                 f" ask for less with --cpus-per-actor or --gpus-per-actor, wait until others are"
                 f" done, or say --actors N where an autoscaler brings nodes"
             )
-        others = max(2, int((sum(free) - actors * cpus) / decoder_cpus))
-        writers = max(1, others // 4)
+        decoders = max(1, int((sum(free) - actors * cpus) / decoder_cpus))
         return Resources(
             actors=actors,
             threads=threads,
             gpus=gpus,
-            decoders=others - writers,
-            writers=writers,
+            decoders=decoders,
+            writers=max(1, decoders // 4),
             batch_size=self.batch_size or (64 if gpus else 8),
             block_images=self.block_images,
         )
@@ -269,7 +268,9 @@ def inspect_all(
             batch_format="pyarrow",
             fn_constructor_kwargs={"batch": batch},
             compute=ActorPoolStrategy(size=resources.writers),
-            num_cpus=resources.decoder_cpus,
+            # They do next to nothing, and must find room elsewhere when their node is lost, though
+            # what is left of the cluster is full.
+            num_cpus=0,
         )
     )
     given_up = 0

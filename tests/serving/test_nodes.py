@@ -1,5 +1,7 @@
-"""A fleet on several nodes, one of which is lost while images are inspected."""
+"""Fleets and batches on several nodes, one of which is lost while images are inspected."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +13,13 @@ import pytest
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.devtools.local_stack import free_ports
+from apt_ray.devtools.local_stack import command_environment, free_ports
+from serving.bulk.results import Output
 from tests.nodes import Nodes, three_nodes
+from tests.servers import BUCKET, moto, upload
 from tests.serving.fleets import Deployed, Load
+
+_IMAGES = 60
 
 
 @dataclass(frozen=True)
@@ -75,3 +81,40 @@ def test_replicas_are_spread_and_the_loss_of_a_node_costs_no_image(
         # Who asks once more gets an answer.
         assert load.failed(attempts=2) == []
         assert fleet.get("/v1/washer")["version"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_batch_on_nodes_that_share_only_s3_goes_on_when_one_is_lost(
+    prompt_set: PromptSet, category: Category, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_set.save(tmp_path / "set.safetensors")
+    with moto(tmp_path) as bucket, three_nodes(tmp_path, environment=bucket, head_cpus=0) as nodes:
+        for name, value in bucket.items():
+            monkeypatch.setenv(name, value)
+        for number in range(_IMAGES):
+            upload(bucket, f"line/{number:03}.png", category.good[0].read_bytes())
+        output = Output.at(f"s3://{BUCKET}/out")
+        batch = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "serving.batch", "--ray-address", nodes.address),
+                *("--input", f"s3://{BUCKET}/line", "--output", f"s3://{BUCKET}/out"),
+                *("--prompt-set", str(tmp_path / "set.safetensors"), "--block-images", "2"),
+            ],
+            env=command_environment() | bucket,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            while len(output.finished()[0]) < 6:
+                assert batch.poll() is None, batch.communicate()[0]
+                time.sleep(0.5)
+            nodes.lose(next(iter(nodes.workers)))
+            said, _ = batch.communicate()
+        finally:
+            batch.kill()
+            batch.wait()
+        assert batch.returncode == 0, said
+        keys, tallies = output.finished()
+    assert len(keys) == sum(tally.images for tally in tallies.values()) == _IMAGES

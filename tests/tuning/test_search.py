@@ -36,8 +36,13 @@ from tuning.search import main
 from tuning.space import read_space
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("--shots", "2", "--seeds", "0", "--max-steps", "8")
-KILLABLE = ("--shots", "2", "--seeds", "0", "--max-steps", "160", "--scheduler", "none")
+# The trunk would take most of the time of these searches, and nothing here depends on it.
+TOWERS_ALONE = ("--reference-encoder", "backbone")
+QUICK = (*TOWERS_ALONE, "--shots", "2", "--seeds", "0", "--max-steps", "8")
+KILLABLE = (
+    *(*TOWERS_ALONE, "--shots", "2", "--seeds", "0"),
+    *("--max-steps", "160", "--scheduler", "none"),
+)
 SHARED = ("--engine", "shared")
 STEPS = (40, 80, 120, 160)
 
@@ -291,7 +296,8 @@ def test_a_stopped_search_registers_the_best_so_far_within_ten_seconds(
     running: RunningSearch, sample_data: Path, stack: LocalStack
 ) -> None:
     running.start(
-        *("--shots", "2", "--seeds", "0", "--max-steps", "400", "--data", sample_data),
+        *(*TOWERS_ALONE, "--shots", "2", "--seeds", "0", "--max-steps", "400"),
+        *("--data", sample_data),
         *(
             "--categories",
             "blister",
@@ -321,7 +327,8 @@ def test_two_categories_survive_repeated_kills(
     running: RunningSearch, sample_data: Path, stack: LocalStack
 ) -> None:
     running.start(
-        *("--shots", "3", "--seeds", "0,1", "--max-steps", "40", "--data", sample_data),
+        *(*TOWERS_ALONE, "--shots", "3", "--seeds", "0,1", "--max-steps", "40"),
+        *("--data", sample_data),
         *("--categories", "washer,textile", "--scheduler", "none", "--trials", "12"),
         *SHARED,
     )
@@ -377,7 +384,8 @@ def test_private_ray_own_engines_a_single_shot_and_never_promoted(
 ) -> None:
     done = run_search(
         *("--ray-address", "local", "--data", sample_data, "--categories", "textile"),
-        *("--shots", "1", "--seeds", "0", "--steps", "4", "--trials", "1", "--engine", "own"),
+        *(*TOWERS_ALONE, "--shots", "1", "--seeds", "0", "--steps", "4", "--trials", "1"),
+        *("--engine", "own"),
         *("--storage", tmp_path, "--bank-cache", "", "--promote", "never"),
         MLFLOW_TRACKING_URI=mlflow_server,
     )
