@@ -17,6 +17,7 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.images import find_reading, read_image
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import align
+from apt_ray.text import duration
 from apt_ray.validation.judge import Judge, encode_judge
 from tuning.actors import TRIALS_PER_ENGINE
 from tuning.calls import RungCall
@@ -185,13 +186,6 @@ def estimate(
         fitting_s=len(categories) * fit_s,
         machines=machines,
     )
-
-
-def duration(seconds: float) -> str:
-    """A length of time as a person says it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _time_trials(

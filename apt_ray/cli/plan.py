@@ -25,6 +25,7 @@ from apt_ray.sizing import (
     plan_search,
 )
 from apt_ray.tables import align
+from apt_ray.text import duration
 
 _REPEATS = 5
 
@@ -120,16 +121,12 @@ def _table(
         rows.append(("cost", f"{fleet.cost:,.2f} an hour, {720 * fleet.cost:,.0f} in 30 days"))
     rows += [
         ("search", f"{wanted.trials} trials of each category on {wanted.cpus} CPUs"),
-        ("", f"{_hours(search.encoding_h)} of CPU to encode, once"),
-        ("", f"{_hours(search.training_h)} to train and judge, if none were stopped"),
-        ("", f"{_hours(search.tune_h)} of Ray Tune's own"),
-        ("by the clock", _hours(search.clock_h)),
+        ("", f"{duration(3600 * search.encoding_h)} of CPU to encode, once"),
+        ("", f"{duration(3600 * search.training_h)} to train and judge, if none were stopped"),
+        ("", f"{duration(3600 * search.tune_h)} of Ray Tune's own"),
+        ("by the clock", duration(3600 * search.clock_h)),
     ]
     return align(rows)
-
-
-def _hours(hours: float) -> str:
-    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:,.1f} h"
 
 
 def _measured(options: argparse.Namespace) -> Speeds:

@@ -16,6 +16,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
 from apt_ray.errors import AptError, SettingsError, WriteError
+from apt_ray.text import duration
 from serving.bulk.inputs import Input, to_table
 from serving.bulk.results import Output, Tallies, add_tallies, whole
 from serving.bulk.stages import (
@@ -390,13 +391,5 @@ class _Progress:
         return (
             f"{run.images:,} of {self._total:,} images ({share:.0%}), {rate:.1f}/s,"
             f" {total.rejected:,} rejected, {total.unreadable:,} unreadable"
-            + (f", {_duration(left)} left" if left >= 1 else "")
+            + (f", {duration(left)} left" if left >= 1 else "")
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

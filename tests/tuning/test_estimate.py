@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from apt_ray.data.folders import find_categories
-from tuning.estimate import Estimate, Machines, duration, estimate
+from tuning.estimate import Estimate, Machines, estimate
 from tuning.search import main
 from tuning.settings import EngineSettings, SearchSettings
 from tuning.space import Axis
@@ -67,10 +67,3 @@ def test_a_dry_run_is_of_a_new_search(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["--dry-run", "--resume", "some"])
     assert "--dry-run needs --data" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(3.4, "3 s"), (200, "3 min"), (9000, "2.5 h"), (0, "0 s")]
-)
-def test_durations_are_said_as_people_do(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
