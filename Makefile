@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-slow test-core docs screenshots fuzz mutants peers sbom audit lint format clean
+.PHONY: help demo up down test test-slow test-nodes test-core docs screenshots fuzz mutants peers sbom audit lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,6 +29,10 @@ test: $(READY) ## Run the tests (PYTEST_ARGS="-k name" and the like)
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-nodes: $(READY) ## Run the tests on clusters of three nodes, of which one is lost
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+		-m slow -k nodes tests/serving/test_nodes.py tests/tuning/test_search.py $(PYTEST_ARGS)
 
 test-core: $(READY) ## Install the wheel alone in an environment of its own, and use it
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py $(PYTEST_ARGS)

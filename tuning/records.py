@@ -31,6 +31,7 @@ Status = Literal["running", "finished", "stopped early", "failed"]
 _SEARCH = "search.json"
 _PROBE = "writable"
 _ROOM_MIB = 256
+_READS = 20
 
 
 class SearchPlan(Settings):
@@ -228,14 +229,21 @@ class SearchStore:
         return self.read(_state(record, len(record.steps)))
 
     def read(self, path: str) -> bytes | None:
-        """The content of a file, None if there is none."""
+        """The content of a file, None if there is none; whole, also while others write it anew."""
         files, root = self._files
-        try:
-            with files.open_input_stream(f"{root}/{path}") as stream:
-                content: bytes = stream.read()
+        place = f"{root}/{path}"
+        for _ in range(_READS):
+            try:
+                with files.open_input_stream(place) as stream:
+                    content: bytes = stream.read()
+            except FileNotFoundError:
+                return None
+            if isinstance(files, LocalFileSystem):
                 return content
-        except FileNotFoundError:
-            return None
+            # In S3 pyarrow asks for the size first, and reads so much of what is there by then.
+            if files.get_file_info(place).size == len(content):
+                return content
+        raise OSError(f"{place} changes all the time")
 
     def write(self, path: str, content: bytes) -> None:
         """Write a file whole or not at all."""

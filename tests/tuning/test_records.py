@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +166,27 @@ def test_a_storage_in_s3_outlives_a_bad_network(bucket: str) -> None:
         (record,) = store.trials("washer")
         assert store.state(record) == STATE
         assert server.faults == 2
+
+
+def test_what_is_written_anew_in_s3_is_read_whole(bucket: str) -> None:
+    contents = (b"short", b"long" * 100)
+    store, writer = in_s3(bucket), in_s3(bucket)
+    store.write("record", contents[0])
+    end = threading.Event()
+
+    def write() -> None:
+        while not end.is_set():
+            for content in contents:
+                writer.write("record", content)
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    try:
+        read = [store.read("record") for _ in range(200)]
+    finally:
+        end.set()
+        writing.join()
+    assert set(read) <= set(contents)
 
 
 @pytest.mark.slow
