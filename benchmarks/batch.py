@@ -5,9 +5,9 @@ it reads, decodes and inspects in turn. The batch is `serving.bulk` on a Ray of 
 that its processes take to start does not count, for both inspect a while before the clock runs.
 Both take turns, so that whatever else the machine does hits both.
 
-`--memory N` inspects N generated images instead, by the built-in towers alone, which take
-128 px: it adds up the proportional set sizes of all processes (shared pages are counted once) each
-second, and draws them into docs/batch-memory.png.
+`--memory N` inspects N generated images instead, with random weights of a small architecture, for
+what is decided of them does not matter here: it adds up the proportional set sizes of all processes
+(shared pages are counted once) each second, and draws them into docs/batch-memory.png.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.features.clip import load_backbone
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
+from benchmarks.common import random_weights
 from benchmarks.rows import compared, write_rows
 
 _CATEGORY = "washer"
@@ -143,7 +144,7 @@ def _prepare(folder: Path, spec: BackboneSpec) -> PromptSet:
 
 
 def _memory(options: argparse.Namespace, folder: Path) -> None:
-    _prepare(folder, BackboneSpec(reference_encoder="backbone"))
+    _prepare(folder, random_weights("ViT-S-32-alt", folder))
     _generate(folder / "images", options.memory)
     batch = subprocess.Popen(
         [
