@@ -66,6 +66,8 @@ class Batcher(Generic[Item, Result]):
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting or self._for_idle:
+            futures: tuple[asyncio.Future[Any], ...]
+            run: Callable[[], list[Any]]
             results: list[Any]
             if batch := self._next_batch():
                 items, futures = zip(*batch, strict=True)
