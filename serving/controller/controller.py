@@ -213,8 +213,8 @@ class Controller:
             numbers = found.model_dump(exclude={"problem"}, exclude_none=True)
             self._note("shadow ends", category=category, **numbers)
         for category in begun:
-            order = orders[category].model_dump(exclude={"pair"})
-            self._note("shadow begins", category=category, **order)
+            tried = orders[category].model_dump(exclude={"pair"})
+            self._note("shadow begins", category=category, **tried)
 
     async def shadow(self, category: str) -> ShadowStatus | None:
         """What the candidate of a category makes of the same images; None where none is tried."""

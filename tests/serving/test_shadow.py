@@ -310,9 +310,9 @@ def test_counts_outlive_replicas_and_controllers(tmp_path: Path, prompt_set: Pro
         await warm(first)
         await tried(first, "a", "b")
         since = (await floor.status(images=2)).since
+        await floor.controller.poll()
         await floor.stop()  # with the controller
         await floor.start_controller()
-        await floor.controller.poll()
         second = await floor.start_replica("second")
         await warm(second)
         await tried(second, "c")
