@@ -34,7 +34,7 @@ from benchmarks.serving_load import Steady
 
 _SHARES = {"none": 0.0, "tenth": 0.1, "all": 1.0, "apart": 1.0, "encoder": 1.0}
 _KEPT = 100
-_OTHER = BackboneSpec(input_size=96)
+_OTHER = BackboneSpec(locality_radius=2)
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def _with_threshold(prompt_set: PromptSet, value: float) -> PromptSet:
 
 
 def _other_encoder(folder: Path) -> PromptSet:
-    """A prompt set of the same images at another size, which is another encoder."""
+    """A prompt set of the same images by another attention, which is another encoder."""
     category = next(c for c in find_categories(folder / "samples") if c.name == CATEGORY)
     fitted = fit(
         CATEGORY,
