@@ -295,9 +295,10 @@ def _order_of(trial: _Trial) -> Order:
 
 
 def _share_features(one: ServedCategory, other: ServedCategory) -> bool:
-    """Whether both see the same in an image file."""
+    """Whether both see the same in an image file; `Reading.peak` only refuses some."""
     same_backbone = one.detector.backbone is other.detector.backbone
-    return same_backbone and one.detector.reading == other.detector.reading
+    this, that = one.detector.reading, other.detector.reading
+    return same_backbone and (this.white_level, this.ground) == (that.white_level, that.ground)
 
 
 @torch.inference_mode()
