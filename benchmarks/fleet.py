@@ -70,10 +70,14 @@ class RunningFleet:
     url: str
     tracking_uri: str
     ray_pid: int
+    ray_folder: Path
 
     def replica(self) -> psutil.Process:
         """The process of a replica that serves the category; LookupError while there is none."""
-        title = f"ServeReplica:pool-{CATEGORY}"
+        return self.process(f"ServeReplica:pool-{CATEGORY}")
+
+    def process(self, title: str) -> psutil.Process:
+        """A process of Ray whose command line contains `title`; LookupError without any."""
         for process in psutil.Process(self.ray_pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 if title in " ".join(process.cmdline()):
@@ -84,15 +88,17 @@ class RunningFleet:
 @contextmanager
 def fleet(
     folder: Path,
-    prompt_set: PromptSet,
+    prompt_set: PromptSet | Mapping[str, PromptSet],
     *,
     haproxy: bool = True,
     threads: int,
     max_wait_s: float = 60,
     categories: Sequence[str] = (CATEGORY,),
     autoscaling: Mapping[str, object] = MappingProxyType({"max_replicas": 1}),
+    settings: Mapping[str, object] = MappingProxyType({}),
 ) -> Iterator[RunningFleet]:
-    """A fleet in which each category has a pool of its own."""
+    """A fleet in which each category has a pool of its own, but for what `settings` say otherwise:
+    they stand in the fleet file. A prompt set is of all `categories`, or each has its own."""
     from apt_ray.registry import open_registry
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,12 +108,14 @@ def fleet(
     stack.start()
     try:
         registry = open_registry(stack.environment["MLFLOW_TRACKING_URI"])
-        for name in categories:
-            registry.register(prompt_set.with_category(name), pictures={}, trials=[])
+        if isinstance(prompt_set, PromptSet):
+            prompt_set = dict.fromkeys(categories, prompt_set)
+        for name, each in prompt_set.items():
+            registry.register(each.with_category(name), pictures={}, trials=[])
         (port,) = free_ports(1)
         file = folder / "fleet.yaml"
-        settings = {
-            "categories": {name: {"threshold": 1.0} for name in categories},
+        usual = {
+            "categories": {name: {"threshold": 1.0} for name in prompt_set},
             "defaults": {
                 "threads": threads,
                 "max_wait_s": max_wait_s,
@@ -115,12 +123,13 @@ def fleet(
             },
             "registry": {"cache": str(folder / "cache")},
         }
-        file.write_text(json.dumps(settings))
+        file.write_text(json.dumps(usual | dict(settings)))
         deploy(stack, file, port)
         yield RunningFleet(
             url=f"http://{HOST}:{port}",
             tracking_uri=stack.environment["MLFLOW_TRACKING_URI"],
             ray_pid=next(server.pid for server in stack.servers if server.name == "Ray"),
+            ray_folder=stack.ray_folder or folder,
         )
     finally:
         stack.stop()

@@ -24,8 +24,6 @@ from apt_ray.errors import AptError, FleetError
 from apt_ray.machine import expanded
 from serving.api.access import Access
 from serving.api.history import (
-    NO_HISTORY,
-    HistoryService,
     KeptInspection,
     KeptInspections,
     KeptPicture,
@@ -53,6 +51,7 @@ from serving.controller.orders import (
     Routes,
     StoredVersion,
 )
+from serving.controller.shadow import ShadowStatus
 from serving.settings import (
     Auth,
     Batching,
@@ -91,6 +90,7 @@ class PoolArgs(Settings):
     http: HttpLimits
     history: HistorySettings = HistorySettings()
     drift: DriftSettings | None = None
+    shadow_images: int = 0
 
 
 class RootArgs(Settings):
@@ -154,10 +154,10 @@ class PoolReplica:
         controller = _RemoteController()
         cache = Cache(args.registry.cache, args.registry_address)
         meter = Meter()
-        kept: History | None = None
-        if args.history.images:
-            kept = History(args.history, args.registry_address, meter=meter)
-        self._history: HistoryService = kept or NO_HISTORY
+        self._controller = controller
+        self._history = History(
+            args.history, args.registry_address, disagreements=args.shadow_images, meter=meter
+        )
         self._inspector = Inspector(
             limits=args.http.image,
             batching=args.batching,
@@ -165,7 +165,7 @@ class PoolReplica:
             shared=args.shared,
             meter=meter,
             beside=Beside(controller, cache),
-            history=kept,
+            history=self._history,
             drift=DriftWatches(args.drift, meter=meter) if args.drift else None,
         )
         self._answering = Answering(self._inspector, self._history)
@@ -183,7 +183,11 @@ class PoolReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(
-            self._inspector, http=self._args.http, access=self._access, history=self._history
+            self._inspector,
+            http=self._args.http,
+            access=self._access,
+            history=self._history,
+            controller=self._controller,
         )
 
     async def inspect(
@@ -334,6 +338,9 @@ class ControllerReplica:
     async def reset_drift(self, category: str, anew: bool, reason: str, by: str) -> DriftsCleared:
         return await self._controller.reset_drift(category, anew=anew, reason=reason, by=by)
 
+    async def shadow(self, category: str) -> ShadowStatus | None:
+        return await self._controller.shadow(category)
+
     def check_health(self) -> None:
         if self._polling is not None and self._polling.done():
             raise RuntimeError("the controller no longer polls the registry")
@@ -446,6 +453,10 @@ class _RemoteController:
             category, anew, reason, by
         )
         return cleared
+
+    async def shadow(self, category: str) -> ShadowStatus | None:
+        status: ShadowStatus | None = await controller_handle().shadow.remote(category)
+        return status
 
 
 async def _own_errors(answer: Awaitable[Any]) -> Any:

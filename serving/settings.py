@@ -154,6 +154,40 @@ class HistorySettings(Settings):
     folder: str = Field(default="~/.cache/apt-ray/history", min_length=1)
 
 
+class CategoryShadow(Settings):
+    """How a candidate is tried beside what serves, and what a promotion over HTTP asks of it."""
+
+    share: float = Field(
+        default=0, ge=0, le=1, description="Of the images, chosen by request id; 0 tries none."
+    )
+    required_images: int = Field(
+        default=0, ge=0, description="On which both have to agree; 0 asks for nothing."
+    )
+    required_agreement: float = Field(
+        default=0.99,
+        ge=0,
+        le=1,
+        description="Share of the tried images on which they have to, where any are required.",
+    )
+
+    def overridden_by(self, other: "CategoryShadow | None") -> "CategoryShadow":
+        """These settings, but those that `other` was given explicitly from `other`."""
+        names = CategoryShadow.model_fields
+        given = {name: getattr(other, name) for name in other.model_fields_set} if other else {}
+        return CategoryShadow(**{name: getattr(self, name) for name in names} | given)
+
+
+class ShadowSettings(CategoryShadow):
+    """The same for the fleet."""
+
+    images: int = Field(
+        default=100,
+        ge=0,
+        description="Those on which both disagree, the last so many of a category on each node, in"
+        " the history's folder; 0 keeps none.",
+    )
+
+
 class RegionOfInterest(Settings):
     """The part of a category's images outside of which nothing counts.
 
@@ -229,6 +263,7 @@ class CategoryEntry(Decision):
     pool: PoolName | None = None
     autoscaling: Autoscaling = Autoscaling()
     region_of_interest: RegionOfInterest | None = None
+    shadow: CategoryShadow | None = None
 
     @model_validator(mode="after")
     def _coherent_entry(self) -> "CategoryEntry":
@@ -287,6 +322,7 @@ class Fleet(Settings):
     history: HistorySettings = HistorySettings()
     searches: SearchSettings | None = SearchSettings()
     drift: DriftSettings | None = DriftSettings()
+    shadow: ShadowSettings = ShadowSettings()
     auth: Auth = Auth()
 
     @field_validator("categories", "pools", mode="before")

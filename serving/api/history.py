@@ -14,7 +14,7 @@ from serving.api.bodies import BINARY
 from serving.api.messages import RegionReport
 from serving.api.problems import COMMON_PROBLEMS, ProblemError
 
-Only = Literal["all", "rejected", "marked"]
+Only = Literal["all", "rejected", "marked", "disagreeing"]
 Truth = Literal["good", "defective"]
 KeptPicture = Literal["image", "map"]
 
@@ -25,6 +25,15 @@ _CACHED = {
     "Cache-Control": "private, max-age=86400, immutable",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+class KeptCandidate(BaseModel):
+    """What a candidate found in an image."""
+
+    version: int
+    score: float = Field(description="Its anomaly score, 0..1.")
+    threshold: float
+    is_anomalous: bool = Field(description="Its verdict.")
 
 
 class KeptInspection(BaseModel):
@@ -45,6 +54,10 @@ class KeptInspection(BaseModel):
     mark: Truth | None = Field(description="What a person says that the part is.")
     note: str = Field(description="What that person adds.")
     marked_by: str = Field(description="The name of that person's token.")
+    candidate: KeptCandidate | None = Field(
+        default=None,
+        description="What the candidate that was tried found, if its verdict was another.",
+    )
 
 
 class KeptInspections(BaseModel):
@@ -122,7 +135,7 @@ def add_history(api: FastAPI, history: HistoryService, access: Access) -> None:
         tags=["history"],
         summary="The last inspections",
         description="Newest first, as the node that answers keeps them; 404 where the fleet file"
-        " keeps none (`history`).",
+        " keeps none (`history`), and no candidate has disagreed (`shadow`).",
         dependencies=[Depends(inspectors)],
         responses=COMMON_PROBLEMS,
     )

@@ -43,6 +43,8 @@ from serving.api.messages import (
     Service,
 )
 from serving.api.problems import COMMON_PROBLEMS, Problem, ProblemError, problem_responses
+from serving.api.shadow import add_shadow
+from serving.controller.client import ControllerClient
 from serving.logs import logger
 from serving.settings import HttpLimits
 
@@ -65,9 +67,17 @@ _REQUEST_BODY = {
 
 
 def create_api(
-    service: Service, *, http: HttpLimits, access: Access, history: HistoryService = NO_HISTORY
+    service: Service,
+    *,
+    http: HttpLimits,
+    access: Access,
+    history: HistoryService = NO_HISTORY,
+    controller: ControllerClient | None = None,
 ) -> FastAPI:
-    """The API of categories that `service` answers for."""
+    """The API of categories that `service` answers for.
+
+    Without a controller nothing is told of candidates that are tried.
+    """
     api = FastAPI(
         title="apt-ray",
         summary="Finds defects in images of products.",
@@ -266,6 +276,8 @@ def create_api(
         return await service.describe(category)
 
     add_history(api, history, access)
+    if controller is not None:
+        add_shadow(api, controller, history, access)
     return api
 
 

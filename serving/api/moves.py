@@ -14,6 +14,7 @@ from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.problems import ProblemError, problem_responses
 from serving.controller.client import ControllerClient
 from serving.controller.moves import MoveKind, MoveOrder, Operation, VersionSummary
+from serving.controller.shadow import NotTriedEnoughError
 
 MOST_VERSIONS = 100
 
@@ -55,7 +56,21 @@ class MoveRequest(BaseModel):
     reason: Reason
     force: bool = Field(
         default=False,
-        description="Promote the candidate whatever the comparison says; other moves ask nobody.",
+        description="Promote the candidate whatever the comparison says, and however few images it"
+        " was tried on; other moves ask nobody.",
+    )
+    required_images: int | None = Field(
+        default=None,
+        ge=0,
+        description="Promote the candidate only if it agrees with what serves on so many images, on"
+        " which it was tried (`shadow`); it may ask for more than the fleet file does.",
+    )
+    required_agreement: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="And on this share of those that it was tried on; without it, as the fleet file"
+        " says.",
     )
 
 
@@ -71,6 +86,8 @@ async def told(answer: Awaitable[Answer]) -> Answer:
         return await answer
     except RegistryError as error:
         raise problems.of_registry(error) from None
+    except NotTriedEnoughError as error:
+        raise problems.not_tried_enough(str(error)) from None
     except Exception as error:
         raise problems.not_ready("the fleet's controller", reason=str(error)) from None
 
@@ -135,6 +152,8 @@ def add_moves(api: FastAPI, controller: ControllerClient, access: Access) -> Non
                 reason=asked.reason,
                 by=caller.name,
                 force=asked.force and kind == "promote",
+                required_images=asked.required_images,
+                required_agreement=asked.required_agreement,
             )
             begun = await told(controller.move(order))
             prefix = request.scope["root_path"]

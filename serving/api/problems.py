@@ -173,6 +173,16 @@ def no_version(category: str, alias: str) -> ProblemError:
     )
 
 
+def not_tried_enough(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.CONFLICT,
+        "Not tried enough",
+        detail,
+        "Let the candidate be tried on more images (`shadow` in the fleet file), and look at those"
+        " on which both disagree, `GET /v1/<category>/shadow`; or promote it with `force`.",
+    )
+
+
 def unusable(category: str, alias: str, reason: str) -> ProblemError:
     """A version that somebody asked for cannot be served."""
     return ProblemError(

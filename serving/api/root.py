@@ -109,7 +109,7 @@ def create_root_api(
         webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
         tuning: Images to learn from, and searches; None where the fleet file turns them off.
     """
-    api = create_api(pools, http=http, access=access, history=pools)
+    api = create_api(pools, http=http, access=access, history=pools, controller=controller)
     if tuning is not None:
         add_tuning_routes(api, tuning, http=http, access=access)
     anyone = [Depends(require(access, None))]

@@ -12,6 +12,7 @@ from serving.controller.orders import (
     Routes,
     StoredVersion,
 )
+from serving.controller.shadow import ShadowStatus
 
 
 class ControllerClient(Protocol):
@@ -52,7 +53,11 @@ class ControllerClient(Protocol):
         ...
 
     async def move(self, order: MoveOrder) -> Operation:
-        """Begin to move an alias of a category; RegistryConflictError while another is moved."""
+        """Begin to move an alias of a category.
+
+        RegistryConflictError while another is moved, NotTriedEnoughError if the candidate has not
+        shown what its promotion asks for.
+        """
         ...
 
     async def operation(self, identifier: str) -> Operation | None:
@@ -86,4 +91,8 @@ class ControllerClient(Protocol):
         self, category: str, *, anew: bool, reason: str, by: str
     ) -> DriftsCleared:
         """Take back the alarms of a category; `anew`, its next images are the new reference."""
+        ...
+
+    async def shadow(self, category: str) -> ShadowStatus | None:
+        """What the candidate of a category makes of the same images; None where none is tried."""
         ...

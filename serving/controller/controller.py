@@ -3,7 +3,7 @@
 It asks for all aliases in one query per interval, or at once when it is woken, and tells each pool
 which version of which category to serve. Replicas and the root wait at `follow` and `routes` until
 something changes. It can lose whatever it knows: Serve hands a new one its plan, the replicas
-report again, and the last aliases lie in the local cache.
+report again, and the last aliases lie in the local cache, as does what candidates were found to do.
 """
 
 import asyncio
@@ -41,6 +41,14 @@ from serving.controller.orders import (
     Routes,
     State,
     StoredVersion,
+    pair_of,
+)
+from serving.controller.shadow import (
+    KeptShadows,
+    ShadowOrder,
+    ShadowReport,
+    Shadows,
+    ShadowStatus,
 )
 from serving.controller.version_pictures import VersionPictures
 from serving.logs import audit
@@ -110,6 +118,8 @@ class Controller:
         self._audit: deque[dict[str, object]] = deque(maxlen=_AUDIT_LINES)
         self._operations: dict[str, Operation] = {}
         self._drifts = Drifts()
+        self._shadows = Shadows(cache.recall("shadows", KeptShadows))
+        self._kept_shadows = self._shadows.kept
         self._moving: set[asyncio.Task[None]] = set()
 
     async def plan(self, plan: Plan) -> None:
@@ -127,6 +137,7 @@ class Controller:
             )
         self._deployed = plan
         self._take_in()
+        self._follow_candidates()
         self._woken.set()
         await self._announce()
 
@@ -145,6 +156,9 @@ class Controller:
         """Ask the registry once. Without an answer, what it last said stays true."""
         async with self._polling:  # or an older answer could come after a newer one
             await self._poll()
+            if (shadows := self._shadows.kept) != self._kept_shadows:
+                await asyncio.to_thread(self._cache.remember, "shadows", shadows)
+                self._kept_shadows = shadows
 
     async def _poll(self) -> None:
         try:
@@ -170,6 +184,7 @@ class Controller:
             self._note_moves(news)
             self._aliases = news
             self._take_in()
+            self._follow_candidates()
             await asyncio.to_thread(self._cache.remember, "aliases", self._aliases)
             await self._announce()
 
@@ -185,6 +200,28 @@ class Controller:
         for category, pool, _ in self._plan.places():
             if category not in before | deployed:
                 self._note("joined", category=category, pool=pool)
+
+    def _follow_candidates(self) -> None:
+        """Let replicas try the candidates that wait, where the fleet file says so."""
+        orders = {
+            category: order
+            for category, _, entry in reversed(list(self._plan.places()))
+            if (order := self._shadow_order(category, entry))
+        }
+        begun, ended = self._shadows.follow(orders)
+        for category, found in ended.items():
+            numbers = found.model_dump(exclude={"problem"}, exclude_none=True)
+            self._note("shadow ends", category=category, **numbers)
+        for category in begun:
+            tried = orders[category].model_dump(exclude={"pair"})
+            self._note("shadow begins", category=category, **tried)
+
+    async def shadow(self, category: str) -> ShadowStatus | None:
+        """What the candidate of a category makes of the same images; None where none is tried."""
+        live = self._live_reports().values()
+        return self._shadows.status(
+            category, [report.shadows[category] for report in live if category in report.shadows]
+        )
 
     async def wake(self, reason: str) -> None:
         """Ask the registry now instead of at the end of the interval."""
@@ -239,6 +276,8 @@ class Controller:
         known = self._reports.get(key)
         self._note_swaps(pool, replica, known[1] if known else ReplicaReport(), report)
         self._note_drift(pool, replica, report)
+        for category, shadow in report.shadows.items():
+            self._shadows.hear(category, shadow)
         self._reports[key] = (self._clock(), report)
         orders = await self._until(lambda: self._orders(pool), report.orders, wait_s)
         self._reports[key] = (self._clock(), report)
@@ -270,7 +309,8 @@ class Controller:
     async def move(self, order: MoveOrder) -> Operation:
         """Begin to move an alias of a category; `operation` tells what comes of it.
 
-        RegistryConflictError while another move of the category is being made.
+        RegistryConflictError while another move of the category is being made, NotTriedEnoughError
+        if the candidate has not shown what its promotion asks for.
         """
         for other in self._operations.values():
             if other.category == order.category and other.state == "running":
@@ -278,10 +318,12 @@ class Controller:
                     f"{other.by or 'somebody'} asked to {other.kind} {other.category} at"
                     f" {other.started}, which is not done yet: wait for operation {other.id}"
                 )
+        if order.kind == "promote" and not order.force:
+            order = self._tried(order)
         operation = Operation(
             id=uuid.uuid4().hex,
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **order.model_dump(),
+            **order.model_dump(include=set(Operation.model_fields)),
         )
         while len(self._operations) >= _OPERATIONS:
             del self._operations[next(iter(self._operations))]
@@ -291,6 +333,30 @@ class Controller:
         self._moving.add(task)
         task.add_done_callback(self._moving.discard)
         return operation
+
+    def _tried(self, order: MoveOrder) -> MoveOrder:
+        """A promotion of the very version that has shown what is asked for.
+
+        Raises NotTriedEnoughError. The first version of a category has nothing to agree with.
+        """
+        category = order.category
+        entry = next((entry for name, _, entry in self._plan.places() if name == category), None)
+        said = (entry and entry.shadow) or self._plan.shadow
+        # Whoever asks may ask for more than the fleet file does; for less takes force.
+        images = max(said.required_images, order.required_images or 0)
+        agreement = said.required_agreement
+        if order.required_agreement is not None:
+            least = agreement if said.required_images else 0
+            agreement = max(order.required_agreement, least)
+        aliases = self._aliases.categories.get(category, {})
+        champion = self._version(category, entry) if entry else aliases.get(_CHAMPION)
+        candidate = aliases.get(_CANDIDATE)
+        if not images or champion is None or candidate is None or candidate == champion:
+            return order
+        self._shadows.require(
+            category, images=images, agreement=agreement, champion=champion, candidate=candidate
+        )
+        return order.model_copy(update={"version": candidate})
 
     async def operation(self, identifier: str) -> Operation | None:
         """A move that was begun; None if this controller has begun none of that id."""
@@ -346,12 +412,15 @@ class Controller:
         reports: dict[str, list[ReplicaReport]] = {pool: [] for pool in self._plan.pools}
         hours: dict[str, list[Counts]] = {}
         drifts: dict[str, list[DriftReport]] = {}
+        shadows: dict[str, list[ShadowReport]] = {}
         for (pool, _), report in self._live_reports().items():
             reports[pool].append(report)
             for category, counts in report.last_hour.items():
                 hours.setdefault(category, []).append(counts)
             for category, drift in report.drift.items():
                 drifts.setdefault(category, []).append(drift)
+            for category, shadow in report.shadows.items():
+                shadows.setdefault(category, []).append(shadow)
         etags = {pool: self._orders(pool).etag for pool in self._plan.pools}
         pools: dict[str, tuple[str, ...]] = {}
         for category, pool, _ in self._plan.places():
@@ -370,6 +439,7 @@ class Controller:
                     etags,
                     hours.get(category, []),
                     drifts.get(category, []),
+                    shadows.get(category, []),
                 )
                 for category in sorted(pools)
             },
@@ -396,6 +466,7 @@ class Controller:
         etags: dict[str, str],
         hours: list[Counts],
         drifts: list[DriftReport],
+        shadows: list[ShadowReport],
     ) -> CategoryStatus:
         # Every replica of every pool that shall serve it counts: only then may one pool go.
         expected = [
@@ -443,6 +514,7 @@ class Controller:
             last_hour=summed(hours),
             threshold_source=self._decision(category, entry)[1],
             drift=self._drifts.status(category, versions, drifts),
+            shadow=self._shadows.status(category, shadows),
             problem=next(iter(problems.values()), None),
             failing=tuple(sorted(problems)),
         )
@@ -486,6 +558,20 @@ class Controller:
             region_of_interest=entry.region_of_interest,
         )
 
+    def _shadow_order(self, category: str, entry: CategoryEntry) -> ShadowOrder | None:
+        """The candidate to be tried; None where none waits, or none shall be tried."""
+        share = (entry.shadow or self._plan.shadow).share
+        order = self._order(category, entry)
+        candidate = self._candidate(category, order.version)
+        if not share or order.version is None or candidate is None:
+            return None
+        return ShadowOrder(
+            champion=order.version,
+            candidate=candidate,
+            share=share,
+            pair=pair_of(order, candidate),
+        )
+
     def _orders(self, pool: str) -> Orders:
         return Orders(
             categories={
@@ -497,6 +583,11 @@ class Controller:
                 category: reset
                 for category, reset in self._drifts.resets.items()
                 if category in self._plan.pools.get(pool, {})
+            },
+            shadows={
+                category: order
+                for category, entry in self._plan.pools.get(pool, {}).items()
+                if (order := self._shadow_order(category, entry))
             },
         )
 

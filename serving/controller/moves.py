@@ -29,6 +29,16 @@ class MoveOrder(Settings):
     force: bool = Field(
         default=False, description="Whether the candidate is promoted whatever its verdict is."
     )
+    required_images: int | None = Field(
+        default=None,
+        description="On which candidate and champion have to agree; null: as the fleet file says.",
+    )
+    required_agreement: float | None = Field(
+        default=None, description="Share of the tried images on which they have to agree, likewise."
+    )
+    version: int | None = Field(
+        default=None, description="The one to be promoted; null: whatever is the candidate then."
+    )
 
     @property
     def why(self) -> str:
@@ -98,12 +108,13 @@ def carry_out(registry: "Registry", order: MoveOrder) -> MoveResult:
 
     Raises RegistryError, or another AptError if a version cannot be used.
     """
-    from apt_ray.registry import discard, promote, roll_back
+    from apt_ray.registry import CANDIDATE, discard, promote, roll_back
 
     if order.kind == "promote":
         promotion = promote(
             registry,
             order.category,
+            CANDIDATE if order.version is None else str(order.version),
             why="" if order.force else order.why,
             force=order.why if order.force else None,
         )

@@ -14,10 +14,12 @@ from pydantic import Field
 from apt_ray.config import Settings
 from serving.controller.activity import Activity, Counts
 from serving.controller.drift import DriftReport, DriftReset, DriftStatus
+from serving.controller.shadow import ShadowOrder, ShadowReport, ShadowStatus
 from serving.settings import (
     Auth,
     CategoryEntry,
     CategoryName,
+    CategoryShadow,
     Decision,
     PoolName,
     RegionOfInterest,
@@ -57,6 +59,9 @@ class Plan(Settings):
     joined: PoolName | None = Field(
         default=None,
         description="The pool of this plan that then serves whatever category gets a champion.",
+    )
+    shadow: CategoryShadow = Field(
+        default=CategoryShadow(), description="Of the categories that have none of their own."
     )
 
     def to_config(self) -> dict[str, Any]:
@@ -104,6 +109,7 @@ class Orders(Message):
     categories: dict[CategoryName, Order] = Field(default_factory=dict)
     auth: Auth = Auth()
     drift_resets: dict[CategoryName, DriftReset] = Field(default_factory=dict)
+    shadows: dict[CategoryName, ShadowOrder] = Field(default_factory=dict)
 
     @property
     def etag(self) -> str:
@@ -143,6 +149,7 @@ class ReplicaReport(Message):
         default_factory=dict, description="Of the categories with traffic."
     )
     drift: dict[CategoryName, DriftReport] = Field(default_factory=dict)
+    shadows: dict[CategoryName, ShadowReport] = Field(default_factory=dict)
 
 
 class CategoryStatus(Message):
@@ -179,6 +186,10 @@ class CategoryStatus(Message):
         default=None,
         description="Whether its images and scores are still what they were; null without traffic,"
         " or where the fleet file turns it off.",
+    )
+    shadow: ShadowStatus | None = Field(
+        default=None,
+        description="What the candidate makes of the same images; null where none is tried.",
     )
     problem: str | None = None
     failing: tuple[PoolName, ...] = Field(
@@ -224,6 +235,11 @@ class StoredVersion:
     version: int
     run_id: str
     data: bytes
+
+
+def pair_of(order: Order, candidate: int) -> str:
+    """Names what serves and who is tried beside it: whatever changes a verdict changes the name."""
+    return f"{candidate}-{digest(order)}"
 
 
 def digest(settings: Settings) -> str:

@@ -15,6 +15,7 @@ from apt_ray.registry import CHAMPION, Registry
 from serving.app import CONTROLLER, ROOT, pool_application
 from serving.controller.drift import DriftStatus
 from serving.controller.orders import CategoryStatus, FleetStatus, Plan
+from serving.controller.shadow import ShadowStatus
 from serving.deploy.cluster import Cluster
 from serving.deploy.plan import (
     IMPORT_PATH,
@@ -172,6 +173,7 @@ def _describe_category(status: CategoryStatus) -> str:
         "threshold by an operator" if status.threshold_source == "operator" else "",
         "from the local cache" if status.from_cache else "",
         *_describe_drift(status.drift),
+        _describe_shadow(status.shadow) if status.shadow else "",
         status.problem or "",
     ]
     return "  ".join(part for part in parts if part)
@@ -179,6 +181,18 @@ def _describe_category(status: CategoryStatus) -> str:
 
 def _describe_drift(drift: DriftStatus | None) -> list[str]:
     return [f"drift: {each.says}, since {each.since}" for each in drift.alarms] if drift else []
+
+
+def _describe_shadow(status: ShadowStatus) -> str:
+    name = f"shadow: version {status.candidate} beside {status.champion}"
+    if status.problem:
+        return f"{name} cannot be tried: {status.problem}"
+    if not status.images:
+        return f"{name}: no image yet"
+    return (
+        f"{name} agrees on {status.agreement:.2%} of {status.images:,} images, rejects"
+        f" {status.candidate_rejects:,} more and {status.champion_rejects:,} fewer"
+    )
 
 
 def _plan(config: Config) -> Plan:

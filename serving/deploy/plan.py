@@ -146,7 +146,14 @@ def serve_config(
         # What concerns Serve alone is no business of the controller's.
         pools={
             pool.name: {
-                name: entry.model_copy(update={"autoscaling": Autoscaling(), "pool": None})
+                name: entry.model_copy(
+                    update={
+                        "autoscaling": Autoscaling(),
+                        "pool": None,
+                        # Whole, since a plan does not tell what was given from what is default.
+                        "shadow": entry.shadow and fleet.shadow.overridden_by(entry.shadow),
+                    }
+                )
                 for name, entry in pool.categories.items()
             }
             for pool in pools
@@ -154,6 +161,7 @@ def serve_config(
         auth=fleet.auth,
         names_all=names_all,
         joined=fleet.pool if names_all else None,
+        shadow=fleet.shadow.overridden_by(None),
     )
     controller = {
         "name": CONTROLLER,
@@ -220,6 +228,7 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
             http=fleet.http,
             history=fleet.history,
             drift=fleet.drift,
+            shadow_images=fleet.shadow.images,
         ).model_dump(mode="json"),
         "deployments": [
             {

@@ -4,17 +4,20 @@ A lone item runs at once, and under load batches grow, without a set time to wai
 Serve's own `@serve.batch` closes its batches by the clock even while the model is busy.
 
 A batch takes one item of each key in turn, so that a flooded key delays the others by its share and
-no more.
+no more. What is only worth idle time runs while nothing waits, one piece at a time: an item that
+arrives meanwhile waits for the rest of that piece.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Idle = TypeVar("Idle")
 
 
 class Batcher(Generic[Item, Result]):
@@ -39,26 +42,45 @@ class Batcher(Generic[Item, Result]):
         self._max_batch_size = max_batch_size
         # Keys in the order of their turns; none is empty.
         self._waiting: dict[str, deque[tuple[Item, asyncio.Future[Result]]]] = {}
+        self._for_idle: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._worker: asyncio.Task[None] | None = None
 
     async def submit(self, key: str, item: Item) -> Result:
         """The item's result; raises what its batch raised."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, deque()).append((item, future))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        self._wake()
         return await future
 
+    async def when_idle(self, work: Callable[[], Idle]) -> Idle:
+        """What `work` returns or raises; it runs where batches do, once no item waits."""
+        future: asyncio.Future[Idle] = asyncio.get_running_loop().create_future()
+        self._for_idle.append((work, future))
+        self._wake()
+        return await future
+
+    def _wake(self) -> None:
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+
     async def _work(self) -> None:
-        while batch := self._next_batch():
-            items, futures = zip(*batch, strict=True)
-            results: list[Result | Exception]
+        loop = asyncio.get_running_loop()
+        while self._waiting or self._for_idle:
+            futures: tuple[asyncio.Future[Any], ...]
+            run: Callable[[], list[Any]]
+            results: list[Any]
+            if batch := self._next_batch():
+                items, futures = zip(*batch, strict=True)
+                run = partial(self._run, list(items))
+            elif self._for_idle:
+                work, future = self._for_idle.popleft()
+                futures, run = (future,), partial(_alone, work)
+            else:
+                return  # whoever submitted the last items has gone
             try:
-                results = await asyncio.get_running_loop().run_in_executor(
-                    self._executor, self._run, list(items)
-                )
+                results = await loop.run_in_executor(self._executor, run)
             except Exception as error:  # it belongs to those who wait for this batch
-                results = [error] * len(items)
+                results = [error] * len(futures)
             for future, result in zip(futures, results, strict=True):
                 if future.done():
                     continue
@@ -79,3 +101,7 @@ class Batcher(Generic[Item, Result]):
             if not future.done():
                 batch.append((item, future))
         return batch
+
+
+def _alone(work: Callable[[], Result]) -> list[Result]:
+    return [work()]

@@ -1,8 +1,11 @@
-"""Versions that are asked for beside the one that serves: the last few, loaded on demand."""
+"""Versions that are wanted beside the one that serves, loaded on demand.
+
+Kept are the last few that somebody asked for, and those that are held.
+"""
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from typing import TypeVar
 
@@ -36,6 +39,7 @@ class Beside:
         self._controller = controller
         self._cache = cache
         self._loading: OrderedDict[_Key, asyncio.Task[ServedCategory]] = OrderedDict()
+        self._held: set[_Key] = set()
 
     async def find(self, alias: Alias, serves: ServedCategory, prepare: Prepare) -> ServedCategory:
         """The version behind an alias, as it would serve: decided as the one that does.
@@ -48,22 +52,32 @@ class Beside:
             if version is None:
                 raise problems.no_version(category, alias)
             order = serves.order.model_copy(update={"version": version})
-            return serves if order == serves.order else await self._get(category, order, prepare)
+            return serves if order == serves.order else await self.get(category, order, prepare)
         except RegistryUnavailableError as error:
             raise problems.not_ready(f"the {alias} of {category}", reason=str(error)) from None
         except AptError as error:
             raise problems.unusable(category, alias, str(error)) from None
 
-    async def _get(self, category: str, order: Order, prepare: Prepare) -> ServedCategory:
+    def hold(self, versions: Collection[tuple[str, Order]]) -> None:
+        """Keep these versions of categories, and no others that were held before."""
+        self._held = set(versions)
+        self._forget_oldest()
+
+    async def get(self, category: str, order: Order, prepare: Prepare) -> ServedCategory:
+        """A version, ready to inspect. Raises AptError or ProblemError."""
         key = (category, order)
         if key not in self._loading:
             self._loading[key] = asyncio.create_task(self._load(category, order, prepare))
             self._loading[key].add_done_callback(partial(self._forget_failed, key))
         self._loading.move_to_end(key)
-        while len(self._loading) > _KEPT:
-            self._loading.popitem(last=False)
+        self._forget_oldest()
         # Others may wait for it, too: a caller who goes away ends nothing.
         return await asyncio.shield(self._loading[key])
+
+    def _forget_oldest(self) -> None:
+        others = [key for key in self._loading if key not in self._held]
+        for key in others[:-_KEPT]:
+            del self._loading[key]
 
     def _forget_failed(self, key: _Key, loading: asyncio.Task[ServedCategory]) -> None:
         """So that the next one tries again."""

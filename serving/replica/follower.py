@@ -92,7 +92,11 @@ class Follower:
                 await self._carry_out(orders, followed=True)
 
     async def _follow(self, wait_s: float) -> Orders:
-        now = {"last_hour": self._inspector.last_hour(), "drift": self._inspector.drift()}
+        now = {
+            "last_hour": self._inspector.last_hour(),
+            "drift": self._inspector.drift(),
+            "shadows": self._inspector.shadows(),
+        }
         report = self._report.model_copy(update=now)
         return await self._controller.follow(self._pool, self._replica, report, wait_s=wait_s)
 
@@ -114,6 +118,7 @@ class Follower:
     async def _carry_out(self, orders: Orders, *, followed: bool) -> None:
         self._access.allow(orders.auth)
         self._inspector.reset_drift(orders.drift_resets)
+        self._inspector.follow_candidates(orders.shadows)
         present = self._inspector.serves()
         wanted: dict[str, Order] = {}
         states: dict[str, ServedVersion] = {}

@@ -28,11 +28,13 @@ from apt_ray.levels import Reading
 from apt_ray.machine import expanded
 from serving.api import problems
 from serving.api.history import (
+    KeptCandidate,
     KeptInspection,
     KeptInspections,
     KeptPicture,
     Mark,
     Only,
+    no_history,
     unknown_inspection,
 )
 from serving.api.messages import InspectionReport
@@ -53,7 +55,11 @@ _COLUMNS = (
     "id, version, score, threshold, is_anomalous, p_value, regions, request_id, width, height,"
     " mark, note, marked_by"
 )
-_SCHEMA = """
+_SHOWN = (
+    f"{_COLUMNS}, candidate, candidate_score, candidate_threshold"
+    " FROM inspections LEFT JOIN disagreements USING (id)"
+)
+_INSPECTIONS = """
 CREATE TABLE IF NOT EXISTS inspections (
     id INTEGER PRIMARY KEY,
     version INTEGER NOT NULL,
@@ -72,7 +78,22 @@ CREATE TABLE IF NOT EXISTS inspections (
     map BLOB NOT NULL
 )
 """
-_ONLY = {"all": "1", "rejected": "is_anomalous", "marked": "mark IS NOT NULL"}
+# In a table of its own, which files of earlier versions lack, and earlier versions do not mind.
+_DISAGREEMENTS = """
+CREATE TABLE IF NOT EXISTS disagreements (
+    id INTEGER PRIMARY KEY,
+    candidate INTEGER NOT NULL,
+    candidate_score REAL NOT NULL,
+    candidate_threshold REAL NOT NULL
+)
+"""
+_DISAGREEING = "id IN (SELECT id FROM disagreements)"
+_ONLY = {
+    "all": "1",
+    "rejected": "is_anomalous",
+    "marked": "mark IS NOT NULL",
+    "disagreeing": _DISAGREEING,
+}
 
 Outcome = Literal["kept", "dropped", "failed"]
 
@@ -88,6 +109,7 @@ class _Kept:
     limits: ImageLimits
     reading: Reading
     map_SS: torch.Tensor
+    candidate: KeptCandidate | None
 
 
 class History:
@@ -98,6 +120,8 @@ class History:
     Args:
         settings: how much is kept, and where.
         registry: address of the registry whose versions inspect: two never mix.
+        disagreements: how many are kept, at the most, of those on which a candidate disagrees, also
+            where others are not.
         meter: counts; None where nothing does.
         clock: seconds since 1970.
     """
@@ -107,10 +131,12 @@ class History:
         settings: HistorySettings,
         registry: str,
         *,
+        disagreements: int = 0,
         meter: Meter | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings = settings
+        self._disagreements = disagreements
         key = hashlib.sha256(registry.encode()).hexdigest()[:16]
         self._folder = expanded(Path(settings.folder)) / key
         self._node = socket.gethostname()
@@ -120,7 +146,9 @@ class History:
         self._bytes = 0
         self._counting = threading.Lock()
         self._has_failed = False
-        threading.Thread(target=self._work, name="history", daemon=True).start()
+        self._worker: threading.Thread | None = None
+        if settings.images:
+            self._start()
 
     def keep(
         self,
@@ -131,6 +159,7 @@ class History:
         limits: ImageLimits,
         reading: Reading,
         map_SS: torch.Tensor,
+        candidate: KeptCandidate | None = None,
     ) -> None:
         """Keep an inspection, if there is room among those that wait; returns at once, and is
         called by one thread.
@@ -140,7 +169,13 @@ class History:
             request_id: the name of its request.
             data, limits, reading: the image file and how it is read.
             map_SS: its anomaly map, 0..1, stretched over the image.
+            candidate: what the candidate finds in it, if it was asked.
         """
+        if candidate and (not self._disagreements or candidate.is_anomalous == report.is_anomalous):
+            candidate = None
+        if not self._settings.images and candidate is None:
+            return
+        self._start()
         kept = _Kept(
             at=self._clock(),
             request_id=request_id,
@@ -149,6 +184,7 @@ class History:
             limits=limits,
             reading=reading,
             map_SS=map_SS,
+            candidate=candidate,
         )
         with self._counting:
             is_full = self._queue.full() or 0 < self._bytes > _MOST_BYTES - len(data)
@@ -164,7 +200,7 @@ class History:
         def read() -> KeptInspections:
             with self._open(category) as database:
                 rows = database.execute(
-                    f"SELECT {_COLUMNS} FROM inspections WHERE {_ONLY[only]}"
+                    f"SELECT {_SHOWN} WHERE {_ONLY[only]}"
                     " AND id >= :oldest AND (:before IS NULL OR id < :before)"
                     " ORDER BY id DESC LIMIT :limit",
                     {"oldest": self._oldest, "before": before, "limit": limit},
@@ -176,6 +212,8 @@ class History:
         try:
             return await asyncio.to_thread(read)
         except _NothingKeptError:
+            if not self._settings.images and only != "disagreeing":
+                raise no_history() from None
             return KeptInspections(node=self._node, inspections=[])
 
     async def history_picture(self, category: str, number: int, picture: KeptPicture) -> bytes:
@@ -200,10 +238,13 @@ class History:
             # Without a mark there is nobody who made it.
             who = by if mark.verdict else ""
             with self._open(category) as database:
-                rows = database.execute(
+                database.execute(
                     "UPDATE inspections SET mark = ?, note = ?, marked_by = ?"
-                    f" WHERE id = ? AND id >= ? RETURNING {_COLUMNS}",
+                    " WHERE id = ? AND id >= ?",
                     (mark.verdict, mark.note, who, number, self._oldest),
+                )
+                rows = database.execute(
+                    f"SELECT {_SHOWN} WHERE id = ? AND id >= ?", (number, self._oldest)
                 ).fetchall()
                 self._prune(database)
             if not rows:
@@ -216,6 +257,11 @@ class History:
             raise unknown_inspection(category, number, self._node) from None
 
     # ---- the thread that writes
+
+    def _start(self) -> None:
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="history", daemon=True)
+            self._worker.start()
 
     def _work(self) -> None:
         torch.set_num_threads(1)
@@ -246,12 +292,12 @@ class History:
         map_png = small_map_png(kept.map_SS, image.size)
         jpeg = encode_jpeg(image, side=IMAGE_SIDE)
         with self._open(report.category, is_new=True) as database:
-            database.execute(
+            (number,) = database.execute(
                 f"INSERT INTO inspections ({_COLUMNS}, image, map) VALUES ("
                 # Two at once, or a clock that was set back: still one after the other.
                 " max(:id, (SELECT coalesce(max(id) + 1, 0) FROM inspections)),"
                 " :version, :score, :threshold, :is_anomalous, :p_value, :regions, :request_id,"
-                " :width, :height, NULL, '', '', :image, :map)",
+                " :width, :height, NULL, '', '', :image, :map) RETURNING id",
                 {
                     "id": int(kept.at * _MICROSECONDS),
                     "version": report.version,
@@ -266,7 +312,12 @@ class History:
                     "image": jpeg,
                     "map": map_png,
                 },
-            )
+            ).fetchone()
+            if candidate := kept.candidate:
+                database.execute(
+                    "INSERT INTO disagreements VALUES (?, ?, ?, ?)",
+                    (number, candidate.version, candidate.score, candidate.threshold),
+                )
             self._prune(database)
 
     def _prune_all(self) -> None:
@@ -280,12 +331,19 @@ class History:
 
     def _prune(self, database: sqlite3.Connection) -> None:
         database.execute("DELETE FROM inspections WHERE id < ?", (self._oldest,))
-        for which in ("mark IS NULL", "mark IS NOT NULL"):
-            database.execute(
-                f"DELETE FROM inspections WHERE {which} AND id <= (SELECT id FROM inspections"
-                f" WHERE {which} ORDER BY id DESC LIMIT 1 OFFSET ?)",
-                (self._settings.images,),
-            )
+        images, disagreements = self._settings.images, self._disagreements
+        for which, most in (
+            (f"mark IS NULL AND NOT {_DISAGREEING}", images),
+            (f"mark IS NULL AND {_DISAGREEING}", disagreements),
+            ("mark IS NOT NULL", max(images, disagreements)),
+        ):
+            if most:  # what was kept by other settings stays
+                database.execute(
+                    f"DELETE FROM inspections WHERE {which} AND id <= (SELECT id FROM inspections"
+                    f" WHERE {which} ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                    (most,),
+                )
+        database.execute("DELETE FROM disagreements WHERE id NOT IN (SELECT id FROM inspections)")
 
     def _failed(self, category: str, error: Exception) -> None:
         if not self._has_failed:  # once, not for every image
@@ -328,7 +386,8 @@ class History:
                 database.execute("PRAGMA journal_mode = WAL")
                 database.execute("PRAGMA synchronous = NORMAL")
                 with database:
-                    database.execute(_SCHEMA)
+                    database.execute(_INSPECTIONS)
+                    database.execute(_DISAGREEMENTS)
                     yield database
         except sqlite3.Error as error:
             if is_new:
@@ -345,6 +404,15 @@ class _NothingKeptError(Exception):
 
 def _inspection(category: str, row: sqlite3.Row) -> KeptInspection:
     values = dict(row)
+    said = {name: values.pop(f"candidate{name}") for name in ("", "_score", "_threshold")}
+    candidate = None
+    if said[""] is not None:
+        candidate = KeptCandidate(
+            version=said[""],
+            score=said["_score"],
+            threshold=said["_threshold"],
+            is_anomalous=not values["is_anomalous"],
+        )
     at = datetime.fromtimestamp(values["id"] / _MICROSECONDS, timezone.utc)
     return KeptInspection(
         **{
@@ -352,5 +420,6 @@ def _inspection(category: str, row: sqlite3.Row) -> KeptInspection:
             "category": category,
             "at": at.isoformat(timespec="milliseconds"),
             "regions": json.loads(values["regions"]),
+            "candidate": candidate,
         }
     )

@@ -29,9 +29,10 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import ExportError, ImageError, MissingDependencyError
 from apt_ray.export.compiled import compile_encoders
 from apt_ray.features.clip import FrozenCLIP, load_backbone
-from apt_ray.features.protocol import Backbone
+from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
 from serving.api import problems
+from serving.api.history import KeptCandidate
 from serving.api.messages import (
     CategoryReport,
     Explanation,
@@ -45,6 +46,7 @@ from serving.api.problems import ProblemError
 from serving.controller.activity import Counts
 from serving.controller.drift import DriftReport, DriftReset
 from serving.controller.orders import Order, StoredVersion
+from serving.controller.shadow import ShadowOrder, ShadowReport
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
 from serving.replica.beside import Beside
@@ -55,6 +57,7 @@ from serving.replica.last_hour import LastHour
 from serving.replica.meter import Meter
 from serving.replica.pictures import bounded, gray_png
 from serving.replica.served import ServedCategory, build, self_test
+from serving.replica.shadow import Answered, Shadow
 from serving.settings import Batching
 
 logger = logging.getLogger("ray.serve")
@@ -75,6 +78,7 @@ class _Job:
         ground: the image at that size, if the map is to be drawn over it.
         queued_at: of `time.monotonic`.
         appearance: of the whole image, where drift is watched for.
+        is_tried: whether a candidate is tried on it afterwards.
     """
 
     served: ServedCategory
@@ -85,6 +89,7 @@ class _Job:
     ground: Image.Image | None
     queued_at: float
     appearance: Appearance | None
+    is_tried: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +98,7 @@ class _Result:
     map_SS: torch.Tensor
     score: float
     features_W: torch.Tensor
+    encoded: tuple[ImageFeatures, int] | None  # a batch's and its row, for who is tried afterwards
     started_at: float
     ended_at: float
 
@@ -110,7 +116,8 @@ class Inspector:
         device: where the backbones run.
         shared: whether several categories share the replica.
         meter: counts; None where nothing does.
-        beside: has versions beside those that serve; None where there are no others.
+        beside: has versions beside those that serve, which are asked or tried; None where there are
+            no others.
         history: keeps what was inspected; None where nothing does.
         drift: watches what was inspected; None where nothing does.
     """
@@ -157,6 +164,15 @@ class Inspector:
             executor=self._model,
             max_batch_size=min(batching.max_batch_size, largest),
         )
+        self._shadow: Shadow | None = None
+        if beside is not None:
+            self._shadow = Shadow(
+                beside,
+                prepare=self._prepare,
+                when_idle=self._batcher.when_idle,
+                pixels=self._pixels,
+                meter=meter,
+            )
 
     def load(self, category: str, order: Order, stored: StoredVersion) -> None:
         """Serve a version from now on; blocks while it is read and tested.
@@ -219,6 +235,15 @@ class Inspector:
         if self._drift:
             self._drift.reset(resets)
 
+    def follow_candidates(self, orders: Mapping[str, ShadowOrder]) -> None:
+        """Try these candidates from now on; to be called where requests are answered."""
+        if self._shadow:
+            self._shadow.follow(orders)
+
+    def shadows(self) -> dict[str, ShadowReport]:
+        """What the candidates make of the images, by category that has one and traffic."""
+        return self._shadow.reports() if self._shadow else {}
+
     async def describe(self, category: str) -> CategoryReport:
         return self._find(category).about
 
@@ -247,29 +272,49 @@ class Inspector:
                     is_anomalous=inspected.report.is_anomalous,
                     ms=1000 * (time.monotonic() - received_at),
                 )
-                # What an older version answered says nothing of the one that serves now.
-                if self._drift and job.appearance and self._served.get(category) is result.served:
-                    self._drift.add(
-                        result.served,
-                        score=result.score,
-                        appearance=job.appearance,
-                        features_W=result.features_W.numpy(),
-                    )
-                if self._history:
-                    self._history.keep(
-                        inspected.report,
-                        request_id=asked.id,
-                        data=data,
-                        limits=self._limits,
-                        reading=result.served.detector.prompt_set.reading,
-                        map_SS=result.map_SS,
-                    )
+                self._look_back(job, result, inspected.report, asked.id, data)
             return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:
                 problem = error if isinstance(error, ProblemError) else problems.of_image(error)
                 self._meter.refused(category, problem.problem.type.rpartition(":")[2])
             raise
+
+    def _look_back(
+        self, job: _Job, result: _Result, report: InspectionReport, request_id: str, data: bytes
+    ) -> None:
+        """What follows an answer, for which nobody waits."""
+        served = result.served
+        # What an older version answered says nothing of the one that serves now.
+        is_current = self._served.get(report.category) is served
+        if self._drift and job.appearance and is_current:
+            self._drift.add(
+                served,
+                score=result.score,
+                appearance=job.appearance,
+                features_W=result.features_W.numpy(),
+            )
+
+        def keep(candidate: KeptCandidate | None) -> None:
+            if self._history:
+                self._history.keep(
+                    report,
+                    request_id=request_id,
+                    data=data,
+                    limits=self._limits,
+                    reading=served.detector.prompt_set.reading,
+                    map_SS=result.map_SS,
+                    candidate=candidate,
+                )
+
+        if self._shadow and result.encoded and is_current:
+            features, row = result.encoded
+            answered = Answered(
+                champion=served, score=result.score, features=features, row=row, data=data
+            )
+            self._shadow.try_on(answered, keep)
+        else:
+            keep(None)
 
     async def explain(self, category: str, data: bytes, asked: InspectionRequest) -> Explanation:
         """Say what the verdict on an image rests on; see `Service.explain`."""
@@ -311,6 +356,11 @@ class Inspector:
             appearance = None
             if self._drift and asked.alias is None:
                 appearance = appearance_of(pixels_1CHW[0].numpy())
+            is_tried = (
+                self._shadow is not None
+                and asked.alias is None
+                and self._shadow.chooses(served.about.category, asked.id)
+            )
         finally:
             ended_at = time.monotonic()
             self._admission.took(served.about.category, "decode", ended_at - started_at)
@@ -323,7 +373,14 @@ class Inspector:
             ground=ground,
             queued_at=ended_at,
             appearance=appearance,
+            is_tried=is_tried,
         )
+
+    def _pixels(self, served: ServedCategory, data: bytes) -> torch.Tensor:
+        """An image file as a version wants it; raises ImageError."""
+        reading = served.detector.prompt_set.reading
+        image = decode_image(data, limits=self._limits, reading=reading)
+        return served.detector.backbone.preprocess([image])
 
     @torch.inference_mode()
     def _run(self, jobs: list[_Job]) -> list[_Result | Exception]:
@@ -335,6 +392,7 @@ class Inspector:
         for index, served in enumerate(now):
             groups[id(served.detector.backbone)].append(index)
         found = [(torch.empty(0), math.nan, torch.empty(0))] * len(jobs)
+        encoded: list[tuple[ImageFeatures, int] | None] = [None] * len(jobs)
         for indices in groups.values():
             group_started_at = time.monotonic()
             backbone = now[indices[0]].detector.backbone
@@ -343,6 +401,8 @@ class Inspector:
             rows: dict[int, list[int]] = defaultdict(list)
             for row, index in enumerate(indices):
                 rows[id(now[index])].append(row)
+                if jobs[index].is_tried:
+                    encoded[index] = features, row
             for some in rows.values():
                 detector = now[indices[some[0]]].detector
                 maps_BSS, scores_B = detector.score(
@@ -362,10 +422,11 @@ class Inspector:
                 map_SS=map_SS,
                 score=score,
                 features_W=whole_W,
+                encoded=batch_row,
                 started_at=started_at,
                 ended_at=ended_at,
             )
-            for served, (map_SS, score, whole_W) in zip(now, found, strict=True)
+            for served, (map_SS, score, whole_W), batch_row in zip(now, found, encoded, strict=True)
         ]
 
     def _newest(self, job: _Job) -> ServedCategory:

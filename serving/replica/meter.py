@@ -33,6 +33,16 @@ class Meter:
         self._history = _counter(
             "history", "Inspections for the history, by `outcome`.", ("category", "outcome")
         )
+        self._shadow = _counter(
+            "shadow",
+            "Images for the `candidate` that is tried beside a version, by `outcome`.",
+            (*_WHO, "candidate", "outcome"),
+        )
+        self._shadow_shift = metrics.Gauge(
+            f"{PREFIX}shadow_shift",
+            "Mean of the candidate's anomaly scores minus those of the version that serves.",
+            tag_keys=_keys((*_WHO, "candidate")),
+        )
         self._queue = metrics.Gauge(
             f"{PREFIX}queue", "Images that wait in a replica.", tag_keys=("category",)
         )
@@ -79,6 +89,16 @@ class Meter:
         """How near each stream of a category is to an alarm, 0..1."""
         for stream, near in evidence.items():
             self._drift.set(near, tags=_who(category, version) | {"stream": stream})
+
+    def tried(self, category: str, version: int, candidate: int, outcome: str) -> None:
+        """A candidate agreed or not on an image of a version, or there was no time for it."""
+        who = _who(category, version) | {"candidate": str(candidate)}
+        self._shadow.inc(tags=who | {"outcome": outcome})
+
+    def shadow_shift(self, category: str, version: int, candidate: int, mean: float) -> None:
+        """By how much a candidate scores higher than a version, in the mean so far."""
+        who = _who(category, version) | {"candidate": str(candidate)}
+        self._shadow_shift.set(mean, tags=who)
 
 
 def _who(category: str, version: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 from urllib.request import Request
 
 import httpx
@@ -34,10 +35,11 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) ->
     stack = LocalStack(folder / "stack")
     stack.start()
     try:
-        history = {"images": 5, "folder": str(folder / "history")}
-        fleet = Deployed(
-            stack=stack, port=free_ports(1)[0], folder=folder, settings={"history": history}
-        )
+        settings = {
+            "history": {"images": 5, "folder": str(folder / "history")},
+            "shadow": {"share": 1},
+        }
+        fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder, settings=settings)
         fleet.register(prompt_set, "blister", "washer")
         done = fleet.deploy(
             TAIL | {"categories": {"blister": {"threshold": 0}, "washer": {"pool": "tail"}}}
@@ -125,6 +127,11 @@ def test_a_fleet_on_a_real_cluster(
     assert washer["last_hour"]["inspected"] == sum(washer["last_hour"]["scores"]) > 0
 
     _check_history_and_threshold(deployed, picture)
+    # A candidate that differs: it passes what serves rejects, or the other way round.
+    threshold = 1.0 if expected.anomaly_score > prompt_set.threshold.value else 0.0
+    other = prompt_set.with_threshold(prompt_set.threshold.moved_to(threshold))
+    _check_shadow(deployed, other, picture)
+    _check_moves(deployed)
 
     # What cannot be served is reported with its reason; what was there keeps serving.
     bad = {"blister": {}, "washer": {"pool": "tail", "false_alarm_rate": 0.1}}
@@ -153,7 +160,6 @@ def test_a_fleet_on_a_real_cluster(
     assert f"{deployed.folder / 'nowhere'} is not a folder" in search["problem"], search
 
     _check_metrics(deployed)
-    _check_moves(deployed)
 
     # What others keep on the same server is no category, and one that no replica can serve holds up
     # no other: neither a new one, nor one that moves.
@@ -214,9 +220,13 @@ def _check_moves(deployed: Deployed) -> None:
     address = f"{deployed.url}/fleet/categories/washer"
     listed = httpx.get(f"{address}/versions", trust_env=False).json()["versions"]
     assert [each["version"] for each in listed] == [2, 1]
-    asked = {"reason": "it was tried in the morning"}
+    asked: dict[str, object] = {"reason": "it was tried in the morning", "required_images": 10_000}
+    refused = httpx.post(f"{address}/promote", json=asked, trust_env=False)
+    assert (refused.status_code, refused.json()["title"]) == (409, "Not tried enough")
+    assert "version 2 of washer agrees with version 1" in refused.json()["detail"]
+    asked["required_images"] = 1
     begun = httpx.post(f"{address}/promote", json=asked, trust_env=False)
-    assert begun.status_code == 202
+    assert begun.status_code == 202, begun.text
     deadline = time.monotonic() + 120
     while (operation := deployed.get(begun.headers["location"]))["state"] == "running":
         assert time.monotonic() < deadline
@@ -262,6 +272,28 @@ def _check_history_and_threshold(deployed: Deployed, picture: bytes) -> None:
             follows(name, before)
 
 
+def _check_shadow(deployed: Deployed, other: PromptSet, picture: bytes) -> None:
+    """Candidates are tried behind the answers, in both pools; one that differs is told."""
+    deployed.register(other, "blister")
+    with httpx.Client(base_url=deployed.url, trust_env=False, timeout=30) as client:
+        for name, champion, candidate, agreement in (("washer", 1, 2, 1.0), ("blister", 2, 3, 0.0)):
+            deadline = time.monotonic() + 60
+            found: dict[str, Any] = {}
+            while not (found.get("images") and (agreement or found["disagreements"])):
+                assert time.monotonic() < deadline, found
+                deployed.inspect(name, picture)
+                time.sleep(0.5)
+                found = client.get(f"/v1/{name}/shadow").json()
+            assert (found["champion"], found["candidate"]) == (champion, candidate)
+            assert (found["agreement"], found["shift_p50"]) == (agreement, 0.0)
+            for kept in found["disagreements"]:
+                assert kept["candidate"]["is_anomalous"] != kept["is_anomalous"]
+            assert bool(found["disagreements"]) is not bool(agreement)
+        place = f"/v1/blister/history/{found['disagreements'][0]['id']}/image"
+        assert client.get(place).headers["content-type"] == "image/jpeg"
+    assert "shadow: version 2 beside 1 agrees on 100.00% of" in deployed.run("status").stdout
+
+
 def _check_metrics(deployed: Deployed) -> None:
     """Ray's agent exports what the replicas count."""
     assert deployed.stack.ray_folder is not None
@@ -273,7 +305,13 @@ def _check_metrics(deployed: Deployed) -> None:
             # or may just have ended.
             with suppress(AptError):
                 exported += fetch(Request(f"http://{target}/metrics")).decode()
-    for name in ("requests_total", "rejects_total", "stage_seconds_bucket", "anomaly_score_sum"):
+    for name in (
+        "requests_total",
+        "rejects_total",
+        "stage_seconds_bucket",
+        "anomaly_score_sum",
+        "shadow_total",
+    ):
         assert f"ray_apt_{name}" in exported
     line = next(
         line

@@ -3,24 +3,36 @@
 import asyncio
 import hashlib
 import io
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from fastapi import FastAPI
 from PIL import Image
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.images import read_image
+from apt_ray.levels import UNTOLD
 from serving.api.access import Access
-from serving.api.history import NO_HISTORY
+from serving.api.history import (
+    NO_HISTORY,
+    KeptCandidate,
+    KeptInspection,
+    Mark,
+    Only,
+)
 from serving.api.ingress import create_api
+from serving.api.messages import InspectionReport
 from serving.api.pools import Answering
+from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.history import History
 from serving.replica.inspector import Inspector
@@ -198,6 +210,108 @@ def test_the_last_ones_and_as_many_marked_ones_stay(keeping: Keeping) -> None:
     while (names := [each["request_id"] for each in listed(api, 3)])[0] != "fourth":
         assert time.monotonic() < deadline
     assert names == ["fourth", "third", "first"]
+
+
+def said(*, is_anomalous: bool) -> KeptCandidate:
+    return KeptCandidate(version=8, score=0.5, threshold=0.4, is_anomalous=is_anomalous)
+
+
+def keep(history: History, name: str, candidate: KeptCandidate | None) -> None:
+    """An inspection of a defect."""
+    report = InspectionReport.model_validate(
+        {
+            "category": "blister",
+            "version": 7,
+            "backbone": "fake",
+            "regions": [],
+            "anomaly_score": 0.9,
+            "threshold": 0.4,
+            "is_anomalous": True,
+            "p_value": None,
+            "certified_false_alarm_rate": None,
+            "timings_ms": dict.fromkeys(("receive", "decode", "queue", "inspect", "conclude"), 0),
+        }
+    )
+    history.keep(
+        report,
+        request_id=name,
+        data=png(),
+        limits=LIMITS.image,
+        reading=UNTOLD,
+        map_SS=torch.zeros(8, 8),
+        candidate=candidate,
+    )
+
+
+def kept_by(history: History, only: Only = "all") -> list[KeptInspection]:
+    found = history.history("blister", before=None, limit=50, only=only)
+    return asyncio.run(found).inspections
+
+
+def test_the_last_ones_on_which_a_candidate_disagrees_stay(tmp_path: Path) -> None:
+    meter = Counted()
+    settings = HistorySettings(images=2, folder=str(tmp_path))
+    history = History(settings, "registry", disagreements=3, meter=meter)  # type: ignore[arg-type]
+    for number in range(5):
+        keep(history, f"apart-{number}", said(is_anomalous=False))
+        keep(history, f"agreed-{number}", said(is_anomalous=True))
+        keep(history, f"alone-{number}", None)
+    deadline = time.monotonic() + 20
+    while len(meter.outcomes) < 15:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    apart = kept_by(history, "disagreeing")
+    assert [each.request_id for each in apart] == ["apart-4", "apart-3", "apart-2"]
+    assert [each.candidate for each in apart] == [said(is_anomalous=False)] * 3
+    others = [each for each in kept_by(history) if each.candidate is None]
+    assert [each.request_id for each in others] == ["alone-4", "agreed-4"]
+    # A mark keeps one beside the others, and what it says of the candidate with it.
+    oldest = apart[-1].id
+    marked = asyncio.run(history.mark("blister", oldest, Mark(verdict="good"), "one"))
+    assert marked.candidate == said(is_anomalous=False)
+    keep(history, "apart-5", said(is_anomalous=False))
+    while kept_by(history)[0].request_id != "apart-5":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert [each.id for each in kept_by(history, "marked")] == [oldest]
+    assert len(kept_by(history, "disagreeing")) == 4
+
+
+def test_without_a_history_only_disagreements_are_kept(keeping: Keeping, tmp_path: Path) -> None:
+    settings = HistorySettings(images=0, folder=str(tmp_path / "history"))
+    off = History(settings, "registry")
+    keep(off, "apart", said(is_anomalous=False))
+    history = History(settings, "registry", disagreements=2)
+    keep(history, "agreed", said(is_anomalous=True))
+    keep(history, "alone", None)
+    assert kept_by(history, "disagreeing") == []
+    with pytest.raises(ProblemError, match="keeps no inspections"):
+        kept_by(history)
+    assert not (tmp_path / "history").exists()
+    keep(history, "apart", said(is_anomalous=False))
+    deadline = time.monotonic() + 20
+    while not kept_by(history, "disagreeing"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert [each.request_id for each in kept_by(history)] == ["apart"]
+    # What was kept while there was a history stays.
+    api, _, _ = keeping()
+    inspect(api, png(), "before")
+    listed(api, 2)
+    keep(history, "again", said(is_anomalous=False))
+    while len(kept_by(history)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_file_of_an_earlier_version_is_read(keeping: Keeping, tmp_path: Path) -> None:
+    api, _, history = keeping()
+    inspect(api, png(), "before")
+    listed(api, 1)
+    (path,) = (tmp_path / "history").rglob("blister.sqlite")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("DROP TABLE disagreements")
+    assert [each.candidate for each in kept_by(history)] == [None]
 
 
 def test_old_ones_are_neither_told_nor_kept(tmp_path: Path, keeping: Keeping) -> None:

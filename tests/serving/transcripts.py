@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
@@ -16,8 +17,12 @@ from fastapi import FastAPI
 from apt_ray.images import decode_image
 from serving.api import problems
 from serving.api.access import Access
+from serving.api.history import KeptInspections, Only
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest
+from serving.api.moves import add_moves
+from serving.controller.moves import MoveOrder, Operation
+from serving.controller.shadow import ShadowCounts, ShadowOrder, ShadowReport, Shadows
 from serving.settings import Auth, HttpLimits
 from tests.mutations import png_that_claims
 
@@ -70,11 +75,37 @@ class _Scene:
         raise AssertionError("every image here is bad")
 
 
+class _NothingTried:
+    """A controller and a history without any candidate that was tried."""
+
+    async def shadow(self, category: str) -> None:
+        return None
+
+    async def history(
+        self, category: str, *, before: int | None, limit: int, only: Only
+    ) -> KeptInspections:
+        return KeptInspections(node="node-1", inspections=[])
+
+    async def move(self, order: MoveOrder) -> Operation:
+        order_of = ShadowOrder(champion=5, candidate=7, share=0.1, pair="7-5")
+        shadows = Shadows()
+        shadows.follow({order.category: order_of})
+        counts = ShadowCounts(both_pass=301, both_reject=11, candidate_rejects=18)
+        report = ShadowReport(id="one", pair="7-5", since=None, counts=counts)
+        shadows.hear(order.category, report)
+        shadows.require(order.category, images=1000, agreement=0.99, champion=5, candidate=7)
+        raise AssertionError("it is refused")
+
+
 def _api(*, tokens: bool) -> FastAPI:
     digest = hashlib.sha256(_TOKEN.encode()).hexdigest()
     token = {"name": "line-3", "sha256": digest, "scopes": ["inspect:screw"]}
     auth = {"tokens": [token]} if tokens else {}
-    return create_api(_Scene(), http=_LIMITS, access=Access(Auth.parse(auth)))
+    nothing: Any = _NothingTried()
+    access = Access(Auth.parse(auth))
+    api = create_api(_Scene(), http=_LIMITS, access=access, history=nothing, controller=nothing)
+    add_moves(api, nothing, access)
+    return api
 
 
 _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
@@ -174,6 +205,15 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
         {},
         False,
     ),
+    ("a candidate that is not tried", "", "bottle/shadow", b"", {}, False),
+    (
+        "a candidate that was not tried enough",
+        '--json \'{"reason": "the new lamp"}\'',
+        "/fleet/categories/bottle/promote",
+        b'{"reason": "the new lamp"}',
+        {"Content-Type": "application/json"},
+        False,
+    ),
     ("a fault of the fleet's own", "--data-binary @part.png", "broken/inspect", b"BM", {}, False),
 ]
 
@@ -182,7 +222,8 @@ def transcripts() -> str:
     """All of them, as Markdown."""
     parts = ["# Each kind of error, as curl shows it\n"]
     for title, options, address, body, headers, tokens in _CASES:
-        response = asyncio.run(_ask(_api(tokens=tokens), address, body, headers))
+        method = "POST" if options else "GET"
+        response = asyncio.run(_ask(_api(tokens=tokens), method, address, body, headers))
         shown = {
             name: value
             for name, value in response.headers.items()
@@ -190,7 +231,7 @@ def transcripts() -> str:
         }
         parts.append(
             f"## {title[0].upper()}{title[1:]}\n\n```console\n"
-            f"$ curl -i {options} {shlex.quote(f'{URL}/v1/{address}')}\n"
+            f"$ {' '.join(filter(None, ('curl -i', options, shlex.quote(URL + _path(address)))))}\n"
             f"HTTP/1.1 {response.status_code} {response.reason_phrase}\n"
             + "".join(f"{name}: {value}\n" for name, value in sorted(shown.items()))
             + f"\n{json.dumps(response.json(), indent=2)}\n```\n"
@@ -199,11 +240,15 @@ def transcripts() -> str:
 
 
 async def _ask(
-    served: FastAPI, address: str, body: bytes, headers: dict[str, str]
+    served: FastAPI, method: str, address: str, body: bytes, headers: dict[str, str]
 ) -> httpx.Response:
     transport = httpx.ASGITransport(served, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url=URL) as client:
-        return await client.post(f"/v1/{address}", content=body, headers=headers)
+        return await client.request(method, _path(address), content=body, headers=headers)
+
+
+def _path(address: str) -> str:
+    return address if address.startswith("/") else f"/v1/{address}"
 
 
 if __name__ == "__main__":

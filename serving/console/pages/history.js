@@ -19,10 +19,14 @@ const FILTERS = [
   { key: "all", label: "All", none: "Nothing inspected yet" },
   { key: "rejected", label: "Rejected", none: "Nothing rejected" },
   { key: "marked", label: "Marked", none: "Nothing marked" },
+  { key: "disagreeing", label: "Disagreeing", none: "No candidate disagreed" },
 ];
 
 export function HistoryTab({ session, category }) {
-  const [only, setOnly] = useState("all");
+  const [only, setOnly] = useState(() => {
+    const asked = new URLSearchParams(location.search).get("only");
+    return FILTERS.some(({ key }) => key === asked) ? asked : "all";
+  });
   const [state, setState] = useState({ entries: null, node: "", problem: null, isLoading: false, isAll: false });
   const [openId, setOpenId] = useState(null);
 
@@ -135,6 +139,7 @@ function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
             <div><span class="figure-label">Score</span><span class="figure">${score(entry.score)}</span></div>
             <div><span class="figure-label">Threshold</span><span class="figure quiet">${score(entry.threshold)}</span></div>
           </div>
+          ${entry.candidate && html`<p class="hint">Candidate v${entry.candidate.version}: ${entry.candidate.is_anomalous ? "defective" : "good"}, ${score(entry.candidate.score)} against ${score(entry.candidate.threshold)}</p>`}
         </section>
         ${mayMark && html`<section><h2>Was it right?</h2>
           <div class="field"><label for="note">Note</label>

@@ -2,15 +2,16 @@
 
 import { versions } from "../api.js";
 import { html, useState } from "../html.js";
-import { NONE, score, when } from "../format.js";
+import { count, NONE, percent, score, when } from "../format.js";
 import { may, useLoaded } from "../hooks.js";
+import { categoryAddress, Link } from "../router.js";
 import { Icon, LinkOut } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
 import { Empty, OperatorsOnly, ProblemMessage, Skeleton } from "../components/messages.js";
 import { Moves } from "../components/moves.js";
 import { VersionPictures } from "../components/pictures.js";
 
-export function VersionsTab({ session, category, reload }) {
+export function VersionsTab({ session, category, status, reload }) {
   const operates = may(session, "operate");
   const found = useLoaded((signal) => (operates ? versions(category, signal) : Promise.resolve(null)), [category, operates]);
   const [shown, setShown] = useState(null);
@@ -24,6 +25,7 @@ export function VersionsTab({ session, category, reload }) {
   return html`<section class="panel versions" aria-label="Versions">
     <${Moves} category=${category} versions=${list} onMoved=${moved}>
       <p class="hint grow">Every version stays in the registry; the champion is the one that serves.</p><//>
+    ${status?.shadow && html`<${Shadow} category=${category} shadow=${status.shadow} />`}
     ${!isNone && html`<${ProblemMessage} problem=${found.problem} onRetry=${found.reload} />`}
     ${found.isLoading && !found.data && !found.problem && html`<${Skeleton} rows=${4} height=${48} />`}
     ${isNone && html`<${Empty} title="No version yet"><p>A search registers the first one.</p><//>`}
@@ -34,6 +36,21 @@ export function VersionsTab({ session, category, reload }) {
     </table></div>`}
     ${shown != null && html`<${Dialog} title="Version ${shown} of ${category}" onClose=${() => setShown(null)} wide>
       <${VersionPictures} category=${category} version=${shown} /><//>`}
+  </section>`;
+}
+
+const signed = (value) => (value < 0 ? "" : "+") + score(value);
+
+/** What the candidate makes of the images that the champion answers for. */
+function Shadow({ category, shadow }) {
+  const { champion, candidate, images, since, problem } = shadow;
+  const differ = shadow.candidate_rejects + shadow.champion_rejects;
+  return html`<section class="shadow" aria-label="The candidate beside the champion">
+    <p><strong>Version ${candidate} is tried behind the answers of version ${champion}, on ${percent(shadow.share, 0)} of the images.</strong>
+      ${" "}${problem ? `It cannot be: ${problem}.` : !images ? "It has seen none yet." : `Both agree on ${percent(shadow.agreement)} of ${count(images)} since ${when(since)}; it rejects ${count(shadow.candidate_rejects)} that pass, and lets ${count(shadow.champion_rejects)} pass that are rejected.`}</p>
+    ${images > 0 && html`<p class="hint">Its scores are higher by ${signed(shadow.shift_mean)} in the mean; 90 % by ${signed(shadow.shift_p05)} to ${signed(shadow.shift_p95)}.
+      ${shadow.dropped > 0 && ` There was no time for ${count(shadow.dropped)} more.`}
+      ${differ > 0 && html`${" "}<${Link} to="${categoryAddress(category, "history")}?only=disagreeing">Look where they disagree<//>`}</p>`}
   </section>`;
 }
 

@@ -9,9 +9,18 @@ from playwright.sync_api import Browser, Page, expect
 
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
+from serving.controller.shadow import ShadowCounts, ShadowOrder, ShadowReport, Shadows
+from serving.replica.inspector import Inspector
 from tests.registry.fake import FakeRegistry
 from tests.serving.console.browser import page
-from tests.serving.console.fleets import ConsoleFleet, WholeFleet, served, tokens
+from tests.serving.console.fleets import (
+    ConsoleFleet,
+    MemoryController,
+    WholeFleet,
+    ready,
+    served,
+    tokens,
+)
 from tests.serving.console.reach import serious
 
 WHY = "Fewer false alarms under the new lamp"
@@ -110,6 +119,34 @@ def test_a_registry_that_is_away_is_told(
     with page(browser, fleet.url) as tab:
         tab.goto(f"/c/{category.name}/versions")
         expect(tab.get_by_role("alert")).to_contain_text("No registry answers at memory")
+
+
+def test_what_the_candidate_makes_of_the_line_is_told(
+    browser: Browser, inspector: Inspector, category: Category
+) -> None:
+    counts = ShadowCounts(both_pass=980, both_reject=5, candidate_rejects=12, champion_rejects=3)
+    counts = counts.plus(ShadowCounts(dropped=4, shift=2.0, shifts={-2: 100, 0: 800, 4: 100}))
+    order = ShadowOrder(champion=7, candidate=8, share=0.1, pair="7-8")
+    shadows = Shadows()
+    shadows.follow({category.name: order})
+    since = "2026-05-04T14:10:00+00:00"
+    report = ShadowReport(id="one", pair="7-8", since=since, counts=counts)
+    shadows.hear(category.name, report)
+    trying = ready(candidate=8, shadow=shadows.status(category.name, [report]))
+    controller = MemoryController({category.name: trying})
+    with served(ConsoleFleet(inspector, controller)) as fleet, page(browser, fleet.url) as tab:
+        tab.goto(f"/c/{category.name}/versions")
+        told = tab.get_by_role("region", name="The candidate beside the champion")
+        expect(told).to_contain_text("Version 8 is tried behind the answers of version 7, on 10 %")
+        expect(told).to_contain_text("Both agree on 98.5 % of 1,000 since 4 May 2026")
+        expect(told).to_contain_text("rejects 12 that pass, and lets 3 pass that are rejected")
+        expect(told).to_contain_text("+0.002 in the mean; 90 % by -0.010 to +0.020")
+        expect(told).to_contain_text("no time for 4 more")
+        assert serious(tab) == []
+        told.get_by_role("link", name="Look where they disagree").click()
+        expect(tab.get_by_role("button", name="Disagreeing")).to_have_attribute(
+            "aria-pressed", "true"
+        )
 
 
 def test_champion_and_candidate_are_set_side_by_side(
