@@ -36,57 +36,95 @@ class Acceptance:
     """What accepting images did.
 
     Attributes:
-        prompt_set: the new one; the threshold is that of the old one.
+        prompt_set: the new one.
         added: places that joined the memory, of all layers.
         before, after: anomaly scores of the images.
+        blocked: of each image the places, among the defects, of those that would pass if it joined;
+            empty of one that did.
+        defects: anomaly scores of the confirmed defects, before and after.
     """
 
     prompt_set: PromptSet
     added: int
     before: tuple[float, ...]
     after: tuple[float, ...]
+    blocked: tuple[tuple[int, ...], ...]
+    defects: tuple[tuple[float, float], ...]
 
     @property
     def passes(self) -> bool:
         """Whether none of the images is rejected any more."""
         return not any(map(self.prompt_set.threshold.rejects, self.after))
 
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """The places of the images that joined."""
+        return tuple(place for place, defects in enumerate(self.blocked) if not defects)
 
-def accept(prompt_set: PromptSet, images: Sequence[Image.Image], backbone: Backbone) -> Acceptance:
-    """Let images that were rejected wrongly join the memory.
+
+@torch.inference_mode()
+def accept(
+    prompt_set: PromptSet,
+    images: Sequence[Image.Image],
+    backbone: Backbone,
+    *,
+    defects: Sequence[Image.Image] = (),
+    force: bool = False,
+) -> Acceptance:
+    """Let images that were rejected wrongly join the memory, one after another.
 
     Args:
         prompt_set: whose memory it is; it stays as it is.
         images: RGB, of good parts.
         backbone: the prompt set's own.
+        defects: RGB, of confirmed defects: an image with which one of them that is rejected would
+            pass does not join.
+        force: let it join even so.
 
     Raises:
         PromptSetError: the memory has taken as many as it may, or the backbone is another.
     """
-    detector = Detector(backbone, prompt_set)
-    features = backbone.encode_in_batches(backbone.preprocess(images))
-    _, before_B = detector.score(features)
-    memory = prompt_set.memory
-    for number in range(len(features)):
-        memory = grown(
+    cpu = torch.device("cpu")
+    shown = backbone.encode_in_batches(backbone.preprocess(images))
+    bad = backbone.encode_in_batches(backbone.preprocess(defects)) if defects else None
+    rejects = prompt_set.threshold.rejects
+
+    def scores(memory: ReferenceMemory, features: ImageFeatures | None) -> list[float]:
+        if features is None:
+            return []
+        scored = Detector(backbone, replace(prompt_set, memory=memory)).score(features)[1]
+        return [float(score) for score in scored]
+
+    before, memory = scores(prompt_set.memory, shown), prompt_set.memory
+    defects_before = scores(prompt_set.memory, bad)
+    watched = [place for place, score in enumerate(defects_before) if rejects(score)]
+    blocked: list[tuple[int, ...]] = []
+    for number in range(len(shown)):
+        larger = grown(
             memory,
-            features[number : number + 1].to(torch.device("cpu")),
+            shown[number : number + 1].to(cpu),
             prompt_set.provenance.scales,
             size=prompt_set.settings.reference_size,
         )
-    extended = Detector(backbone, replace(prompt_set, memory=memory))
-    _, after_B = extended.score(features)
+        now = scores(larger, bad)
+        passing = tuple(place for place in watched if not rejects(now[place]))
+        blocked.append(() if force else passing)
+        if not passing or force:
+            memory = larger
+    extended = replace(prompt_set, memory=memory)
     provenance = prompt_set.provenance.model_copy(
         update={
-            "accepted": prompt_set.provenance.accepted + len(images),
-            "probe_score": extended.probe_score(),
+            "accepted": prompt_set.provenance.accepted + blocked.count(()),
+            "probe_score": Detector(backbone, extended).probe_score(),
         }
     )
     return Acceptance(
-        prompt_set=replace(extended.prompt_set, provenance=provenance),
+        prompt_set=replace(extended, provenance=provenance),
         added=_places(memory) - _places(prompt_set.memory),
-        before=tuple(before_B.tolist()),
-        after=tuple(after_B.tolist()),
+        before=tuple(before),
+        after=tuple(scores(memory, shown)),
+        blocked=tuple(blocked),
+        defects=tuple(zip(defects_before, scores(memory, bad), strict=True)),
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import WithJsonSchema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from apt_ray.data.feedback import FeedbackStore
 from apt_ray.errors import ImageError
 from serving.api import problems
 from serving.api.access import INSPECT, Access, require
@@ -29,6 +30,7 @@ from serving.api.bodies import (
     read_image_files,
     unless_gone,
 )
+from serving.api.feedback import add_feedback
 from serving.api.headers import PassedHeaders, quality
 from serving.api.history import NO_HISTORY, HistoryService, add_history
 from serving.api.messages import (
@@ -65,9 +67,14 @@ _REQUEST_BODY = {
 
 
 def create_api(
-    service: Service, *, http: HttpLimits, access: Access, history: HistoryService = NO_HISTORY
+    service: Service,
+    *,
+    http: HttpLimits,
+    access: Access,
+    history: HistoryService = NO_HISTORY,
+    feedback: FeedbackStore | None = None,
 ) -> FastAPI:
-    """The API of categories that `service` answers for."""
+    """The API of categories that `service` answers for; without a store it takes no feedback."""
     api = FastAPI(
         title="apt-ray",
         summary="Finds defects in images of products.",
@@ -266,6 +273,7 @@ def create_api(
         return await service.describe(category)
 
     add_history(api, history, access)
+    add_feedback(api, feedback, service, history, http=http, access=access)
     return api
 
 

@@ -159,9 +159,9 @@ def serve_config(
         "name": CONTROLLER,
         "route_prefix": None,
         "import_path": f"{IMPORT_PATH}build_controller",
-        "args": ControllerArgs(tracking_uri=tracking_uri, registry=fleet.registry).model_dump(
-            mode="json"
-        ),
+        "args": ControllerArgs(
+            tracking_uri=tracking_uri, registry=fleet.registry, feedback=fleet.feedback
+        ).model_dump(mode="json"),
         "deployments": [
             {
                 "name": CONTROLLER_DEPLOYMENT,
@@ -180,6 +180,7 @@ def serve_config(
             registry=fleet.registry,
             http=fleet.http,
             searches=fleet.searches,
+            feedback=fleet.feedback,
         ).model_dump(mode="json"),
         "deployments": [
             {
@@ -219,6 +220,7 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
             batching=settings.batching,
             http=fleet.http,
             history=fleet.history,
+            feedback=fleet.feedback,
             drift=fleet.drift,
         ).model_dump(mode="json"),
         "deployments": [

@@ -33,6 +33,8 @@ from serving.api.history import (
     KeptPicture,
     Mark,
     Only,
+    Picked,
+    Wanted,
     unknown_inspection,
 )
 from serving.api.messages import InspectionReport
@@ -70,6 +72,24 @@ CREATE TABLE IF NOT EXISTS inspections (
     marked_by TEXT NOT NULL DEFAULT '',
     image BLOB NOT NULL,
     map BLOB NOT NULL
+)
+"""
+_INDEX = "CREATE INDEX IF NOT EXISTS by_request ON inspections (request_id)"
+_OF_REQUEST = (
+    "(SELECT count(*) FROM inspections AS others"
+    " WHERE others.request_id = inspections.request_id) AS of_request"
+)
+# Of a request; or at random, of those since which nothing was removed: marked ones stay longer.
+_PICKED = """
+SELECT id FROM (
+    SELECT id FROM inspections WHERE :some = 0 AND request_id = :request AND id >= :oldest
+) UNION ALL SELECT id FROM (
+    SELECT id FROM inspections WHERE :some > 0 AND version = :version AND id >= max(
+        :oldest,
+        (SELECT coalesce(min(id), 0) FROM inspections WHERE mark IS NULL),
+        (SELECT CASE WHEN count(*) < :images THEN 0 ELSE min(id) END
+            FROM inspections WHERE mark IS NOT NULL)
+    ) ORDER BY random() LIMIT :some
 )
 """
 _ONLY = {"all": "1", "rejected": "is_anomalous", "marked": "mark IS NOT NULL"}
@@ -215,6 +235,34 @@ class History:
         except _NothingKeptError:
             raise unknown_inspection(category, number, self._node) from None
 
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked]:
+        def read() -> list[Picked]:
+            with self._open(category) as database:
+                rows = database.execute(
+                    f"SELECT {_COLUMNS}, image, {_OF_REQUEST} FROM inspections"
+                    f" WHERE id IN ({_PICKED})",
+                    {
+                        "oldest": self._oldest,
+                        "images": self._settings.images,
+                        "request": wanted.request_id,
+                        "some": wanted.at_random,
+                        "version": wanted.version,
+                    },
+                ).fetchall()
+            return [
+                Picked(
+                    inspection=_inspection(category, row, "image", "of_request"),
+                    jpeg=row["image"],
+                    of_request=row["of_request"],
+                )
+                for row in rows
+            ]
+
+        try:
+            return await asyncio.to_thread(read)
+        except _NothingKeptError:
+            return []
+
     # ---- the thread that writes
 
     def _work(self) -> None:
@@ -329,6 +377,7 @@ class History:
                 database.execute("PRAGMA synchronous = NORMAL")
                 with database:
                     database.execute(_SCHEMA)
+                    database.execute(_INDEX)
                     yield database
         except sqlite3.Error as error:
             if is_new:
@@ -343,8 +392,9 @@ class _NothingKeptError(Exception):
     """What is asked for was not kept."""
 
 
-def _inspection(category: str, row: sqlite3.Row) -> KeptInspection:
-    values = dict(row)
+def _inspection(category: str, row: sqlite3.Row, *beside: str) -> KeptInspection:
+    """What a row says, but for the columns `beside`."""
+    values = {name: value for name, value in dict(row).items() if name not in beside}
     at = datetime.fromtimestamp(values["id"] / _MICROSECONDS, timezone.utc)
     return KeptInspection(
         **{
