@@ -27,7 +27,9 @@ class Clock:
         return self.now
 
 
-def said(request: str, label: str = "false_alarm", by: str = "line-3", **fields: object) -> Feedback:
+def said(
+    request: str, label: str = "false_alarm", by: str = "line-3", **fields: object
+) -> Feedback:
     return Feedback.parse(
         {
             "category": "nut",
