@@ -1,4 +1,4 @@
-"""What people say becomes a version: chosen, held against confirmed defects, promoted, taken back."""
+"""What people say becomes a version: chosen, held against confirmed defects, promoted."""
 
 import io
 from collections.abc import Callable

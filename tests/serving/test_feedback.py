@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,20 @@ def by(api: FastAPI, name: str, method: str, path: str, **request: Any) -> httpx
     return ask(api, method, path, headers={"Authorization": f"Bearer {name}"}, **request)
 
 
-def inspect(api: FastAPI, *names: str, width: int = 40) -> None:
+def inspect(api: FastAPI, *names: str) -> None:
     """Inspect an image for each name, and wait until the history has them."""
     for name in names:
         headers = {"Authorization": "Bearer line", "X-Request-ID": name}
-        answer = ask(api, "POST", "/v1/blister/inspect", content=png(width), headers=headers)
+        answer = ask(api, "POST", "/v1/blister/inspect", content=png(), headers=headers)
         assert answer.status_code == 200, answer.text
-    while {each["request_id"] for each in kept(api)} < set(names):
-        pass
+    until(lambda: {each["request_id"] for each in kept(api)} >= set(names))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def kept(api: FastAPI) -> list[dict[str, Any]]:
@@ -174,8 +181,7 @@ def test_of_several_images_of_one_request_one_is_named(keeping: Keeping) -> None
     files = [("image", ("x.png", png(width), "image/png")) for width in (40, 50)]
     answer = ask(api, "POST", "/v1/blister/inspect", files=files, headers=headers)
     assert answer.status_code == 200
-    while len(kept(api)) < 2:
-        pass
+    until(lambda: len(kept(api)) == 2)
     refused = say(api, "form", "false_alarm")
     numbers = {each["id"]: each["width"] for each in kept(api)}
     assert (refused.status_code, refused.json()["title"]) == (409, "Several inspections")

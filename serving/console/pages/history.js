@@ -1,11 +1,12 @@
 // History: the last inspections that the fleet kept, and what people say of them.
 
-import { history, historyImage, historyMap, mark } from "../api.js";
+import { feedback, giveFeedback, history, historyImage, historyMap, mark, withdraw } from "../api.js";
 import { html, useCallback, useEffect, useState } from "../html.js";
 import { score, when } from "../format.js";
 import { overlaid, readMap } from "../heat.js";
 import { may, useObjectUrl, useWhenSeen } from "../hooks.js";
 import { Explanation } from "../components/explanation.js";
+import { labelOf } from "../components/feedback.js";
 import { Icon } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
 import { Verdict } from "../components/marks.js";
@@ -65,6 +66,7 @@ export function HistoryTab({ session, category }) {
     ${entries?.length > 0 && !isAll && html`<p class="more"><button type="button" disabled=${isLoading} onClick=${() => load(entries.at(-1).id)}>
       ${isLoading ? "Loading …" : "Show older"}</button></p>`}
     ${at >= 0 && html`<${Entry} key=${openId} category=${category} entry=${entries[at]} mayMark=${may(session, "inspect", category)}
+      teller=${may(session, "feedback", category) ? session : null}
       previous=${entries[at - 1]} next=${entries[at + 1]} onOpen=${setOpenId} onMarked=${renew} />`}
   </section>`;
 }
@@ -98,7 +100,19 @@ function Card({ category, entry, onOpen }) {
   </button>`;
 }
 
-function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
+/** Gives feedback as the mark says, or takes it back; where the fleet takes none, the mark alone stays. */
+async function tell(category, entry, verdict, note, teller) {
+  try {
+    const said = { request_id: entry.request_id, inspection: entry.id, note };
+    if (verdict) return void await giveFeedback(category, { ...said, label: labelOf(verdict === "good", entry.is_anomalous) });
+    const mine = (await feedback(category)).find((each) => each.request_id.split("#")[0] === entry.request_id && each.by === teller.name && each.label !== "sampled");
+    if (mine) await withdraw(category, mine.id);
+  } catch (problem) {
+    if (!problem.type?.endsWith(":no-feedback")) throw problem;
+  }
+}
+
+function Entry({ category, entry, mayMark, teller, previous, next, onOpen, onMarked }) {
   const [image, setImage] = useState(null);
   const [map, setMap] = useState(null);
   const [evidence, setEvidence] = useState(null);
@@ -118,6 +132,7 @@ function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
     setBusy(true);
     try {
       onMarked(await mark(category, entry.id, verdict, note.trim()));
+      if (teller) await tell(category, entry, verdict, note.trim(), teller);
       setProblem(null);
     } catch (found) {
       setProblem(found);
