@@ -84,9 +84,22 @@ def accept(
     Raises:
         PromptSetError: the memory has taken as many as it may, or the backbone is another.
     """
-    cpu = torch.device("cpu")
-    shown = backbone.encode_in_batches(backbone.preprocess(images))
-    bad = backbone.encode_in_batches(backbone.preprocess(defects)) if defects else None
+    encoded = [
+        backbone.encode_in_batches(backbone.preprocess(some)) if some else None
+        for some in (images, defects)
+    ]
+    return accept_features(prompt_set, encoded[0], backbone, defects=encoded[1], force=force)
+
+
+def accept_features(
+    prompt_set: PromptSet,
+    images: ImageFeatures | None,
+    backbone: Backbone,
+    *,
+    defects: ImageFeatures | None = None,
+    force: bool = False,
+) -> Acceptance:
+    """`accept` of images that are encoded; None where there are none."""
     rejects = prompt_set.threshold.rejects
 
     def scores(memory: ReferenceMemory, features: ImageFeatures | None) -> list[float]:
@@ -95,18 +108,19 @@ def accept(
         scored = Detector(backbone, replace(prompt_set, memory=memory)).score(features)[1]
         return [float(score) for score in scored]
 
-    before, memory = scores(prompt_set.memory, shown), prompt_set.memory
-    defects_before = scores(prompt_set.memory, bad)
+    memory = prompt_set.memory
+    before, defects_before = scores(memory, images), scores(memory, defects)
     watched = [place for place, score in enumerate(defects_before) if rejects(score)]
     blocked: list[tuple[int, ...]] = []
-    for number in range(len(shown)):
+    for number in range(len(before)):
+        assert images is not None
         larger = grown(
             memory,
-            shown[number : number + 1].to(cpu),
+            images[number : number + 1].to(torch.device("cpu")),
             prompt_set.provenance.scales,
             size=prompt_set.settings.reference_size,
         )
-        now = scores(larger, bad)
+        now = scores(larger, defects)
         passing = tuple(place for place in watched if not rejects(now[place]))
         blocked.append(() if force else passing)
         if not passing or force:
@@ -122,9 +136,9 @@ def accept(
         prompt_set=replace(extended, provenance=provenance),
         added=_places(memory) - _places(prompt_set.memory),
         before=tuple(before),
-        after=tuple(scores(memory, shown)),
+        after=tuple(scores(memory, images)),
         blocked=tuple(blocked),
-        defects=tuple(zip(defects_before, scores(memory, bad), strict=True)),
+        defects=tuple(zip(defects_before, scores(memory, defects), strict=True)),
     )
 
 

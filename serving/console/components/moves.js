@@ -28,9 +28,9 @@ const MOVES = {
   },
   "accept-feedback": {
     label: "Accept", title: (name) => `Accept false alarms of ${name}`,
-    text: "Reported false alarms that nobody disputes join the memory, at most eight of them. The new version waits as candidate.",
-    force: "Accept them even if a confirmed defect would pass",
-    running: "Looking at false alarms and confirmed defects",
+    text: "False alarms that nobody disputes join the memory, eight at most. The new version waits as candidate.",
+    force: "Even if a confirmed defect would pass",
+    running: "Scoring false alarms and defects",
   },
 };
 

@@ -1,6 +1,6 @@
 // History: the last inspections that the fleet kept, and what people say of them.
 
-import { feedback, giveFeedback, history, historyImage, historyMap, mark, withdraw } from "../api.js";
+import { giveFeedback, history, historyImage, historyMap, mark, withdraw } from "../api.js";
 import { html, useCallback, useEffect, useState } from "../html.js";
 import { score, when } from "../format.js";
 import { overlaid, readMap } from "../heat.js";
@@ -66,7 +66,7 @@ export function HistoryTab({ session, category }) {
     ${entries?.length > 0 && !isAll && html`<p class="more"><button type="button" disabled=${isLoading} onClick=${() => load(entries.at(-1).id)}>
       ${isLoading ? "Loading …" : "Show older"}</button></p>`}
     ${at >= 0 && html`<${Entry} key=${openId} category=${category} entry=${entries[at]} mayMark=${may(session, "inspect", category)}
-      teller=${may(session, "feedback", category) ? session : null}
+      mayTell=${may(session, "feedback", category)}
       previous=${entries[at - 1]} next=${entries[at + 1]} onOpen=${setOpenId} onMarked=${renew} />`}
   </section>`;
 }
@@ -100,19 +100,19 @@ function Card({ category, entry, onOpen }) {
   </button>`;
 }
 
-/** Gives feedback as the mark says, or takes it back; where the fleet takes none, the mark alone stays. */
-async function tell(category, entry, verdict, note, teller) {
+/** What a mark says, as feedback; taken away, it is withdrawn. A fleet that takes none has the mark alone. */
+async function tell(category, entry, verdict, note) {
   try {
-    const said = { request_id: entry.request_id, inspection: entry.id, note };
-    if (verdict) return void await giveFeedback(category, { ...said, label: labelOf(verdict === "good", entry.is_anomalous) });
-    const mine = (await feedback(category)).find((each) => each.request_id.split("#")[0] === entry.request_id && each.by === teller.name && each.label !== "sampled");
-    if (mine) await withdraw(category, mine.id);
+    const given = await giveFeedback(category, {
+      request_id: entry.request_id, inspection: entry.id, note, label: labelOf((verdict ?? entry.mark) === "good", entry.is_anomalous),
+    });
+    if (!verdict) await withdraw(category, given.id);
   } catch (problem) {
     if (!problem.type?.endsWith(":no-feedback")) throw problem;
   }
 }
 
-function Entry({ category, entry, mayMark, teller, previous, next, onOpen, onMarked }) {
+function Entry({ category, entry, mayMark, mayTell, previous, next, onOpen, onMarked }) {
   const [image, setImage] = useState(null);
   const [map, setMap] = useState(null);
   const [evidence, setEvidence] = useState(null);
@@ -132,7 +132,7 @@ function Entry({ category, entry, mayMark, teller, previous, next, onOpen, onMar
     setBusy(true);
     try {
       onMarked(await mark(category, entry.id, verdict, note.trim()));
-      if (teller) await tell(category, entry, verdict, note.trim(), teller);
+      if (mayTell) await tell(category, entry, verdict, note.trim());
       setProblem(null);
     } catch (found) {
       setProblem(found);
