@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from apt_ray.data.feedback import MOST_AT_ONCE, Feedback, FeedbackStore, Judgement
+from apt_ray.data.feedback import MOST_AT_ONCE, Entry, Feedback, FeedbackStore, Judgement
 from apt_ray.detection.prompt_set import UsedFeedback
 from apt_ray.errors import DataError, RegistryError
 from apt_ray.features.clip import load_backbone
@@ -201,7 +201,7 @@ def choose_false_alarms(
             if ids or any(entry.label == "false_alarm" for entry in judgement.entries):
                 passed_over.append((newest.id, reason))
             continue
-        alarm = _image(store, category, judgement)
+        alarm = _image(store, category, judgement.entries)
         if alarm is None:
             passed_over.append((newest.id, "its image is not what was given"))
         elif alarm.sha256 not in {each.sha256 for each in found}:
@@ -212,21 +212,25 @@ def choose_false_alarms(
 
 
 def confirmed_defects(store: FeedbackStore, category: str) -> list[Feedback]:
-    """The newest images that are said to show defects, and by nobody to be good."""
+    """The newest images that somebody says to show defects, whatever others say: nobody can take
+    another's out of the gate."""
     found = []
     for judgement in store.judgements(category).values():
         if len(found) == _MOST_DEFECTS:
             break
-        if judgement.truth == "defective" and (image := _image(store, category, judgement)):
+        bad = [entry for entry in judgement.entries if entry.truth == "defective"]
+        if bad and (image := _image(store, category, bad)):
             found.append(image)
     return found
 
 
-def _image(store: FeedbackStore, category: str, judgement: Judgement) -> Feedback | None:
-    """What was said first with the fleet's own image, else with any; None if a file was changed."""
-    found = [
-        each for entry in reversed(judgement.entries) if (each := store.find(category, entry.id))
-    ]
+def _image(store: FeedbackStore, category: str, entries: Sequence[Entry]) -> Feedback | None:
+    """What was said first with the fleet's own image, else with any; None if a file was changed.
+
+    Args:
+        entries: of one request, newest first.
+    """
+    found = [each for entry in reversed(entries) if (each := store.find(category, entry.id))]
     found.sort(key=lambda each: each.source != "history")
     for each in found:
         try:

@@ -154,9 +154,8 @@ def test_a_defect_that_is_called_a_false_alarm_is_left_out(line: Line) -> None:
 
 
 def test_what_callers_disagree_on_or_too_few_say_is_passed_over(line: Line) -> None:
-    disputed = line.say("disputed", "false_alarm", part(GLARE, seed=7))
-    line.say("disputed", "confirmed_defect", part(GLARE, seed=7), by="line-4")
-    line.say("defect", "confirmed_defect", part(SCRATCH, seed=8))
+    disputed = line.say("disputed", "false_alarm", part(SCRATCH, seed=7))
+    defect = line.say("disputed", "confirmed_defect", part(SCRATCH, seed=7), by="line-4")
     with pytest.raises(RegistryError, match="callers disagree"):
         accepting(line)()
     line.say("alarm", "false_alarm", part(GLARE, seed=9))
@@ -168,6 +167,8 @@ def test_what_callers_disagree_on_or_too_few_say_is_passed_over(line: Line) -> N
     )
     assert [each.request_id for each in used.given] == ["alarm"]
     assert [reason for _, reason in used.passed_over] == ["callers disagree"]
+    # Whoever denies a defect does not take it out of the gate.
+    assert used.defects == (defect,)
     line.store.withdraw("nut", disputed.id)
     for identifier, reason in ((disputed.id, "unknown"), ("junk", "unknown")):
         with pytest.raises(RegistryError, match=reason):
