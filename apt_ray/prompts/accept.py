@@ -3,23 +3,30 @@ in HETMM (arXiv 2303.16191).
 
 Distances to a memory that has grown are never larger, so neither is any score: a certified
 false-alarm rate still holds, and what may suffer is the detection of defects. So only the places
-of an image join that look unlike the memory, few of them, and the threshold stays.
+of an image join that look unlike the memory, few of them, and an estimated threshold follows: it
+falls by as much as the scores of the support images, left out one at a time, do.
 
 B images, M_l places of reference layer l, K places in memory, D width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
 
 import torch
 from PIL import Image
 
+from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.reference import ReferenceMemory, coreset
 from apt_ray.detection.rule import Scales
 from apt_ray.errors import PromptSetError
 from apt_ray.features.protocol import Backbone, ImageFeatures
+from apt_ray.images import decode_image
+from apt_ray.prompts.remember import show
 
 MOST_PER_IMAGE = 0.05
 """Places of one image that join, as a share of the memory's own size."""
@@ -69,6 +76,7 @@ def accept(
     backbone: Backbone,
     *,
     defects: Sequence[Image.Image] = (),
+    decided: Threshold | None = None,
     force: bool = False,
 ) -> Acceptance:
     """Let images that were rejected wrongly join the memory, one after another.
@@ -79,6 +87,7 @@ def accept(
         backbone: the prompt set's own.
         defects: RGB, of confirmed defects: an image with which one of them that is rejected would
             pass does not join.
+        decided: what verdicts are taken by, if not by the prompt set's own threshold.
         force: let it join even so.
 
     Raises:
@@ -88,28 +97,35 @@ def accept(
         backbone.encode_in_batches(backbone.preprocess(some)) if some else None
         for some in (images, defects)
     ]
-    return accept_features(prompt_set, encoded[0], backbone, defects=encoded[1], force=force)
+    return accept_features(
+        prompt_set, encoded[0], backbone, defects=encoded[1], decided=decided, force=force
+    )
 
 
+@torch.inference_mode()
 def accept_features(
     prompt_set: PromptSet,
     images: ImageFeatures | None,
     backbone: Backbone,
     *,
     defects: ImageFeatures | None = None,
+    decided: Threshold | None = None,
     force: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Acceptance:
-    """`accept` of images that are encoded; None where there are none."""
-    rejects = prompt_set.threshold.rejects
+    """`accept` of images that are encoded; None where there are none.
+
+    Args:
+        left_out: of the prompt set, where the caller has it.
+    """
+    left_out = left_out or LeftOut.of(prompt_set, backbone)
 
     def scores(memory: ReferenceMemory, features: ImageFeatures | None) -> list[float]:
-        if features is None:
-            return []
-        scored = Detector(backbone, replace(prompt_set, memory=memory)).score(features)[1]
-        return [float(score) for score in scored]
+        return [] if features is None else _scores(backbone, prompt_set, memory, features)
 
-    memory = prompt_set.memory
+    memory, threshold = prompt_set.memory, prompt_set.threshold
     before, defects_before = scores(memory, images), scores(memory, defects)
+    rejects = (decided or threshold).rejects
     watched = [place for place, score in enumerate(defects_before) if rejects(score)]
     blocked: list[tuple[int, ...]] = []
     for number in range(len(before)):
@@ -120,16 +136,18 @@ def accept_features(
             prompt_set.provenance.scales,
             size=prompt_set.settings.reference_size,
         )
-        now = scores(larger, defects)
+        lower, now = left_out.threshold(larger), scores(larger, defects)
+        rejects = (decided or lower).rejects
         passing = tuple(place for place in watched if not rejects(now[place]))
         blocked.append(() if force else passing)
         if not passing or force:
-            memory = larger
+            memory, threshold = larger, lower
     extended = replace(prompt_set, memory=memory)
     provenance = prompt_set.provenance.model_copy(
         update={
             "accepted": prompt_set.provenance.accepted + blocked.count(()),
             "probe_score": Detector(backbone, extended).probe_score(),
+            "threshold": threshold,
         }
     )
     return Acceptance(
@@ -140,6 +158,99 @@ def accept_features(
         blocked=tuple(blocked),
         defects=tuple(zip(defects_before, scores(memory, defects), strict=True)),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LeftOut:
+    """The support images of a prompt set, from its small copies, each in front of a memory that was
+    made without it.
+
+    Attributes:
+        prompt_set, backbone: the two.
+        support: their features; None where the threshold is none that follows them.
+        memories: of each, the memory without it.
+        rows: reference layer -> places of the memory that are of support images: what joined since
+            stands behind them.
+        scores: of each in front of its memory and of what had joined.
+    """
+
+    prompt_set: PromptSet
+    backbone: Backbone
+    support: ImageFeatures | None = None
+    memories: tuple[ReferenceMemory, ...] = ()
+    rows: Mapping[int, int] = field(default_factory=dict)
+    scores: tuple[float, ...] = ()
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, prompt_set: PromptSet, backbone: Backbone) -> LeftOut:
+        """Those of a prompt set; none where its threshold is certified, or holds no copies."""
+        threshold, thumbnails = prompt_set.threshold, prompt_set.thumbnails
+        is_estimated = threshold.source == "left-out support images"
+        if not is_estimated or len(thumbnails) != len(threshold.scores):
+            return cls(prompt_set=prompt_set, backbone=backbone)
+        pixels_S3HW = backbone.preprocess([decode_image(data) for data in thumbnails])
+        support = backbone.encode_in_batches(pixels_S3HW)
+        settings = prompt_set.settings
+        shown = show(
+            support,
+            pixels_S3HW,
+            backbone,
+            copies=settings.reference_copies,
+            rotations=settings.reference_rotations,
+            size=settings.reference_size,
+            seed=settings.seed,
+        )
+        places = {
+            layer: sum(part.layers[layer].shape[:2].numel() for part in shown.parts)
+            for layer in support.layers
+        }
+        found = cls(
+            prompt_set=prompt_set,
+            backbone=backbone,
+            support=support,
+            memories=tuple(shown.memory(without=place) for place in range(len(support))),
+            rows={layer: min(shown.size, count) for layer, count in places.items()},
+        )
+        return replace(found, scores=tuple(found._in_front_of(prompt_set.memory)))
+
+    def threshold(self, memory: ReferenceMemory) -> Threshold:
+        """The prompt set's threshold, for a memory that has grown from the prompt set's."""
+        threshold = self.prompt_set.threshold
+        if self.support is None:
+            return threshold
+        scores = tuple(
+            score - (old - new)
+            for score, old, new in zip(
+                threshold.scores, self.scores, self._in_front_of(memory), strict=True
+            )
+        )
+        value = threshold.value - (median(threshold.scores) - median(scores))
+        return threshold.model_copy(update={"value": value, "scores": scores})
+
+    def _in_front_of(self, memory: ReferenceMemory) -> list[float]:
+        """The score of each in front of the others and of what has joined a memory."""
+        assert self.support is not None
+        found: list[float] = []
+        for place, without in enumerate(self.memories):
+            joined = {
+                layer: torch.cat([tokens.cpu(), memory.layers[layer][self.rows[layer] :].cpu()])
+                for layer, tokens in without.layers.items()
+            }
+            found += _scores(
+                self.backbone,
+                self.prompt_set,
+                ReferenceMemory(joined),
+                self.support[place : place + 1],
+            )
+        return found
+
+
+def _scores(
+    backbone: Backbone, prompt_set: PromptSet, memory: ReferenceMemory, features: ImageFeatures
+) -> list[float]:
+    scored = Detector(backbone, replace(prompt_set, memory=memory)).score(features)[1]
+    return [float(score) for score in scored]
 
 
 def grown(

@@ -105,8 +105,8 @@ def accept_false_alarms(
 ) -> Accepted:
     """Let images of good parts that the champion rejects join its memory, as a new version.
 
-    No score can rise by it, so a certified false-alarm rate still holds. An image with which a
-    confirmed defect would pass is left out.
+    No score can rise by it, so a certified false-alarm rate still holds; an estimated threshold
+    follows. An image with which a confirmed defect would pass is left out.
 
     Args:
         images: files of good parts.
@@ -131,6 +131,7 @@ def accept_false_alarms(
         base.read(images),
         backbone,
         defects=base.read(defects),
+        decided=base.decided,
         force=force,
     )
     if not acceptance.joined:
@@ -141,8 +142,8 @@ def accept_false_alarms(
             " defects, or force it"
         )
     gate = Gate(
-        before=base.prompt_set.threshold,
-        after=acceptance.prompt_set.threshold,
+        before=base.decided or base.prompt_set.threshold,
+        after=base.decided or acceptance.prompt_set.threshold,
         alarms=tuple(zip(acceptance.before, acceptance.after, strict=True)),
         defects=acceptance.defects,
     )
@@ -200,7 +201,12 @@ def calibrate_further(
     new = calibrate([*known, *scores], base.prompt_set.settings.false_alarm_rate)
     changed = base.prompt_set.with_threshold(new)
     found = _scores(Detector(load(base.prompt_set.backbone), changed), base.read(defects))
-    gate = Gate(before=old, after=new, alarms=(), defects=tuple(zip(found, found, strict=True)))
+    gate = Gate(
+        before=base.decided or old,
+        after=base.decided or new,
+        alarms=(),
+        defects=tuple(zip(found, found, strict=True)),
+    )
     if gate.passing and not force:
         raise GateError(
             f"at {_said(new)} instead of {_said(old)} {category} would no longer reject"
@@ -257,15 +263,24 @@ def report(accepted: Accepted, names: Sequence[str], defects: Sequence[str]) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Base:
-    """The champion that is changed."""
+    """The champion that is changed.
+
+    Attributes:
+        decided: the threshold that an operator has set above its own.
+    """
 
     prompt_set: PromptSet
     version: RegisteredVersion
+    decided: Threshold | None
 
     @classmethod
     def of(cls, registry: Registry, category: str) -> "_Base":
         prompt_set, version = registry.load(category, CHAMPION)
-        return cls(prompt_set=prompt_set, version=version)
+        said = registry.categories()[category].threshold
+        decided = None
+        if said is not None and said.value is not None:
+            decided = prompt_set.threshold.moved_to(said.value)
+        return cls(prompt_set=prompt_set, version=version, decided=decided)
 
     def read(self, paths: Sequence[AnyPath]) -> list[Image.Image]:
         return [read_image(path, self.prompt_set.reading) for path in paths]
