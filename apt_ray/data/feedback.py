@@ -283,9 +283,7 @@ class FeedbackStore:
 
     def find(self, category: str, identifier: str) -> Feedback | None:
         """One of them; None if there is none of that id."""
-        if Entry.of(identifier) is None or self._entry(category, identifier) is None:
-            return None
-        return self._read(category, identifier)
+        return None if Entry.of(identifier) is None else self._read(category, identifier)
 
     def drawn(self, category: str, request_id: str) -> Feedback | None:
         """The image of a request that is in a sample; None if there is none."""
@@ -305,10 +303,6 @@ class FeedbackStore:
             self._remove(category, identifier)
 
     # ---- the files
-
-    def _entry(self, category: str, identifier: str) -> Entry | None:
-        entries = self._listing(category).entries
-        return next((entry for entry in entries if entry.id == identifier), None)
 
     def _listing(self, category: str) -> "_Listing":
         """What lies there of a category; what is too old is removed."""

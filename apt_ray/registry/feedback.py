@@ -193,7 +193,7 @@ def choose_false_alarms(
     passed_over = [(each, "unknown") for each in ids if each not in by_id]
     wanted = [by_id[each] for each in ids if each in by_id] if ids else list(judgements.values())
     remembered = {_request(each) for each in taken}
-    found: list[Feedback] = []
+    said: list[list[Feedback]] = []
     for judgement in dict.fromkeys(wanted):
         newest = judgement.entries[0]
         if reason := _why_no_alarm(judgement, remembered, callers):
@@ -201,14 +201,20 @@ def choose_false_alarms(
             if ids or any(entry.label == "false_alarm" for entry in judgement.entries):
                 passed_over.append((newest.id, reason))
             continue
-        alarm = _image(store, category, judgement.entries)
+        if records := _records(store, category, judgement.entries):
+            said.append(records)
+    # The lowest first: what scores highest is the likeliest to be a defect after all.
+    said.sort(key=lambda records: 1.0 if records[0].score is None else records[0].score)
+    found: list[Feedback] = []
+    for records in said:
+        if len(found) == most:
+            break
+        alarm = _unchanged(store, records)
         if alarm is None:
-            passed_over.append((newest.id, "its image is not what was given"))
+            passed_over.append((records[0].id, "its image is not what was given"))
         elif alarm.sha256 not in {each.sha256 for each in found}:
             found.append(alarm)
-    # The lowest first: what scores highest is the likeliest to be a defect after all.
-    found.sort(key=lambda alarm: 1.0 if alarm.score is None else alarm.score)
-    return Chosen(alarms=tuple(found[:most]), passed_over=tuple(passed_over))
+    return Chosen(alarms=tuple(found), passed_over=tuple(passed_over))
 
 
 def confirmed_defects(store: FeedbackStore, category: str) -> list[Feedback]:
@@ -219,20 +225,24 @@ def confirmed_defects(store: FeedbackStore, category: str) -> list[Feedback]:
         if len(found) == _MOST_DEFECTS:
             break
         bad = [entry for entry in judgement.entries if entry.truth == "defective"]
-        if bad and (image := _image(store, category, bad)):
+        if bad and (image := _unchanged(store, _records(store, category, bad))):
             found.append(image)
     return found
 
 
-def _image(store: FeedbackStore, category: str, entries: Sequence[Entry]) -> Feedback | None:
-    """What was said first with the fleet's own image, else with any; None if a file was changed.
+def _records(store: FeedbackStore, category: str, entries: Sequence[Entry]) -> list[Feedback]:
+    """What was said of one request, first what has the fleet's own image, and the oldest of that.
 
     Args:
-        entries: of one request, newest first.
+        entries: newest first.
     """
     found = [each for entry in reversed(entries) if (each := store.find(category, entry.id))]
-    found.sort(key=lambda each: each.source != "history")
-    for each in found:
+    return sorted(found, key=lambda each: each.source != "history")
+
+
+def _unchanged(store: FeedbackStore, records: Sequence[Feedback]) -> Feedback | None:
+    """The first whose image is what was given; None if there is none."""
+    for each in records:
         try:
             data = read_file(store.path(each))
         except DataError:
