@@ -14,11 +14,12 @@ import { VersionPictures } from "../components/pictures.js";
 export function VersionsTab({ session, category, reload }) {
   const operates = may(session, "operate");
   const found = useLoaded((signal) => (operates ? versions(category, signal) : Promise.resolve(null)), [category, operates]);
-  const said = useLoaded((signal) => (operates ? feedback(category, signal).catch(() => []) : Promise.resolve([])), [category, operates]);
+  const list = found.data?.versions ?? [];
+  const serves = list.some(({ aliases }) => aliases.includes("champion"));
+  const said = useLoaded((signal) => (serves ? feedback(category, signal).catch(() => []) : Promise.resolve([])), [category, serves]);
   const alarms = (said.data ?? []).filter((each) => each.label === "false_alarm" && !each.is_disputed && !each.is_used).length;
   const [shown, setShown] = useState(null);
   if (!operates) return html`<${OperatorsOnly} session=${session} what="see or move versions" />`;
-  const list = found.data?.versions ?? [];
   const isNone = found.problem?.status === 404 || (found.data && list.length === 0);
   const moved = () => {
     found.reload();
