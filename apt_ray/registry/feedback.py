@@ -6,8 +6,10 @@ those to come.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from apt_ray.data.feedback import MOST_AT_ONCE, Entry, Feedback, FeedbackStore, Judgement
 from apt_ray.detection.prompt_set import UsedFeedback
@@ -22,7 +24,8 @@ from apt_ray.registry.acceptance import (
 )
 from apt_ray.registry.protocol import CHAMPION, Registry
 
-_MOST_DEFECTS = 64
+MOST_DEFECTS = 64
+"""Confirmed defects that a new version is held against."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,14 +222,19 @@ def choose_false_alarms(
 
 def confirmed_defects(store: FeedbackStore, category: str) -> list[Feedback]:
     """The newest images that somebody says to show defects, whatever others say: nobody can take
-    another's out of the gate."""
-    found = []
+    another's out of the gate, nor crowd them out, since callers take turns."""
+    of_caller: dict[str, list[list[Entry]]] = defaultdict(list)
     for judgement in store.judgements(category).values():
-        if len(found) == _MOST_DEFECTS:
+        if bad := [entry for entry in judgement.entries if entry.truth == "defective"]:
+            of_caller[bad[0].caller].append(bad)
+    found: list[Feedback] = []
+    for turn in zip_longest(*of_caller.values()):
+        for bad in filter(None, turn):
+            image = _unchanged(store, _records(store, category, bad))
+            if image is not None and len(found) < MOST_DEFECTS:
+                found.append(image)
+        if len(found) == MOST_DEFECTS:
             break
-        bad = [entry for entry in judgement.entries if entry.truth == "defective"]
-        if bad and (image := _unchanged(store, _records(store, category, bad))):
-            found.append(image)
     return found
 
 

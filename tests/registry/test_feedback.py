@@ -16,7 +16,12 @@ from apt_ray.errors import GateError, RegistryError
 from apt_ray.images import decode_image
 from apt_ray.prompts.fit import fit
 from apt_ray.registry import CANDIDATE, CHAMPION, promote, roll_back
-from apt_ray.registry.feedback import accept_feedback, calibrate_by_samples
+from apt_ray.registry.feedback import (
+    MOST_DEFECTS,
+    accept_feedback,
+    calibrate_by_samples,
+    confirmed_defects,
+)
 from tests.fakes import FakeBackbone
 from tests.registry.fake import FakeRegistry
 
@@ -173,6 +178,15 @@ def test_what_callers_disagree_on_or_too_few_say_is_passed_over(line: Line) -> N
     for identifier, reason in ((disputed.id, "unknown"), ("junk", "unknown")):
         with pytest.raises(RegistryError, match=reason):
             accepting(line, ids=[identifier])()
+
+
+def test_nobody_crowds_the_defects_of_others_out_of_the_gate(line: Line) -> None:
+    mine = line.say("mine", "confirmed_defect", part(SCRATCH, seed=1))
+    for seed in range(MOST_DEFECTS + 1):
+        line.say(f"flood-{seed}", "confirmed_defect", part(GLARE, seed=seed), by="line-4")
+    found = confirmed_defects(line.store, "nut")
+    assert len(found) == MOST_DEFECTS
+    assert mine in found
 
 
 def test_no_more_than_asked_join_the_lowest_scores_first(line: Line) -> None:

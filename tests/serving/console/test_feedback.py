@@ -65,8 +65,8 @@ def test_a_false_alarm_is_reported_and_accepted(
         reason = tab.get_by_role("dialog")
         reason.get_by_label("Reason").fill("glare of the new lamp")
         reason.get_by_role("button", name="Accept", exact=True).click()
-        expect(tab.get_by_text(re.compile("Version 2 waits: No confirmed", re.I))).to_be_visible(
-            timeout=60_000
-        )
+        expect(
+            tab.get_by_text(re.compile("Version 2 waits: No confirmed", re.IGNORECASE))
+        ).to_be_visible(timeout=60_000)
         expect(tab.get_by_role("row").filter(has_text="candidate")).to_contain_text("v2")
     assert strict.registry.aliases()[category.name][CANDIDATE] == 2
