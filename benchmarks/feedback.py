@@ -123,13 +123,13 @@ class Case:
         some = [place for place in self.given if self.is_bad[place] == bad]
         return self.after(sorted(some, key=lambda place: -self.scores[place])[:count])
 
-    def labelled(self, gate: int, *, flipped: float) -> Outcome:
+    def labelled(self, gate: int, *, flipped: float, highest_first: bool = False) -> Outcome:
         """All of the first half are labelled, a share of them wrongly."""
         draws = random.Random(1000 + self.seed)
         said_bad = {p: bool(self.is_bad[p]) != (draws.random() < flipped) for p in self.given}
         alarms = [place for place in self.given if self._is_rejected(place) and not said_bad[place]]
         defects = [place for place in self.given if said_bad[place]]
-        return self._as_the_fleet_does(alarms, defects, gate, draws)
+        return self._as_the_fleet_does(alarms, defects, gate, draws, highest_first=highest_first)
 
     def malicious(self, gate: int, *, alone: bool) -> Outcome:
         """One client calls rejected defects false alarms."""
@@ -141,9 +141,16 @@ class Case:
         return self._as_the_fleet_does(theirs + (0 if alone else 1) * others, defects, gate, draws)
 
     def _as_the_fleet_does(
-        self, alarms: list[int], defects: list[int], gate: int, draws: random.Random
+        self,
+        alarms: list[int],
+        defects: list[int],
+        gate: int,
+        draws: random.Random,
+        *,
+        highest_first: bool = False,
     ) -> Outcome:
-        alarms = sorted(alarms, key=lambda place: self.scores[place])[:MOST_AT_ONCE]
+        alarms = sorted(alarms, key=lambda place: self.scores[place], reverse=highest_first)
+        alarms = alarms[:MOST_AT_ONCE]
         watched = draws.sample(defects, min(gate, len(defects)))
         return self.after(alarms, watched if gate else None)
 
@@ -211,6 +218,9 @@ def _measured(category: Category, seeds: Sequence[int]) -> dict[str, Outcome]:
         against = f"{gate} defects" if gate else "no gate"
         asked[f"labelled, {against}"] = partial(Case.labelled, gate=gate, flipped=0.0)
         asked[f"flipped, {against}"] = partial(Case.labelled, gate=gate, flipped=_FLIPPED)
+        asked[f"flipped, highest first, {against}"] = partial(
+            Case.labelled, gate=gate, flipped=_FLIPPED, highest_first=True
+        )
         asked[f"client among others, {against}"] = partial(Case.malicious, gate=gate, alone=False)
         asked[f"client alone, {against}"] = partial(Case.malicious, gate=gate, alone=True)
     with torch.inference_mode():

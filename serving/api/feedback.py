@@ -7,7 +7,7 @@ import asyncio
 import io
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -135,10 +135,18 @@ class SampleList(BaseModel):
     samples: list[SampleReport] = Field(description="Oldest first.")
 
 
+def _schema() -> dict[str, Any]:
+    """Of a request, as OpenAPI wants it: with what it refers to in its place."""
+    schema = FeedbackRequest.model_json_schema()
+    boxes = schema.pop("$defs")
+    schema["properties"]["boxes"]["items"] = boxes["Box"]
+    return schema
+
+
 _BODY = {
     "required": True,
     "content": {
-        "application/json": {"schema": {"$ref": "#/components/schemas/FeedbackRequest"}},
+        "application/json": {"schema": _schema()},
         MULTIPART: {
             "schema": {
                 "type": "object",
