@@ -8,8 +8,8 @@ The first table lets the good ones that score highest join the memory, 1, 2, 4 o
 left-out support images, or is `kept`.
 
 The second is what the fleet does. All rejected parts of the first half are labelled, and what was
-called good joins, eight at most, the lowest scores first, held against what was called defective:
-64 of it, or 8, or nothing. One label in ten is `flipped`; or one `client` calls eight rejected
+called good joins, eight at most, the lowest scores first, held against 16 parts that were called
+defective, or against nothing. One label in ten is `flipped`; or one `client` calls eight rejected
 defects false alarms, beside those of the others, or alone. `joined` says how many good and
 defective ones joined.
 """
@@ -41,7 +41,8 @@ from benchmarks.rows import Row, compared, write_rows
 _ACCEPTED = (1, 2, 4, 8)
 _WRONG = (1, 4, 8)
 _FLIPPED = 0.1
-_GATES = (0, 8, 64)
+_GATE = 16
+_AGAINST = {0: "no gate", _GATE: f"{_GATE} defects"}
 
 Outcome = dict[str, float]
 
@@ -209,26 +210,30 @@ def _measured(category: Category, seeds: Sequence[int]) -> dict[str, Outcome]:
     backbone = load_backbone()
     features = _encoded(category, backbone)
     cases = [Case.of(category, backbone, features, seed) for seed in seeds]
+    each = [_outcomes(case) for case in cases]
+    return {
+        name: {key: fmean(outcomes[name][key] for outcomes in each) for key in each[0][name]}
+        for name in each[0]
+    }
+
+
+@torch.inference_mode()
+def _outcomes(case: Case) -> dict[str, Outcome]:
+    """Situation -> outcome."""
     asked: dict[str, Callable[[Case], Outcome]] = {"none": Case.after}
     for count in _ACCEPTED:
         asked[f"right, {count}"] = partial(Case.highest, count=count, bad=False)
     for count in _WRONG:
         asked[f"wrong, {count}"] = partial(Case.highest, count=count, bad=True)
-    for gate in _GATES:
-        against = f"{gate} defects" if gate else "no gate"
-        asked[f"labelled, {against}"] = partial(Case.labelled, gate=gate, flipped=0.0)
+    asked[f"labelled, {_AGAINST[_GATE]}"] = partial(Case.labelled, gate=_GATE, flipped=0.0)
+    asked[f"flipped, highest first, {_AGAINST[_GATE]}"] = partial(
+        Case.labelled, gate=_GATE, flipped=_FLIPPED, highest_first=True
+    )
+    for gate, against in _AGAINST.items():
         asked[f"flipped, {against}"] = partial(Case.labelled, gate=gate, flipped=_FLIPPED)
-        asked[f"flipped, highest first, {against}"] = partial(
-            Case.labelled, gate=gate, flipped=_FLIPPED, highest_first=True
-        )
         asked[f"client among others, {against}"] = partial(Case.malicious, gate=gate, alone=False)
         asked[f"client alone, {against}"] = partial(Case.malicious, gate=gate, alone=True)
-    with torch.inference_mode():
-        each = {name: [ask(case) for case in cases] for name, ask in asked.items()}
-    return {
-        name: {key: fmean(outcome[key] for outcome in outcomes) for key in outcomes[0]}
-        for name, outcomes in each.items()
-    }
+    return {name: ask(case) for name, ask in asked.items()}
 
 
 def _cells(
