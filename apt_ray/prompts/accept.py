@@ -11,8 +11,8 @@ B images, M_l places of reference layer l, K places in memory, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -130,18 +130,14 @@ def accept_features(
     blocked: list[tuple[int, ...]] = []
     for number in range(len(before)):
         assert images is not None
-        larger = grown(
-            memory,
-            images[number : number + 1].to(torch.device("cpu")),
-            prompt_set.provenance.scales,
-            size=prompt_set.settings.reference_size,
-        )
-        lower, now = left_out.threshold(larger), scores(larger, defects)
+        image = images[number : number + 1].to(torch.device("cpu"))
+        larger, without = _with(prompt_set, memory, image), left_out.joined_by(image)
+        lower, now = without.threshold, scores(larger, defects)
         rejects = (decided or lower).rejects
         passing = tuple(place for place in watched if not rejects(now[place]))
         blocked.append(() if force else passing)
         if not passing or force:
-            memory, threshold = larger, lower
+            memory, threshold, left_out = larger, lower, without
     extended = replace(prompt_set, memory=memory)
     provenance = prompt_set.provenance.model_copy(
         update={
@@ -162,23 +158,20 @@ def accept_features(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LeftOut:
-    """The support images of a prompt set, from its small copies, each in front of a memory that was
-    made without it.
+    """The support images of a prompt set, from its small copies, each in front of the memory that
+    would be without it.
 
     Attributes:
         prompt_set, backbone: the two.
         support: their features; None where the threshold is none that follows them.
-        memories: of each, the memory without it.
-        rows: reference layer -> places of the memory that are of support images: what joined since
-            stands behind them.
-        scores: of each in front of its memory and of what had joined.
+        memories: of each, the memory without it; it takes in what the prompt set's does.
+        scores: of each in front of the memory that it was in front of first.
     """
 
     prompt_set: PromptSet
     backbone: Backbone
     support: ImageFeatures | None = None
     memories: tuple[ReferenceMemory, ...] = ()
-    rows: Mapping[int, int] = field(default_factory=dict)
     scores: tuple[float, ...] = ()
 
     @classmethod
@@ -201,49 +194,63 @@ class LeftOut:
             size=settings.reference_size,
             seed=settings.seed,
         )
-        places = {
-            layer: sum(part.layers[layer].shape[:2].numel() for part in shown.parts)
+        # What joined before stands behind the places of support images.
+        earlier = {
+            layer: prompt_set.memory.layers[layer][
+                min(shown.size, sum(part.layers[layer].shape[:2].numel() for part in shown.parts)) :
+            ]
             for layer in support.layers
         }
+        memories = [shown.memory(without=place) for place in range(len(support))]
         found = cls(
             prompt_set=prompt_set,
             backbone=backbone,
             support=support,
-            memories=tuple(shown.memory(without=place) for place in range(len(support))),
-            rows={layer: min(shown.size, count) for layer, count in places.items()},
+            memories=tuple(
+                ReferenceMemory(
+                    {
+                        layer: torch.cat([tokens.cpu(), earlier[layer].cpu()])
+                        for layer, tokens in memory.layers.items()
+                    }
+                )
+                for memory in memories
+            ),
         )
-        return replace(found, scores=tuple(found._in_front_of(prompt_set.memory)))
+        return replace(found, scores=found._now())
 
-    def threshold(self, memory: ReferenceMemory) -> Threshold:
-        """The prompt set's threshold, for a memory that has grown from the prompt set's."""
+    @torch.inference_mode()
+    def joined_by(self, image: ImageFeatures) -> LeftOut:
+        """The same once an image has joined, its features on the CPU."""
+        memories = tuple(_with(self.prompt_set, memory, image) for memory in self.memories)
+        return replace(self, memories=memories)
+
+    @property
+    def threshold(self) -> Threshold:
+        """The prompt set's, as much lower as their scores are."""
         threshold = self.prompt_set.threshold
         if self.support is None:
             return threshold
         scores = tuple(
             score - (old - new)
-            for score, old, new in zip(
-                threshold.scores, self.scores, self._in_front_of(memory), strict=True
-            )
+            for score, old, new in zip(threshold.scores, self.scores, self._now(), strict=True)
         )
         value = threshold.value - (median(threshold.scores) - median(scores))
         return threshold.model_copy(update={"value": value, "scores": scores})
 
-    def _in_front_of(self, memory: ReferenceMemory) -> list[float]:
-        """The score of each in front of the others and of what has joined a memory."""
-        assert self.support is not None
+    def _now(self) -> tuple[float, ...]:
+        """The score of each in front of its memory."""
         found: list[float] = []
-        for place, without in enumerate(self.memories):
-            joined = {
-                layer: torch.cat([tokens.cpu(), memory.layers[layer][self.rows[layer] :].cpu()])
-                for layer, tokens in without.layers.items()
-            }
-            found += _scores(
-                self.backbone,
-                self.prompt_set,
-                ReferenceMemory(joined),
-                self.support[place : place + 1],
-            )
-        return found
+        for place, memory in enumerate(self.memories):
+            assert self.support is not None
+            image = self.support[place : place + 1]
+            found += _scores(self.backbone, self.prompt_set, memory, image)
+        return tuple(found)
+
+
+def _with(prompt_set: PromptSet, memory: ReferenceMemory, image: ImageFeatures) -> ReferenceMemory:
+    """A memory of the prompt set's once an image has joined; raises as `grown`."""
+    size = prompt_set.settings.reference_size
+    return grown(memory, image, prompt_set.provenance.scales, size=size)
 
 
 def _scores(

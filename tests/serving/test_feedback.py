@@ -210,7 +210,7 @@ def test_rubbish_is_refused_with_the_remedy(keeping: Keeping) -> None:
         ("line", PLACE, {"content": b"\xff{"}, 422, "Invalid request"),
         ("line", PLACE, {"content": b" " * 70_000}, 413, "Image too large"),
         ("line", PLACE, {"files": {"image": ("x.png", png())}}, 400, "Bad form"),
-        ("line", PLACE, form("new", "false_alarm", b"junk"), 415, "Unsupported media type"),
+        ("line", PLACE, form("new", "false_alarm", b"junk"), 400, "Not an image"),
         ("line", PLACE, form("new", "false_alarm", b"GIF89a"), 415, "Unsupported media type"),
         ("line", PLACE, form("new", "false_alarm", bytes(300_000)), 413, "Image too large"),
         ("line", "/v1/nut/feedback", {"json": good}, 404, "Unknown category"),
