@@ -86,7 +86,8 @@ SELECT id FROM (
 ) UNION ALL SELECT id FROM (
     SELECT id FROM inspections WHERE :some > 0 AND version = :version AND id >= max(
         :oldest,
-        (SELECT coalesce(min(id), 0) FROM inspections WHERE mark IS NULL),
+        (SELECT CASE WHEN count(*) < :images THEN 0 ELSE min(id) END
+            FROM inspections WHERE mark IS NULL),
         (SELECT CASE WHEN count(*) < :images THEN 0 ELSE min(id) END
             FROM inspections WHERE mark IS NOT NULL)
     ) ORDER BY random() LIMIT :some

@@ -1,6 +1,7 @@
 """Feedback over HTTP: given, refused, bounded, told, withdrawn; samples; versions made of it."""
 
 import asyncio
+import io
 import json
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
 from apt_ray.data.feedback import Feedback
 from apt_ray.data.folders import Category
@@ -249,8 +251,10 @@ def test_a_flood_a_full_store_and_a_full_disk_are_refused(keeping: Keeping) -> N
     flood = say(store, "part-2", "false_alarm")
     assert (flood.status_code, flood.json()["title"]) == (429, "Feedback quota")
     assert int(flood.headers["retry-after"]) > 3600
-    with full_disk(300):
-        full = say(api, "part-2", "false_alarm", "blister")
+    noise = io.BytesIO()
+    Image.effect_noise((300, 300), 80).save(noise, "PNG")
+    with full_disk(50_000):
+        full = by(api, "blister", "POST", PLACE, **form("new", "false_alarm", noise.getvalue()))
     assert (full.status_code, full.json()["title"]) == (507, "Not kept")
     small = keeping(images=2)
     full = say(small, "part-2", "false_alarm", "blister")
@@ -283,6 +287,7 @@ def test_a_sample_is_drawn_of_all_inspections_and_judged(keeping: Keeping) -> No
         assert say(api, each["request_id"], label).status_code == 200
     (told,) = by(api, "line", "GET", f"{PLACE}/samples").json()["samples"]
     assert (told["good"], told["defective"], told["left"], told["is_whole"]) == (3, 1, [], True)
+    # Also what was marked, which stays longer; what is judged already stays so.
     everything = by(api, "boss", "POST", f"{PLACE}/samples", json={"images": 6}).json()
     assert len(everything["left"]) == 2
 
