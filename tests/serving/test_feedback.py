@@ -50,12 +50,8 @@ Keeping = Callable[..., FastAPI]
 def keeping(tmp_path: Path, prompt_set: PromptSet) -> Keeping:
     """A fleet to whom everything is a defect, or good, with a history and feedback."""
 
-    def start(
-        *, threshold: float = 0, auth: Auth = AUTH, images: int = 100, **settings: Any
-    ) -> FastAPI:
-        history = History(
-            HistorySettings(images=images, folder=str(tmp_path / "history")), "registry"
-        )
+    def start(*, threshold: float = 0, auth: Auth = AUTH, **settings: Any) -> FastAPI:
+        history = History(HistorySettings(images=100, folder=str(tmp_path / "history")), "registry")
         inspector = Inspector(
             limits=LIMITS.image, batching=Batching(), shared=True, history=history
         )
