@@ -424,7 +424,11 @@ def test_a_caller_is_told_who_it_is(tail: Inspector) -> None:
     assert one.json() == {"name": "one", "scopes": ["inspect:blister"], "needs_token": True}
     assert ask(guarded, "GET", "/fleet/me").status_code == 401
     anybody = ask(root_of(Answering(tail)), "GET", "/fleet/me").json()
-    assert anybody == {"name": "", "scopes": ["inspect", "operate"], "needs_token": False}
+    assert anybody == {
+        "name": "",
+        "scopes": ["inspect", "feedback", "operate"],
+        "needs_token": False,
+    }
 
 
 def test_tokens_change_while_the_fleet_runs(tail: Inspector) -> None:
