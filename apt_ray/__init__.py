@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from apt_ray.errors import BackboneError as BackboneError
     from apt_ray.errors import DataError as DataError
     from apt_ray.errors import ExportError as ExportError
+    from apt_ray.errors import FeedbackError as FeedbackError
+    from apt_ray.errors import FeedbackQuotaError as FeedbackQuotaError
     from apt_ray.errors import FleetError as FleetError
     from apt_ray.errors import GateError as GateError
     from apt_ray.errors import ImageError as ImageError
@@ -92,6 +94,8 @@ _HOME = {
     "RegistryError": "errors",
     "RegistryUnavailableError": "errors",
     "RegistryConflictError": "errors",
+    "FeedbackError": "errors",
+    "FeedbackQuotaError": "errors",
     "FleetError": "errors",
     "GateError": "errors",
     "WriteError": "errors",

@@ -13,6 +13,8 @@ AptError
 ├── RegistryError              the MLflow server refuses, or lacks what was asked for
 │   ├── RegistryUnavailableError   it does not answer
 │   └── RegistryConflictError      somebody else was faster
+├── FeedbackError              no more feedback is kept
+│   └── FeedbackQuotaError         of this caller
 ├── FleetError                 a fleet that cannot be deployed or reached
 └── MissingDependencyError     a library is not installed; an ImportError, too
 """
@@ -76,6 +78,22 @@ class RegistryConflictError(RegistryError):
 
 class GateError(RegistryError):
     """A change was refused for what it would do to the detection of defects."""
+
+
+class FeedbackError(AptError):
+    """No more feedback is kept; what is there is unharmed."""
+
+
+class FeedbackQuotaError(FeedbackError):
+    """No more feedback is kept of this caller.
+
+    Attributes:
+        retry_after_s: seconds until it may be worth another try.
+    """
+
+    def __init__(self, message: str = "", *, retry_after_s: int = 0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class FleetError(AptError):

@@ -267,7 +267,7 @@ def write_whole(path: StrPath, content: bytes | str, *, private: bool = False) -
         file.write(data)
 
 
-def put(path: AnyPath, content: bytes) -> None:
+def put(path: AnyPath, content: bytes, *, private: bool = False) -> None:
     """Write a file as `write_whole` does, or an object of S3 in one request, which is as whole.
 
     WriteError if it cannot be written.
@@ -276,7 +276,43 @@ def put(path: AnyPath, content: bytes) -> None:
     if isinstance(path, S3Path):
         path._write(content)
     else:
-        write_whole(path, content)
+        write_whole(path, content, private=private)
+
+
+def sizes(folder: AnyPath) -> dict[str, int]:
+    """Name -> bytes of the files that lie in a folder, in the order of the names; none if there is
+    no such folder. Hidden files are left out. DataError if it cannot be listed."""
+    folder = location(folder)
+    try:
+        if isinstance(folder, S3Path):
+            found = {path.name: path._known_size for path in folder.iterdir() if path.is_file()}
+        else:
+            found = {}
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # somebody removes it meanwhile
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_size
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}") from error
+    return {name: found[name] for name in sorted(found) if not name.startswith(".")}
+
+
+def remove(path: AnyPath) -> None:
+    """Remove a file or an object of S3; nothing happens if it is not there. WriteError if it cannot
+    be removed."""
+    path = location(path)
+    if isinstance(path, S3Path):
+        path._remove()
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(
+            f"cannot remove {path} ({error.strerror}): mend the permissions of its folder"
+        ) from error
 
 
 def write_json(path: StrPath, value: object) -> None:
@@ -305,6 +341,7 @@ class S3Path:
     parts: tuple[str, ...]
     # Set on what a listing returns, so that its kind need not be asked for again.
     _known_file: bool | None = field(default=None, compare=False, repr=False)
+    _known_size: int = field(default=0, compare=False, repr=False)
 
     def __str__(self) -> str:
         return _SCHEME + "/".join(self.parts)
@@ -347,13 +384,15 @@ class S3Path:
         request = {"Prefix": self._prefix, "Delimiter": "/"}
         while True:
             page = self._ask("list_objects_v2", **request)
-            found = [(entry["Prefix"], False) for entry in page.get("CommonPrefixes", ())]
-            found += [(entry["Key"], True) for entry in page.get("Contents", ())]
-            for key, is_file in found:
+            found = [(entry["Prefix"], False, 0) for entry in page.get("CommonPrefixes", ())]
+            found += [
+                (entry["Key"], True, int(entry["Size"])) for entry in page.get("Contents", ())
+            ]
+            for key, is_file, size in found:
                 name = key.removeprefix(self._prefix).removesuffix("/")
                 # A folder made in S3's console is an empty object of the prefix's own name.
                 if _parts(name):
-                    yield S3Path((*self.parts, name), is_file)
+                    yield S3Path((*self.parts, name), is_file, size)
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -366,6 +405,13 @@ class S3Path:
         """Put the object there in one request; WriteError if S3 cannot be reached or refuses."""
         try:
             self._ask("put_object", Key=self._key, Body=content)
+        except DataError as error:
+            raise WriteError(str(error)) from error
+
+    def _remove(self) -> None:
+        """Remove the object, if it is there; WriteError if S3 cannot be reached or refuses."""
+        try:
+            self._ask("delete_object", Key=self._key)
         except DataError as error:
             raise WriteError(str(error)) from error
 
@@ -412,7 +458,7 @@ class S3Path:
         )
 
         bucket = self.parts[0]
-        verb = "write" if operation == "put_object" else "read"
+        verb = {"put_object": "write", "delete_object": "remove"}.get(operation, "read")
         if not bucket:
             raise DataError(f"{self} names no bucket: give s3://bucket/prefix")
         try:

@@ -29,6 +29,8 @@ from serving.api.history import (
     KeptPicture,
     Mark,
     Only,
+    Picked,
+    Wanted,
 )
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Explanation, Inspected, InspectionRequest
@@ -55,6 +57,7 @@ from serving.controller.shadow import ShadowStatus
 from serving.settings import (
     Auth,
     Batching,
+    FeedbackSettings,
     HistorySettings,
     HttpLimits,
     PoolName,
@@ -89,6 +92,7 @@ class PoolArgs(Settings):
     batching: Batching
     http: HttpLimits
     history: HistorySettings = HistorySettings()
+    feedback: FeedbackSettings | None = None
     drift: DriftSettings | None = None
     shadow_images: int = 0
 
@@ -100,6 +104,7 @@ class RootArgs(Settings):
     registry: RegistrySettings
     http: HttpLimits
     searches: SearchSettings | None = None
+    feedback: FeedbackSettings | None = None
 
 
 class ControllerArgs(Settings):
@@ -107,6 +112,7 @@ class ControllerArgs(Settings):
 
     tracking_uri: str
     registry: RegistrySettings
+    feedback: FeedbackSettings | None = None
 
 
 def pool_application(pool: str) -> str:
@@ -188,6 +194,7 @@ class PoolReplica:
             access=self._access,
             history=self._history,
             controller=self._controller,
+            feedback=self._args.feedback.store() if self._args.feedback else None,
         )
 
     async def inspect(
@@ -218,6 +225,9 @@ class PoolReplica:
     ) -> KeptInspection | Refusal:
         return await self._answering.mark(category, number, mark, by)
 
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked] | Refusal:
+        return await self._answering.pick(category, wanted)
+
     def check_health(self) -> None:
         if self._following.done():
             raise RuntimeError("this replica no longer follows the controller")
@@ -240,6 +250,7 @@ class RootReplica:
             access=access,
             webhook_secret=os.environ.get(SECRET_VARIABLE, ""),
             tuning=_tuning(args, args.searches) if args.searches else None,
+            feedback=args.feedback.store() if args.feedback else None,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -282,7 +293,8 @@ class ControllerReplica:
             Cache(args.registry.cache, args.tracking_uri),
             poll_s=args.registry.poll_s,
             page=args.registry.page,
-            promoting=partial(_promote, args.tracking_uri),
+            promoting=partial(_promote, args.tracking_uri, args.feedback),
+            feedback=args.feedback,
         )
         self._polling: asyncio.Task[None] | None = None
 
@@ -352,15 +364,15 @@ def _open_registry(address: str) -> "Registry":
     return open_registry(address)
 
 
-def _promote_there(address: str, order: MoveOrder) -> MoveResult:
-    return carry_out(_open_registry(address), order)
+def _promote_there(address: str, feedback: FeedbackSettings | None, order: MoveOrder) -> MoveResult:
+    return carry_out(_open_registry(address), order, feedback=feedback)
 
 
-async def _promote(address: str, order: MoveOrder) -> MoveResult:
-    """Promote in a task of its own: the controller answers meanwhile, and needs no core."""
+async def _promote(address: str, feedback: FeedbackSettings | None, order: MoveOrder) -> MoveResult:
+    """Encode images in a task of its own: the controller answers meanwhile, and needs no core."""
     # Not twice: whoever died may have moved the alias already.
     task = ray.remote(num_cpus=_PROMOTION_CPUS, max_retries=0)(_promote_there)
-    reference = task.remote(address, order)
+    reference = task.remote(address, feedback, order)
     try:
         result: MoveResult = await asyncio.wait_for(
             _own_errors(asyncio.wrap_future(reference.future())), _PROMOTION_S
@@ -523,4 +535,8 @@ class _RemotePool:
     ) -> KeptInspection | Refusal:
         asked = self._handle.mark.remote(category, number, mark, by)
         answer: KeptInspection | Refusal = await asked
+        return answer
+
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked] | Refusal:
+        answer: list[Picked] | Refusal = await self._handle.pick.remote(category, wanted)
         return answer

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from apt_ray.config import CATEGORY_NAME, MAX_DAYS, OperatorThreshold, Settings
+from apt_ray.data.feedback import FeedbackStore
 from apt_ray.detection.drift import DriftSettings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
@@ -113,14 +114,17 @@ class HttpLimits(Settings):
         return ImageLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels)
 
 
-Scope = Annotated[str, StringConstraints(pattern=f"^(operate|inspect(:{CATEGORY_NAME})?)$")]
+Scope = Annotated[
+    str, StringConstraints(pattern=f"^(operate|(inspect|feedback)(:{CATEGORY_NAME})?)$")
+]
 
 
 class ApiToken(Settings):
     """A caller's token, known by its hash only.
 
     Its scopes say what it is good for: `inspect` for every category, `inspect:<category>` for one,
-    `operate` for the state of the fleet and for what changes it.
+    `feedback` and `feedback:<category>` for saying what inspected parts really were, `operate` for
+    the state of the fleet and for what changes it.
     """
 
     name: str = Field(pattern=r"^\P{Cc}+$", description="One line.")
@@ -186,6 +190,33 @@ class ShadowSettings(CategoryShadow):
         description="Those on which both disagree, the last so many of a category on each node, in"
         " the history's folder; 0 keeps none.",
     )
+
+
+class FeedbackSettings(Settings):
+    """What is kept of what people say of inspected images, and when it may be used."""
+
+    images: int = Field(default=1000, ge=1, description="Of a category.")
+    mib: float = Field(default=1024, gt=0, description="Of a category's images.")
+    days: float = Field(default=365, gt=0, le=MAX_DAYS)
+    per_day: int = Field(default=200, ge=1, description="Of one caller and one category.")
+    callers: int = Field(
+        default=1, ge=1, description="How many must agree before an image may join the memory."
+    )
+    folder: str = Field(
+        default="~/.cache/apt-ray/feedback",
+        min_length=1,
+        description="Local, or s3://bucket/prefix.",
+    )
+
+    def store(self) -> FeedbackStore:
+        """What is kept there."""
+        return FeedbackStore(
+            self.folder,
+            images=self.images,
+            mib=self.mib,
+            days=self.days,
+            per_day=self.per_day,
+        )
 
 
 class RegionOfInterest(Settings):
@@ -320,6 +351,7 @@ class Fleet(Settings):
     http: HttpLimits = HttpLimits()
     registry: RegistrySettings = RegistrySettings()
     history: HistorySettings = HistorySettings()
+    feedback: FeedbackSettings | None = FeedbackSettings()
     searches: SearchSettings | None = SearchSettings()
     drift: DriftSettings | None = DriftSettings()
     shadow: ShadowSettings = ShadowSettings()

@@ -27,7 +27,9 @@ from apt_ray.files import (
     put,
     read_file,
     read_part,
+    remove,
     s3_client,
+    sizes,
     write_json,
     write_whole,
     writing,
@@ -228,12 +230,20 @@ def test_files_are_written_and_read_in_parts_as_local_ones(uploaded: str, tmp_pa
             assert file.seek(10) == 10
             assert file.read(40) == bytes(range(10, 50))
         assert list(files_below(root)) == [str(path)]
+        assert sizes(path.parent) == {"file.bin": 200}
+        assert sizes(root) == sizes(root / "none") == {}
+        remove(path)
+        remove(path)
+        assert sizes(path.parent) == {}
+        put(path, bytes(range(200)))
         with pytest.raises(DataError, match="cannot read"):
             open_file(root / "none", ahead=16)
         with pytest.raises(DataError, match="cannot read"):
             read_part(root / "none", 0, 1)
     with pytest.raises(WriteError, match=r"cannot write s3://nowhere/x: it is not there"):
         put("s3://nowhere/x", b"")
+    with pytest.raises(WriteError, match=r"cannot remove s3://nowhere/x: it is not there"):
+        remove("s3://nowhere/x")
 
 
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)

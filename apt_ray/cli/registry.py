@@ -120,12 +120,26 @@ def _add_accept(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     accept.description = (
         "Let images of good parts that the champion rejects join its memory, as a new version that"
-        " serves at once; `rollback` takes it back. The threshold stays. Refused if a confirmed"
-        " defect (--defects) would pass that is rejected now."
+        " serves at once; `rollback` takes it back. An image is left out if a confirmed defect"
+        " (--defects) that is rejected now would pass with it."
     )
     accept.add_argument("category")
-    accept.add_argument("images", nargs="+", type=location, metavar="IMAGE", help="of good parts")
+    accept.add_argument("images", nargs="*", type=location, metavar="IMAGE", help="of good parts")
     accept.add_argument("--reason", required=True, metavar="TEXT", help="kept in the history")
+    accept.add_argument(
+        "--feedback",
+        type=location,
+        metavar="DIR",
+        help="take false alarms and confirmed defects from what a fleet has kept of its feedback:"
+        " its folder, or s3://bucket/prefix; each IMAGE is then the id of one, none means all",
+    )
+    accept.add_argument(
+        "--callers",
+        type=count,
+        default=1,
+        metavar="N",
+        help="of --feedback, how many callers must agree (default %(default)s)",
+    )
     accept.add_argument(
         "--defects",
         nargs="+",
@@ -136,30 +150,45 @@ def _add_accept(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         " defect that is accepted by mistake",
     )
     accept.add_argument("--force", action="store_true", help="even if a confirmed defect passes")
+    accept.set_defaults(usage_error=accept.error)
     _add_address(accept)
 
 
 def _accept(options: argparse.Namespace) -> int:
-    from apt_ray.registry.acceptance import accept_false_alarms
+    if options.feedback is None and not options.images:
+        options.usage_error("name an IMAGE, or a fleet's --feedback")
+    if options.feedback is not None and options.defects:
+        options.usage_error("--feedback brings its own confirmed defects: leave --defects out")
+    from apt_ray.data.feedback import FeedbackStore
+    from apt_ray.registry.acceptance import accept_false_alarms, report
+    from apt_ray.registry.feedback import accept_feedback
 
-    accepted = accept_false_alarms(
-        _registry(options),
-        options.category,
-        options.images,
-        why=options.reason,
-        defects=options.defects,
-        force=options.force,
-    )
-    threshold = accepted.acceptance.prompt_set.threshold
-    scores = zip(options.images, accepted.acceptance.before, accepted.acceptance.after, strict=True)
-    rows = [
-        (str(path), f"{before:.3f}", f"{after:.3f}", "rejected" if threshold.rejects(after) else "")
-        for path, before, after in scores
-    ]
-    print(align([("", "before", "after", f"threshold {threshold.value:.3f}"), *rows]))
-    for path, (before, after) in zip(options.defects, accepted.defects, strict=True):
-        verdict = "rejected" if threshold.rejects(after) else "passes"
-        print(f"defect {path}: {before:.3f}, now {after:.3f}: {verdict}")
+    if options.feedback is None:
+        accepted = accept_false_alarms(
+            _registry(options),
+            options.category,
+            options.images,
+            why=options.reason,
+            defects=options.defects,
+            force=options.force,
+        )
+        names, defects = list(map(str, options.images)), list(map(str, options.defects))
+    else:
+        used = accept_feedback(
+            _registry(options),
+            FeedbackStore(options.feedback),
+            options.category,
+            why=options.reason,
+            ids=list(map(str, options.images)),
+            callers=options.callers,
+            force=options.force,
+            serve=True,
+        )
+        accepted = used.accepted
+        names, defects = [each.id for each in used.given], [each.id for each in used.defects]
+        for identifier, reason in used.passed_over:
+            print(f"passed over: {identifier}: {reason}", file=sys.stderr)
+    print(report(accepted, names, defects))
     print(f"{options.category}: version {accepted.source} -> {accepted.version}")
     return 0
 

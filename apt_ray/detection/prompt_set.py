@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -38,6 +39,15 @@ THUMBNAIL_SIDE = 448
 _FIRST_RULE = 1  # of files that do not say
 _MEMORY = "memory."
 _THUMBNAIL = "thumbnail."
+
+
+class UsedFeedback(Settings):
+    """What one caller said of one image, as a version has taken it in."""
+
+    id: str
+    by: str = Field(description="Who said it.")
+    sha256: str = Field(description="Of the image's file.")
+    use: Literal["memory", "calibration"]
 
 
 class Provenance(Settings):
@@ -65,6 +75,9 @@ class Provenance(Settings):
     metrics: dict[str, float] = Field(default_factory=dict)
     accepted: int = Field(
         default=0, ge=0, description="False alarms that joined its memory after the fit."
+    )
+    feedback: tuple[UsedFeedback, ...] = Field(
+        default=(), description="What people said that it has taken in since the fit."
     )
     reading: Reading = Field(
         default=FORMER, description="How image files were read, and are to be read."

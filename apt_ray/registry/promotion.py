@@ -26,6 +26,7 @@ from apt_ray.validation.versions import (
 )
 
 _MOST_IMAGES = 16
+_GATED, _GATE, _GATE_WHY = "gated_against", "gate", "gate_why"
 
 Verdict = Literal["promoted", "kept", "uncomparable"]
 
@@ -106,7 +107,8 @@ def promote(
     either version, and from `normal`, as far as neither was fitted to them. Without a champion,
     the version becomes the first.
 
-    A version that was kept on more images, against the same champion, stays kept on fewer.
+    A version that was kept on more images, against the same champion, stays kept on fewer. One that
+    was made of this champion by what people said of its images is judged by its gate alone.
 
     Args:
         normal: Files of further normal images.
@@ -135,7 +137,9 @@ def promote(
     )
     if history.champion is not None:
         champion = registry.resolve(category, str(history.champion))
-        promotion = _judge(registry, promotion, candidate, champion, normal, compare)
+        promotion = _by_gate(promotion, candidate) or _judge(
+            registry, promotion, candidate, champion, normal, compare
+        )
     if promotion.verdict == "promoted" or force is not None:
         verdict = promotion.why if force is None else f"forced: {force} ({promotion.why})"
         move = registry.move(
@@ -152,6 +156,24 @@ def promote(
         name=f"promotion-after-{history.recorded}-moves",
     )
     return promotion
+
+
+def gate_tags(champion: int, *, passes: bool, why: str) -> dict[str, str]:
+    """The tags of a version that was made of a champion, by which it is promoted or kept."""
+    return {
+        _GATED: str(champion),
+        _GATE: "promoted" if passes else "kept",
+        _GATE_WHY: why,
+    }
+
+
+def _by_gate(promotion: Promotion, candidate: RegisteredVersion) -> Promotion | None:
+    """What the candidate's gate says; None if it has none against this champion."""
+    tags = candidate.tags
+    if tags.get(_GATED) != str(promotion.champion):
+        return None
+    verdict: Verdict = "promoted" if tags.get(_GATE) == "promoted" else "kept"
+    return replace(promotion, verdict=verdict, why=tags.get(_GATE_WHY, ""))
 
 
 def roll_back(registry: Registry, category: str, *, why: str = "") -> Move:

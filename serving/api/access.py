@@ -15,6 +15,7 @@ from serving.settings import ApiToken, Auth
 
 OPERATE = "operate"
 INSPECT = "inspect"
+FEEDBACK = "feedback"
 _HELP = (
     "Send the header 'Authorization: Bearer <token>'; whoever runs the fleet makes tokens with"
     " `python -m serving.fleet token`."
@@ -31,7 +32,7 @@ class Caller:
     scopes: tuple[str, ...]
 
 
-_ANYBODY = Caller(name="", scopes=(INSPECT, OPERATE))
+_ANYBODY = Caller(name="", scopes=(INSPECT, FEEDBACK, OPERATE))
 
 
 class Access:
@@ -77,21 +78,23 @@ class Access:
         return Caller(name=known.name, scopes=known.scopes)
 
 
-def require(access: Access, scope: str | None) -> Callable[..., Awaitable[Caller]]:
-    """A dependency that lets a request pass only with a token of this scope, of any if None, and
-    says whose it is.
+def require(access: Access, *scopes: str) -> Callable[..., Awaitable[Caller]]:
+    """A dependency that lets a request pass only with a token of one of these scopes, of any if
+    none are given, and says whose it is.
 
-    With `inspect`, the routes of a category are also open to `inspect:<category>`.
+    With `inspect` or `feedback`, the routes of a category are also open to `inspect:<category>` or
+    `feedback:<category>`.
     """
 
     async def check(
         request: Request,
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     ) -> Caller:
-        scopes = [] if scope is None else [scope]
-        if scope == INSPECT and (category := request.path_params.get("category")):
-            scopes.append(f"{INSPECT}:{category}")
-        return access.check(credentials.credentials if credentials else None, *scopes)
+        category = request.path_params.get("category")
+        of_category = [
+            f"{scope}:{category}" for scope in scopes if category and scope in (INSPECT, FEEDBACK)
+        ]
+        return access.check(credentials.credentials if credentials else None, *scopes, *of_category)
 
     return check
 

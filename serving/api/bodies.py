@@ -22,6 +22,8 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 _UNNAMED_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 # Room for the boundaries and headers of a form around each of its files.
 _FORM_OVERHEAD = 16 * 2**10
+# A few thousand characters of text, and fifty boxes.
+_MESSAGE_BYTES = 64 * 2**10
 # No limit has more digits, and int() refuses thousands of them.
 _DIGITS = 18
 
@@ -44,17 +46,32 @@ async def read_image_files(request: Request, limits: HttpLimits) -> list[bytes]:
     if not (is_form or media_type in _UNNAMED_TYPES or media_type.startswith("image/")):
         raise problems.unsupported(f"the body is {media_type}, not an image")
     limit = limits.max_bytes + is_form * limits.max_images * _FORM_OVERHEAD
-    try:
-        body = await asyncio.wait_for(_read_body(request, limit), limits.timeout_s)
-    except asyncio.TimeoutError:
-        raise ProblemError(
-            HTTPStatus.REQUEST_TIMEOUT,
-            "Request timeout",
-            f"the image did not arrive within {limits.timeout_s:g} s",
-            "Send a smaller image, or use a faster connection.",
-            headers={"Connection": "close"},
-        ) from None
-    return await _files_of_form(request.headers, body, limits.max_images) if is_form else [body]
+    body = await _read_in_time(request, limit, limits)
+    if not is_form:
+        return [body]
+    _, files = await _read_form(request.headers, body, limits.max_images)
+    if not files:
+        raise problems.bad_form("the form has no file")
+    return files
+
+
+async def read_message(request: Request, limits: HttpLimits, field: str) -> tuple[str, list[bytes]]:
+    """The JSON of a body, and the image files that came with it: the body itself, without any, or
+    the field of that name in a form.
+
+    Raises ProblemError as `read_image_files` does.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == MULTIPART:
+        body = await _read_in_time(request, limits.max_bytes + _MESSAGE_BYTES, limits)
+        values, files = await _read_form(request.headers, body, limits.max_images)
+        if field not in values:
+            raise problems.bad_form(f"the form has no field {field!r}")
+        return values[field], files
+    if media_type not in ("application/json", *_UNNAMED_TYPES):
+        raise problems.unsupported(f"the body is {media_type}, neither JSON nor a form")
+    data = await _read_in_time(request, _MESSAGE_BYTES, limits)
+    return data.decode("utf-8", "replace"), []
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -74,6 +91,19 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
+
+
+async def _read_in_time(request: Request, limit: int, limits: HttpLimits) -> bytes:
+    try:
+        return await asyncio.wait_for(_read_body(request, limit), limits.timeout_s)
+    except asyncio.TimeoutError:
+        raise ProblemError(
+            HTTPStatus.REQUEST_TIMEOUT,
+            "Request timeout",
+            f"the image did not arrive within {limits.timeout_s:g} s",
+            "Send a smaller image, or use a faster connection.",
+            headers={"Connection": "close"},
+        ) from None
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -101,7 +131,11 @@ class _Form(MultiPartParser):
         self.has_ended = True
 
 
-async def _files_of_form(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+async def _read_form(
+    headers: Headers, body: bytes, max_images: int
+) -> tuple[dict[str, str], list[bytes]]:
+    """The fields of a form that are text, and its files."""
+
     async def whole() -> AsyncGenerator[bytes, None]:
         yield body
         if not form.has_ended:
@@ -122,9 +156,8 @@ async def _files_of_form(headers: Headers, body: bytes, max_images: int) -> list
             raise problems.too_many_images(max_images)
         if damage:
             raise problems.bad_form(f"the form cannot be read: {damage}")
-        if not files:
-            raise problems.bad_form("the form has no file")
-        return [await file.read() for file in files]
+        values = {name: value for name, value in form.items if isinstance(value, str)}
+        return values, [await file.read() for file in files]
     finally:
         for file in files:
             await file.close()

@@ -3,6 +3,7 @@
 Each node keeps its own; whichever answers tells those.
 """
 
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Literal, Protocol
 
@@ -74,6 +75,35 @@ class Mark(BaseModel):
     note: str = Field(default="", max_length=_LONGEST_NOTE)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """Which inspections are picked: those of a request, or some at random.
+
+    Attributes:
+        request_id: the name of the request.
+        at_random: how many of all that the history has without gaps, each as likely as any other.
+        version: that inspected those.
+    """
+
+    request_id: str = ""
+    at_random: int = 0
+    version: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picked:
+    """An inspection that was picked.
+
+    Attributes:
+        jpeg: its image, a JPEG file of at most 1024 pixels a side.
+        of_request: how many inspections the request had that are kept.
+    """
+
+    inspection: KeptInspection
+    jpeg: bytes
+    of_request: int
+
+
 class HistoryService(Protocol):
     """What the routes of a history need. ProblemError if there is none, or not what is named."""
 
@@ -86,6 +116,10 @@ class HistoryService(Protocol):
         ...
 
     async def mark(self, category: str, number: int, mark: Mark, by: str) -> KeptInspection: ...
+
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked]:
+        """Some inspections with their images; none where there are none."""
+        ...
 
 
 def no_history() -> ProblemError:
@@ -120,6 +154,9 @@ class NoHistory:
 
     async def mark(self, category: str, number: int, mark: Mark, by: str) -> KeptInspection:
         raise no_history()
+
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked]:
+        return []
 
 
 NO_HISTORY = NoHistory()

@@ -18,6 +18,7 @@ from pydantic import WithJsonSchema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from apt_ray.data.feedback import FeedbackStore
 from apt_ray.errors import ImageError
 from serving.api import problems
 from serving.api.access import INSPECT, Access, require
@@ -29,6 +30,7 @@ from serving.api.bodies import (
     read_image_files,
     unless_gone,
 )
+from serving.api.feedback import add_feedback
 from serving.api.headers import PassedHeaders, quality
 from serving.api.history import NO_HISTORY, HistoryService, add_history
 from serving.api.messages import (
@@ -73,10 +75,12 @@ def create_api(
     access: Access,
     history: HistoryService = NO_HISTORY,
     controller: ControllerClient | None = None,
+    feedback: FeedbackStore | None = None,
 ) -> FastAPI:
     """The API of categories that `service` answers for.
 
-    Without a controller nothing is told of candidates that are tried.
+    Without a controller nothing is told of candidates that are tried, and without a store no
+    feedback is taken.
     """
     api = FastAPI(
         title="apt-ray",
@@ -278,6 +282,7 @@ def create_api(
     add_history(api, history, access)
     if controller is not None:
         add_shadow(api, controller, history, access)
+    add_feedback(api, feedback, service, history, http=http, access=access)
     return api
 
 

@@ -97,6 +97,9 @@ class CategoryReport(BaseModel):
     trained_at: str = Field(description="When, ISO 8601, UTC.")
     settings: dict[str, object] = Field(description="How it was tuned.")
     metrics: dict[str, float] = Field(description="How well it does, measured at tuning time.")
+    feedback: list[str] = Field(
+        default=[], description="Ids of the feedback that the version has taken in."
+    )
 
 
 class NearestPatch(BaseModel):

@@ -1,4 +1,6 @@
-"""Which version serves, decided over HTTP: the versions of a category, and moves of its aliases."""
+"""Which version serves, decided over HTTP: the versions of a category, moves of its aliases, and
+versions that are made of what people said of inspected images.
+"""
 
 from collections.abc import Awaitable
 from http import HTTPStatus
@@ -13,7 +15,7 @@ from serving.api import problems
 from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.problems import ProblemError, problem_responses
 from serving.controller.client import ControllerClient
-from serving.controller.moves import MoveKind, MoveOrder, Operation, VersionSummary
+from serving.controller.moves import FeedbackUse, MoveKind, MoveOrder, Operation, VersionSummary
 from serving.controller.shadow import NotTriedEnoughError
 
 MOST_VERSIONS = 100
@@ -50,6 +52,22 @@ _MOVES: tuple[tuple[MoveKind, str, str], ...] = (
 )
 
 
+_MAKINGS: tuple[tuple[MoveKind, str, str], ...] = (
+    (
+        "accept-feedback",
+        "Let reported false alarms join the memory, as a new version",
+        "Those named, or all that the champion has not taken in and no two callers disagree on, the"
+        " lowest scores first. An image with which a confirmed defect would pass is left out.",
+    ),
+    (
+        "calibrate",
+        "State the threshold anew by random samples of good parts, as a new version",
+        "Of samples (POST /v1/<category>/feedback/samples) of every image of which something was"
+        " said. Good parts that were only confirmed do not count: they were chosen.",
+    ),
+)
+
+
 class MoveRequest(BaseModel):
     """Why an alias shall move."""
 
@@ -71,6 +89,15 @@ class MoveRequest(BaseModel):
         le=1,
         description="And on this share of those that it was tried on; without it, as the fleet file"
         " says.",
+    )
+
+
+class FeedbackMoveRequest(FeedbackUse):
+    """Of which feedback a version shall be made, and why."""
+
+    reason: Reason
+    force: bool = Field(
+        default=False, description="Make it whatever confirmed defects would pass then."
     )
 
 
@@ -129,6 +156,12 @@ def add_moves(api: FastAPI, controller: ControllerClient, access: Access) -> Non
             )
         return VersionList(versions=found)
 
+    async def _begun(order: MoveOrder, request: Request, response: Response) -> Operation:
+        begun = await told(controller.move(order))
+        prefix = request.scope["root_path"]
+        response.headers["Location"] = f"{prefix}/fleet/operations/{begun.id}"
+        return begun
+
     def add(kind: MoveKind, summary: str, description: str) -> None:
         @api.post(
             f"/fleet/categories/{{category}}/{kind}",
@@ -155,13 +188,42 @@ def add_moves(api: FastAPI, controller: ControllerClient, access: Access) -> Non
                 required_images=asked.required_images,
                 required_agreement=asked.required_agreement,
             )
-            begun = await told(controller.move(order))
-            prefix = request.scope["root_path"]
-            response.headers["Location"] = f"{prefix}/fleet/operations/{begun.id}"
-            return begun
+            return await _begun(order, request, response)
 
     for each in _MOVES:
         add(*each)
+
+    def add_making(kind: MoveKind, summary: str, description: str) -> None:
+        @api.post(
+            f"/fleet/categories/{{category}}/{kind}",
+            tags=["operation"],
+            summary=summary,
+            description=f"{description} Confirmed defects are the gate: what is rejected of them"
+            " must stay rejected. The new version waits as candidate; promoting it goes by that"
+            " gate. The answer is an operation, as of a promotion, whose result says what the gate"
+            " says.",
+            status_code=HTTPStatus.ACCEPTED,
+            responses=refusals | conflict,
+        )
+        async def make(
+            category: Category,
+            asked: FeedbackMoveRequest,
+            caller: Annotated[Caller, Depends(operators)],
+            request: Request,
+            response: Response,
+        ) -> Operation:
+            order = MoveOrder(
+                kind=kind,
+                category=category,
+                reason=asked.reason,
+                by=caller.name,
+                force=asked.force,
+                feedback=FeedbackUse(ids=asked.ids, most=asked.most, dry_run=asked.dry_run),
+            )
+            return await _begun(order, request, response)
+
+    for each in _MAKINGS:
+        add_making(*each)
 
     @api.get(
         "/fleet/operations/{id}",

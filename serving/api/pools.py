@@ -25,6 +25,8 @@ from serving.api.history import (
     KeptPicture,
     Mark,
     Only,
+    Picked,
+    Wanted,
 )
 from serving.api.messages import (
     CategoryReport,
@@ -76,6 +78,8 @@ class PoolHandle(Protocol):
     async def mark(
         self, category: str, number: int, mark: Mark, by: str
     ) -> KeptInspection | Refusal: ...
+
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked] | Refusal: ...
 
 
 class Pools:
@@ -166,6 +170,9 @@ class Pools:
     async def mark(self, category: str, number: int, mark: Mark, by: str) -> KeptInspection:
         return await self._ask(category, lambda pool: pool.mark(category, number, mark, by))
 
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked]:
+        return await self._ask(category, lambda pool: pool.pick(category, wanted))
+
     async def _ask(
         self, category: str, question: Callable[[PoolHandle], Awaitable[Answer | Refusal]]
     ) -> Answer:
@@ -244,6 +251,12 @@ class Answering:
     ) -> KeptInspection | Refusal:
         try:
             return await self._history.mark(category, number, mark, by)
+        except ProblemError as error:
+            return _refusal(error)
+
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked] | Refusal:
+        try:
+            return await self._history.pick(category, wanted)
         except ProblemError as error:
             return _refusal(error)
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from apt_ray.data.feedback import FeedbackStore
 from serving.api import problems, webhooks
 from serving.api.access import OPERATE, Access, Caller, require
 from serving.api.drift import add_drift
@@ -98,6 +99,7 @@ def create_root_api(
     access: Access,
     webhook_secret: str,
     tuning: Tuning | None = None,
+    feedback: FeedbackStore | None = None,
 ) -> FastAPI:
     """The API of the whole fleet.
 
@@ -108,11 +110,14 @@ def create_root_api(
         access: Who may ask.
         webhook_secret: What MLflow signs its webhooks with; empty if it sends none.
         tuning: Images to learn from, and searches; None where the fleet file turns them off.
+        feedback: What people say of images; likewise.
     """
-    api = create_api(pools, http=http, access=access, history=pools, controller=controller)
+    api = create_api(
+        pools, http=http, access=access, history=pools, controller=controller, feedback=feedback
+    )
     if tuning is not None:
         add_tuning_routes(api, tuning, http=http, access=access)
-    anyone = [Depends(require(access, None))]
+    anyone = [Depends(require(access))]
     operators = [Depends(require(access, OPERATE))]
     refusals = problem_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
     unavailable = problem_responses(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -156,7 +161,7 @@ def create_root_api(
         " tokens, the answer is 401.",
         responses=problem_responses(HTTPStatus.UNAUTHORIZED),
     )
-    async def me(caller: Annotated[Caller, Depends(require(access, None))]) -> Me:
+    async def me(caller: Annotated[Caller, Depends(require(access))]) -> Me:
         return Me(name=caller.name, scopes=list(caller.scopes), needs_token=access.needs_token)
 
     @api.get("/healthz", tags=["fleet"], summary="Whether the fleet answers at all")

@@ -119,9 +119,10 @@ const ofCategory = (category, ...parts) => address("fleet", "categories", catego
 export const versions = (category, signal) => json(ofCategory(category, "versions"), { signal });
 export const operation = (id, signal) => json(address("fleet", "operations", id), { signal });
 
-/** Starts a move: `promote`, `discard` or `roll-back`. */
+const FORCIBLE = ["promote", "accept-feedback"];
+/** Starts a move: `promote`, `discard`, `roll-back` or `accept-feedback`. */
 export const move = (category, how, { reason, force = false }) =>
-  post(ofCategory(category, how), how === "promote" ? { reason, force } : { reason });
+  post(ofCategory(category, how), FORCIBLE.includes(how) ? { reason, force } : { reason });
 
 const ofVersion = (category, version, ...parts) => ofCategory(category, "versions", String(version), "pictures", ...parts);
 
@@ -149,6 +150,21 @@ export const dropThreshold = (category, reason) =>
   post(ofCategory(category, "threshold"), { reason }, { method: "DELETE" });
 
 export const resetDrift = (category, { reason, anew }) => post(ofCategory(category, "drift", "reset"), { reason, anew });
+
+const feedbackOf = (category, ...parts) => address("v1", category, "feedback", ...parts);
+
+export const feedback = async (category, signal) => (await json(`${feedbackOf(category)}?limit=200`, { signal })).feedback;
+export const feedbackImage = (category, id, signal) => blob(feedbackOf(category, id, "image"), { signal });
+export const withdraw = (category, id) => send(feedbackOf(category, id), { method: "DELETE" });
+
+/** Says what a part was; the file comes along in case the fleet has not kept the image. */
+export function giveFeedback(category, said, file) {
+  if (!file) return post(feedbackOf(category), said);
+  const form = new FormData();
+  form.append("feedback", JSON.stringify(said));
+  form.append("image", file);
+  return json(feedbackOf(category), { method: "POST", body: form });
+}
 
 export function history(category, { before, limit = 48, only = "all", signal } = {}) {
   const query = new URLSearchParams({ limit, only });

@@ -23,6 +23,7 @@ from serving.controller.activity import Counts, summed
 from serving.controller.cache import Cache
 from serving.controller.drift import DriftReport, Drifts, DriftsCleared
 from serving.controller.moves import (
+    NEED_A_BACKBONE,
     MoveOrder,
     MoveResult,
     Operation,
@@ -52,7 +53,7 @@ from serving.controller.shadow import (
 )
 from serving.controller.version_pictures import VersionPictures
 from serving.logs import audit
-from serving.settings import CategoryEntry, Decision, ThresholdSource
+from serving.settings import CategoryEntry, Decision, FeedbackSettings, ThresholdSource
 
 if TYPE_CHECKING:
     from apt_ray.registry import Registry
@@ -84,7 +85,8 @@ class Controller:
         cache: what is known when the registry is away.
         poll_s: seconds between two queries.
         page: the registry's address for people, if it has one.
-        promoting: promotes elsewhere, since it takes minutes of a core; None does it here.
+        promoting: does elsewhere what takes minutes of a core; None does it here.
+        feedback: where it lies, if the fleet takes any.
         clock: seconds that never go back.
     """
 
@@ -96,6 +98,7 @@ class Controller:
         poll_s: float,
         page: str | None = None,
         promoting: Callable[[MoveOrder], Awaitable[MoveResult]] | None = None,
+        feedback: FeedbackSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_registry = registry
@@ -104,6 +107,7 @@ class Controller:
         self._poll_s = poll_s
         self._page = page
         self._promoting = promoting
+        self._feedback = feedback
         self._clock = clock
         self._deployed = Plan()
         self._plan = Plan()  # with the categories that came after the deploy
@@ -381,10 +385,12 @@ class Controller:
     async def _carry_out(self, operation: Operation, order: MoveOrder) -> None:
         end: dict[str, object]
         try:
-            if order.kind == "promote" and self._promoting is not None:
+            if order.kind in NEED_A_BACKBONE and self._promoting is not None:
                 result = await self._promoting(order)
             else:
-                result = await asyncio.to_thread(lambda: carry_out(self._open_registry(), order))
+                result = await asyncio.to_thread(
+                    lambda: carry_out(self._open_registry(), order, feedback=self._feedback)
+                )
             end = {"state": "done", "result": result}
         except Exception as error:
             end = {

@@ -1,4 +1,5 @@
-"""Moves of a category's aliases that somebody asks the fleet for, and its versions to choose from.
+"""Moves of a category's aliases that somebody asks the fleet for, versions that are made of what
+people said, and its versions to choose from.
 
 A move is an *operation*: it is begun, and looked at until it is done. The controller knows those of
 its own life; what came of them stands in the registry.
@@ -9,14 +10,32 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from apt_ray.config import FitSettings, Settings
-from serving.settings import CategoryName
+from apt_ray.data.feedback import MOST_AT_ONCE, Feedback
+from apt_ray.errors import FleetError
+from serving.settings import CategoryName, FeedbackSettings
 
 if TYPE_CHECKING:
     from apt_ray.registry import RegisteredVersion, Registry
 
-MoveKind = Literal["promote", "discard", "roll-back"]
+MoveKind = Literal["promote", "discard", "roll-back", "accept-feedback", "calibrate"]
+NEED_A_BACKBONE: tuple[MoveKind, ...] = ("promote", "accept-feedback", "calibrate")
+"""What encodes images, which takes up to minutes of a core."""
+
+_MOST = 32
 _SHOTS = "shots"
 _SUBMISSION = "ray.submission_id"  # as tuning/search.py tags the versions of a job
+
+
+class FeedbackUse(Settings):
+    """Which feedback a version is made of."""
+
+    ids: tuple[str, ...] = Field(
+        default=(), description="Empty: all false alarms that are not used yet."
+    )
+    most: int = Field(default=MOST_AT_ONCE, ge=1, le=_MOST, description="So many of them at most.")
+    dry_run: bool = Field(
+        default=False, description="Whether it is only said what would come of it."
+    )
 
 
 class MoveOrder(Settings):
@@ -39,6 +58,9 @@ class MoveOrder(Settings):
     version: int | None = Field(
         default=None, description="The one to be promoted; null: whatever is the candidate then."
     )
+    feedback: FeedbackUse | None = Field(
+        default=None, description="Of what a version is made, where one is made."
+    )
 
     @property
     def why(self) -> str:
@@ -50,12 +72,20 @@ class MoveResult(Settings):
     """What came of a move."""
 
     moved: bool = Field(description="False if the champion was kept.")
-    version: int = Field(description="The version that was promoted, discarded or rolled back to.")
+    version: int = Field(
+        description="The version that was promoted, discarded or rolled back to; that was made of"
+        " feedback and waits as candidate, 0 if it was only tried."
+    )
     verdict: str = Field(
-        default="", description="Of a promotion: `promoted`, `kept` or `uncomparable`."
+        default="",
+        description="Of a promotion: `promoted`, `kept` or `uncomparable`. Of feedback: `passes` or"
+        " `refused`, as confirmed defects say.",
     )
     why: str = Field(description="The verdict in words, or the reason.")
-    report: str = Field(default="", description="Of a promotion: its figures, as Markdown.")
+    report: str = Field(default="", description="Its figures, as Markdown.")
+    passed_over: tuple[tuple[str, str], ...] = Field(
+        default=(), description="Feedback that was not used, by id, each with the reason."
+    )
 
 
 class Operation(Settings):
@@ -67,6 +97,7 @@ class Operation(Settings):
     reason: str
     by: str
     force: bool
+    feedback: FeedbackUse | None = None
     started: str = Field(description="When, ISO 8601, UTC.")
     state: Literal["running", "done", "failed"] = "running"
     result: MoveResult | None = Field(default=None, description="Once it is done.")
@@ -103,12 +134,20 @@ class VersionSummary(Settings):
     )
 
 
-def carry_out(registry: "Registry", order: MoveOrder) -> MoveResult:
-    """Make a move. A promotion compares two versions, which takes a backbone and up to minutes.
+def carry_out(
+    registry: "Registry", order: MoveOrder, *, feedback: FeedbackSettings | None = None
+) -> MoveResult:
+    """Make a move. One of `NEED_A_BACKBONE` takes up to minutes.
 
-    Raises RegistryError, or another AptError if a version cannot be used.
+    Raises RegistryError, or another AptError if a version or a store cannot be used.
+
+    Args:
+        feedback: where it lies; None where the fleet takes none.
     """
     from apt_ray.registry import CANDIDATE, discard, promote, roll_back
+
+    if order.feedback is not None:
+        return _use_feedback(registry, order, order.feedback, feedback)
 
     if order.kind == "promote":
         promotion = promote(
@@ -130,6 +169,56 @@ def carry_out(registry: "Registry", order: MoveOrder) -> MoveResult:
         return MoveResult(moved=True, version=discarded.version, why=order.reason)
     move = roll_back(registry, order.category, why=order.why)
     return MoveResult(moved=True, version=move.target, why=order.reason)
+
+
+def _use_feedback(
+    registry: "Registry", order: MoveOrder, use: FeedbackUse, settings: FeedbackSettings | None
+) -> MoveResult:
+    from apt_ray.registry.acceptance import report
+    from apt_ray.registry.feedback import accept_feedback, calibrate_by_samples
+
+    if settings is None:
+        raise FleetError("the fleet takes no feedback: take `feedback: null` out of the fleet file")
+    store = settings.store()
+    if order.kind == "accept-feedback":
+        found = accept_feedback(
+            registry,
+            store,
+            order.category,
+            why=order.why,
+            ids=use.ids,
+            most=use.most,
+            callers=settings.callers,
+            force=order.force,
+            dry_run=use.dry_run,
+        )
+    else:
+        found = calibrate_by_samples(
+            registry,
+            store,
+            order.category,
+            why=order.why,
+            force=order.force,
+            dry_run=use.dry_run,
+        )
+    gate = found.accepted.gate
+    return MoveResult(
+        moved=False,
+        version=found.accepted.version or 0,
+        verdict="refused" if gate.passing else "passes",
+        why=gate.why,
+        report=report(
+            found.accepted,
+            [_named(each) for each in found.given],
+            [_named(each) for each in found.defects],
+        ),
+        passed_over=found.passed_over,
+    )
+
+
+def _named(given: Feedback) -> str:
+    """An image as people know it."""
+    return f"{given.request_id}{f' by {given.by}' if given.by else ''}"
 
 
 def versions_of(

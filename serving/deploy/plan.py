@@ -167,9 +167,9 @@ def serve_config(
         "name": CONTROLLER,
         "route_prefix": None,
         "import_path": f"{IMPORT_PATH}build_controller",
-        "args": ControllerArgs(tracking_uri=tracking_uri, registry=fleet.registry).model_dump(
-            mode="json"
-        ),
+        "args": ControllerArgs(
+            tracking_uri=tracking_uri, registry=fleet.registry, feedback=fleet.feedback
+        ).model_dump(mode="json"),
         "deployments": [
             {
                 "name": CONTROLLER_DEPLOYMENT,
@@ -188,6 +188,7 @@ def serve_config(
             registry=fleet.registry,
             http=fleet.http,
             searches=fleet.searches,
+            feedback=fleet.feedback,
         ).model_dump(mode="json"),
         "deployments": [
             {
@@ -227,6 +228,7 @@ def _application(fleet: Fleet, pool: Pool, *, tracking_uri: str, gpus: bool) -> 
             batching=settings.batching,
             http=fleet.http,
             history=fleet.history,
+            feedback=fleet.feedback,
             drift=fleet.drift,
             shadow_images=fleet.shadow.images,
         ).model_dump(mode="json"),

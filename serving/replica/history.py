@@ -34,6 +34,8 @@ from serving.api.history import (
     KeptPicture,
     Mark,
     Only,
+    Picked,
+    Wanted,
     no_history,
     unknown_inspection,
 )
@@ -55,10 +57,8 @@ _COLUMNS = (
     "id, version, score, threshold, is_anomalous, p_value, regions, request_id, width, height,"
     " mark, note, marked_by"
 )
-_SHOWN = (
-    f"{_COLUMNS}, candidate, candidate_score, candidate_threshold"
-    " FROM inspections LEFT JOIN disagreements USING (id)"
-)
+_SHOWN = f"{_COLUMNS}, candidate, candidate_score, candidate_threshold"
+_BOTH = "inspections LEFT JOIN disagreements USING (id)"
 _INSPECTIONS = """
 CREATE TABLE IF NOT EXISTS inspections (
     id INTEGER PRIMARY KEY,
@@ -94,6 +94,11 @@ _ONLY = {
     "marked": "mark IS NOT NULL",
     "disagreeing": _DISAGREEING,
 }
+_INDEX = "CREATE INDEX IF NOT EXISTS by_request ON inspections (request_id)"
+_OF_REQUEST = (
+    "(SELECT count(*) FROM inspections AS others"
+    " WHERE others.request_id = inspections.request_id) AS of_request"
+)
 
 Outcome = Literal["kept", "dropped", "failed"]
 
@@ -200,7 +205,7 @@ class History:
         def read() -> KeptInspections:
             with self._open(category) as database:
                 rows = database.execute(
-                    f"SELECT {_SHOWN} WHERE {_ONLY[only]}"
+                    f"SELECT {_SHOWN} FROM {_BOTH} WHERE {_ONLY[only]}"
                     " AND id >= :oldest AND (:before IS NULL OR id < :before)"
                     " ORDER BY id DESC LIMIT :limit",
                     {"oldest": self._oldest, "before": before, "limit": limit},
@@ -244,7 +249,7 @@ class History:
                     (mark.verdict, mark.note, who, number, self._oldest),
                 )
                 rows = database.execute(
-                    f"SELECT {_SHOWN} WHERE id = ? AND id >= ?", (number, self._oldest)
+                    f"SELECT {_SHOWN} FROM {_BOTH} WHERE id = ? AND id >= ?", (number, self._oldest)
                 ).fetchall()
                 self._prune(database)
             if not rows:
@@ -255,6 +260,48 @@ class History:
             return await asyncio.to_thread(write)
         except _NothingKeptError:
             raise unknown_inspection(category, number, self._node) from None
+
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked]:
+        chosen = "SELECT id FROM inspections WHERE id >= :oldest AND request_id = :request"
+        if wanted.at_random:
+            if not self._settings.images:
+                return []  # what is kept of disagreements alone is no random sample
+            # Those since which nothing was removed: some kinds stay longer than others.
+            since = "".join(
+                f", (SELECT CASE WHEN count(*) < {most} THEN 0 ELSE min(id) END FROM inspections"
+                f" WHERE {which})"
+                for which, most in self._kept_apart
+                if most
+            )
+            chosen = (
+                f"SELECT id FROM inspections WHERE version = :version AND id >= max(:oldest{since})"
+                " ORDER BY random() LIMIT :some"
+            )
+
+        def read() -> list[Picked]:
+            with self._open(category) as database:
+                rows = database.execute(
+                    f"SELECT {_SHOWN}, image, {_OF_REQUEST} FROM {_BOTH} WHERE id IN ({chosen})",
+                    {
+                        "oldest": self._oldest,
+                        "request": wanted.request_id,
+                        "some": wanted.at_random,
+                        "version": wanted.version,
+                    },
+                ).fetchall()
+            return [
+                Picked(
+                    inspection=_inspection(category, row, "image", "of_request"),
+                    jpeg=row["image"],
+                    of_request=row["of_request"],
+                )
+                for row in rows
+            ]
+
+        try:
+            return await asyncio.to_thread(read)
+        except _NothingKeptError:
+            return []
 
     # ---- the thread that writes
 
@@ -329,14 +376,19 @@ class History:
             except Exception as error:
                 self._failed(path.stem, error)
 
-    def _prune(self, database: sqlite3.Connection) -> None:
-        database.execute("DELETE FROM inspections WHERE id < ?", (self._oldest,))
+    @property
+    def _kept_apart(self) -> tuple[tuple[str, int], ...]:
+        """Kinds of inspections, and how many of each are kept."""
         images, disagreements = self._settings.images, self._disagreements
-        for which, most in (
+        return (
             (f"mark IS NULL AND NOT {_DISAGREEING}", images),
             (f"mark IS NULL AND {_DISAGREEING}", disagreements),
             ("mark IS NOT NULL", max(images, disagreements)),
-        ):
+        )
+
+    def _prune(self, database: sqlite3.Connection) -> None:
+        database.execute("DELETE FROM inspections WHERE id < ?", (self._oldest,))
+        for which, most in self._kept_apart:
             if most:  # what was kept by other settings stays
                 database.execute(
                     f"DELETE FROM inspections WHERE {which} AND id <= (SELECT id FROM inspections"
@@ -387,6 +439,7 @@ class History:
                 database.execute("PRAGMA synchronous = NORMAL")
                 with database:
                     database.execute(_INSPECTIONS)
+                    database.execute(_INDEX)
                     database.execute(_DISAGREEMENTS)
                     yield database
         except sqlite3.Error as error:
@@ -402,8 +455,9 @@ class _NothingKeptError(Exception):
     """What is asked for was not kept."""
 
 
-def _inspection(category: str, row: sqlite3.Row) -> KeptInspection:
-    values = dict(row)
+def _inspection(category: str, row: sqlite3.Row, *beside: str) -> KeptInspection:
+    """What a row says, but for the columns `beside`."""
+    values = {name: value for name, value in dict(row).items() if name not in beside}
     said = {name: values.pop(f"candidate{name}") for name in ("", "_score", "_threshold")}
     candidate = None
     if said[""] is not None:

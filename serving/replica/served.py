@@ -125,6 +125,7 @@ def _describe(
         trained_at=prompt_set.provenance.created,
         settings=prompt_set.settings.model_dump(mode="json"),
         metrics=prompt_set.metrics,
+        feedback=[each.id for each in prompt_set.provenance.feedback],
     )
 
 

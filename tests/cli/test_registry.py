@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from apt_ray.cli.main import main
+from apt_ray.data.feedback import Feedback, FeedbackStore
+from apt_ray.data.folders import Category
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import RegistryUnavailableError
 from apt_ray.registry import open_registry, promote
 from serving import fleet
@@ -87,3 +90,51 @@ def test_whoever_forces_says_why(
     with pytest.raises(SystemExit, match="2"):
         program(["promote", "verbs", "--force"])
     assert "--reason" in capsys.readouterr().err
+
+
+def test_feedback_of_a_fleet_joins_the_memory(
+    mlflow_server: str,
+    prompt_set: PromptSet,
+    category: Category,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    strict = prompt_set.with_threshold(prompt_set.threshold.moved_to(0.01))
+    registry = open_registry(mlflow_server)
+    registry.register(strict.with_category("says"), pictures={}, trials=[])
+    good = next(image.path for image in category.test if not image.is_anomalous)
+    said = Feedback(
+        category="says",
+        request_id="part-7",
+        label="false_alarm",
+        by="line-3",
+        width=8,
+        height=8,
+        source="caller",
+    )
+    given = FeedbackStore(tmp_path).give(said, good.read_bytes(), "png")
+    command = ["registry", "accept", "says", "--reason", "glare", "--mlflow", mlflow_server]
+    assert main([*command, "--feedback", str(tmp_path), "--callers", "2"]) == 1
+    assert "1 of 2 callers say so" in capsys.readouterr().err
+    assert main([*command, "--feedback", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert given.id in told
+    assert told.endswith("says: version 1 -> 2\n")
+    tags = registry.resolve("says").tags
+    assert (tags["feedback_by"], tags["gate"]) == ("line-3", "promoted")
+    assert registry.history("says").moves[-1].action == "accept"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "name an IMAGE"),
+        (["--feedback", "kept", "--defects", "scratch.png"], "leave --defects out"),
+    ],
+)
+def test_accept_needs_images_or_feedback(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["registry", "accept", "says", "--reason", "glare", *flags])
+    assert message in capsys.readouterr().err

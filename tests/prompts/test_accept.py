@@ -1,9 +1,12 @@
 """False alarms that join the memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from apt_ray.data.folders import Category
+from apt_ray.detection.calibration import calibrate
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import PromptSetError
@@ -31,7 +34,6 @@ def test_no_score_rises_and_the_accepted_image_passes(
     assert found.after[0] < found.before[0]
     assert found.passes
     assert found.prompt_set.provenance.accepted == 1
-    assert found.prompt_set.threshold == strict.threshold
     assert 0 < found.added <= len(strict.memory.layers) * MOST_PER_IMAGE * 768
     old, new = Detector(backbone, strict), Detector(backbone, found.prompt_set)
     before = [each.anomaly_score for each in old.inspect(images)]
@@ -43,6 +45,27 @@ def test_no_score_rises_and_the_accepted_image_passes(
     assert Detector(backbone, again).probe_score() == pytest.approx(
         again.provenance.probe_score, abs=1e-4
     )
+
+
+def test_an_estimated_threshold_follows_and_a_certified_one_stays(
+    prompt_set: PromptSet, category: Category, backbone: FrozenCLIP
+) -> None:
+    images = [read_image(image.path) for image in category.test if image.is_anomalous][:2]
+    estimated = prompt_set.threshold
+    assert estimated.source == "left-out support images"
+    found = accept(prompt_set, images, backbone, force=True).prompt_set.threshold
+    assert found.source == estimated.source
+    # What shows up in the memory makes left-out parts no less usual.
+    assert found.value <= estimated.value
+    assert all(new <= old for new, old in zip(found.scores, estimated.scores, strict=True))
+    moved = accept(rejecting(prompt_set, 0.3), images, backbone, force=True).prompt_set.threshold
+    assert 0.3 - moved.value == pytest.approx(estimated.value - found.value)
+    certified = calibrate([0.1 + 0.01 * place for place in range(19)], 0.05)
+    kept = accept(prompt_set.with_threshold(certified), images, backbone, force=True)
+    assert kept.prompt_set.threshold == certified
+    # So does one of a prompt set that holds no copies of its support images.
+    bare = replace(prompt_set, thumbnails=())
+    assert accept(bare, images, backbone, force=True).prompt_set.threshold == estimated
 
 
 def test_the_memory_grows_within_its_bound(

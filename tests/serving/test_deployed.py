@@ -37,6 +37,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, prompt_set: PromptSet) ->
     try:
         settings = {
             "history": {"images": 5, "folder": str(folder / "history")},
+            "feedback": {"folder": str(folder / "feedback")},
             "shadow": {"share": 1},
         }
         fleet = Deployed(stack=stack, port=free_ports(1)[0], folder=folder, settings=settings)
@@ -66,6 +67,7 @@ def test_a_fleet_on_a_real_cluster(
         assert answer["threshold"] == pytest.approx(threshold)
         assert answer["anomaly_score"] == pytest.approx(expected.anomaly_score, abs=1e-4)
         assert answer["is_anomalous"] == (expected.anomaly_score > threshold)
+        _say(deployed, name, answer)
     for page in ("/", "/docs", "/healthz", "/readyz", "/v1", "/v1/blister", "/console/app.js"):
         assert fetch(Request(deployed.url + page))
     for name, content, status in (
@@ -202,6 +204,30 @@ def test_a_fleet_on_a_real_cluster(
     assert "stopped 3 applications" in done.stdout
     with pytest.raises(httpx.ConnectError):
         httpx.get(deployed.url, trust_env=False)
+
+
+def _say(deployed: Deployed, category: str, answer: dict[str, Any]) -> None:
+    """What was inspected is called the opposite, and an operator asks what would come of it."""
+    label = "false_alarm" if answer["is_anomalous"] else "missed_defect"
+    said = {"request_id": answer["request_id"], "label": label}
+    place = f"{deployed.url}/v1/{category}/feedback"
+    deadline = time.monotonic() + 20
+    while (given := httpx.post(place, json=said, trust_env=False)).status_code == 404:
+        assert time.monotonic() < deadline  # the history writes behind the answers
+    assert given.status_code == 200, given.text
+    assert deployed.get(f"/v1/{category}/feedback")["feedback"] == [given.json()]
+    begun = httpx.post(
+        f"{deployed.url}/fleet/categories/{category}/accept-feedback",
+        json={"reason": "tried", "dry_run": True},
+        trust_env=False,
+    )
+    assert begun.status_code == 202, begun.text
+    while (told := deployed.get(f"/fleet/operations/{begun.json()['id']}"))["state"] == "running":
+        time.sleep(0.2)
+    if label == "false_alarm":
+        assert (told["state"], told["result"]["version"]) == ("done", 0), told
+    else:
+        assert "none was reported" in told["error"]
 
 
 def _check_proxy(deployed: Deployed) -> None:

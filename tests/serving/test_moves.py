@@ -21,7 +21,7 @@ from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.moves import MoveOrder, MoveResult
 from serving.controller.orders import Plan
-from serving.settings import Auth
+from serving.settings import Auth, FeedbackSettings
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set
 from tests.serving.test_root import AUTH
@@ -40,6 +40,7 @@ class Desk:
         *,
         promoting: Callable[[MoveOrder], Awaitable[MoveResult]] | None = None,
         auth: Auth = AUTH,
+        feedback: FeedbackSettings | None = None,
     ) -> None:
         self.controller = Controller(
             lambda: registry,
@@ -47,6 +48,7 @@ class Desk:
             poll_s=60,
             page="https://mlflow.example/",
             promoting=promoting,
+            feedback=feedback,
         )
         self.api = FastAPI()
         install(self.api)

@@ -27,4 +27,5 @@ def test_every_kind_of_error_is_documented() -> None:
         "429",
         "500",
         "503",
+        "507",
     }

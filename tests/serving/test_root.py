@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
+from apt_ray.data.feedback import FeedbackStore
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
@@ -96,6 +97,7 @@ def root_of(
     auth: Auth | None = None,
     http: HttpLimits = LIMITS,
     tuning: Tuning | None = None,
+    feedback: FeedbackStore | None = None,
 ) -> FastAPI:
     access = Access(Auth())
     pools = Pools(lambda pool: service, access)
@@ -108,6 +110,7 @@ def root_of(
         access=access,
         webhook_secret=SECRET,
         tuning=tuning,
+        feedback=feedback,
     )
 
 
@@ -421,7 +424,11 @@ def test_a_caller_is_told_who_it_is(tail: Inspector) -> None:
     assert one.json() == {"name": "one", "scopes": ["inspect:blister"], "needs_token": True}
     assert ask(guarded, "GET", "/fleet/me").status_code == 401
     anybody = ask(root_of(Answering(tail)), "GET", "/fleet/me").json()
-    assert anybody == {"name": "", "scopes": ["inspect", "operate"], "needs_token": False}
+    assert anybody == {
+        "name": "",
+        "scopes": ["inspect", "feedback", "operate"],
+        "needs_token": False,
+    }
 
 
 def test_tokens_change_while_the_fleet_runs(tail: Inspector) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from apt_ray.data.feedback import Feedback, FeedbackStore
+from apt_ray.errors import FeedbackError, FeedbackQuotaError
 from apt_ray.images import decode_image
 from serving.api import problems
 from serving.api.access import Access
-from serving.api.history import KeptInspections, Only
+from serving.api.history import KeptInspection, KeptInspections, NoHistory, Only, Picked, Wanted
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest
 from serving.api.moves import add_moves
@@ -33,6 +35,7 @@ _LIMITS = HttpLimits(max_bytes=1000, max_pixels=1000, max_images=2, timeout_s=0.
 _GIF = b"GIF89a"
 _LARGE = png_that_claims(20_000, 20_000)
 _FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+_JSON = {"Content-Type": "application/json"}
 _FORM_PART = (
     b'--x\r\nContent-Disposition: form-data; name="image"; filename="part.png"\r\n\r\nBM\r\n'
 )
@@ -42,7 +45,21 @@ class _Scene:
     """A service that decodes as a replica does and then has one trouble after the other."""
 
     async def describe(self, category: str) -> CategoryReport:
-        raise problems.unknown_category(category, ["bottle", "screw"])
+        if category != "bottle":
+            raise problems.unknown_category(category, ["bottle", "screw"])
+        return CategoryReport(
+            category=category,
+            version=3,
+            run_id="",
+            backbone="builtin",
+            fingerprint="",
+            threshold=0.41,
+            certified_false_alarm_rate=None,
+            shots=4,
+            trained_at="",
+            settings={},
+            metrics={},
+        )
 
     async def inspect(self, category: str, data: bytes, asked: InspectionRequest) -> Inspected:
         if asked.alias is not None and category == "bottle":
@@ -76,15 +93,10 @@ class _Scene:
 
 
 class _NothingTried:
-    """A controller and a history without any candidate that was tried."""
+    """A controller without any candidate that was tried."""
 
     async def shadow(self, category: str) -> None:
         return None
-
-    async def history(
-        self, category: str, *, before: int | None, limit: int, only: Only
-    ) -> KeptInspections:
-        return KeptInspections(node="node-1", inspections=[])
 
     async def move(self, order: MoveOrder) -> Operation:
         order_of = ShadowOrder(champion=5, candidate=7, share=0.1, pair="7-5")
@@ -97,15 +109,81 @@ class _NothingTried:
         raise AssertionError("it is refused")
 
 
+class _Kept(NoHistory):
+    """A history that has three inspections, and nothing on which a candidate disagreed."""
+
+    async def history(
+        self, category: str, *, before: int | None, limit: int, only: Only
+    ) -> KeptInspections:
+        return KeptInspections(node="node-1", inspections=[])
+
+    async def pick(self, category: str, wanted: Wanted) -> list[Picked]:
+        if wanted.request_id not in ("part-7", "part-8", "part-9"):
+            return []
+        inspection = KeptInspection(
+            id=1,
+            at="",
+            category=category,
+            version=3,
+            score=0.62,
+            threshold=0.41,
+            is_anomalous=True,
+            p_value=None,
+            regions=[],
+            request_id=wanted.request_id,
+            width=640,
+            height=480,
+            mark=None,
+            note="",
+            marked_by="",
+        )
+        return [Picked(inspection=inspection, jpeg=b"", of_request=1)]
+
+
+class _Feedback(FeedbackStore):
+    """A store that takes nothing."""
+
+    def __init__(self) -> None:
+        """It lies nowhere."""
+
+    def drawn(self, category: str, request_id: str) -> Feedback | None:
+        return None
+
+    def give(self, said: Feedback, image: bytes, suffix: str) -> Feedback:
+        if said.request_id == "part-8":
+            raise FeedbackQuotaError(
+                f"line-3 has said something of 200 images of {said.category} within 24 hours, as"
+                " many as one may",
+                retry_after_s=5400,
+            )
+        raise FeedbackError(f"1000 images of {said.category} are kept, and 1000 may be")
+
+
 def _api(*, tokens: bool) -> FastAPI:
     digest = hashlib.sha256(_TOKEN.encode()).hexdigest()
     token = {"name": "line-3", "sha256": digest, "scopes": ["inspect:screw"]}
     auth = {"tokens": [token]} if tokens else {}
-    nothing: Any = _NothingTried()
     access = Access(Auth.parse(auth))
-    api = create_api(_Scene(), http=_LIMITS, access=access, history=nothing, controller=nothing)
+    nothing: Any = _NothingTried()
+    api = create_api(
+        _Scene(),
+        http=_LIMITS,
+        access=access,
+        history=_Kept(),
+        controller=nothing,
+        feedback=_Feedback(),
+    )
     add_moves(api, nothing, access)
     return api
+
+
+_SAID = {"request_id": "part-7", "label": "false_alarm"}
+
+
+def _feedback(title: str, **said: object) -> tuple[str, str, str, bytes, dict[str, str], bool]:
+    """A case of what is said of a part."""
+    body = json.dumps(_SAID | said)
+    return title, f"--json {shlex.quote(body)}", "bottle/feedback", body.encode(), _JSON, False
 
 
 _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
@@ -214,6 +292,14 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
         {"Content-Type": "application/json"},
         False,
     ),
+    _feedback("feedback on a request that is not known", request_id="part-1"),
+    _feedback(
+        "feedback with a box outside the image",
+        boxes=[{"x": 600, "y": 0, "width": 64, "height": 64}],
+    ),
+    _feedback("feedback that is of another verdict", label="missed_defect"),
+    _feedback("feedback of a caller who has said enough", request_id="part-8"),
+    _feedback("feedback for which there is no room", request_id="part-9"),
     ("a fault of the fleet's own", "--data-binary @part.png", "broken/inspect", b"BM", {}, False),
 ]
 

@@ -26,12 +26,19 @@ const MOVES = {
     text: "The version that served before serves again.",
     running: "Rolling back",
   },
+  "accept-feedback": {
+    label: "Accept", title: (name) => `Accept false alarms of ${name}`,
+    text: "False alarms that nobody disputes join the memory, eight at most. The new version waits as candidate.",
+    force: "Even if a confirmed defect would pass",
+    running: "Scoring false alarms and defects",
+  },
 };
 
 const DONE = {
   promote: ({ version, moved, why }) => (moved ? `Version ${version} serves: ${why}` : `The champion stays: ${why}`),
   discard: ({ version }) => `Version ${version} waits no more`,
   "roll-back": ({ version }) => `Version ${version} serves again`,
+  "accept-feedback": ({ version, why }) => `Version ${version} waits: ${why}`,
 };
 
 /** {candidate, champion} of a list of versions; the candidate only if it waits. */
@@ -42,7 +49,7 @@ export function aliased(versions) {
 }
 
 /** The buttons, what stands beside them, and what comes of a move; `onMoved()` once one has ended. */
-export function Moves({ category, versions, onMoved, children }) {
+export function Moves({ category, versions, alarms = 0, onMoved, children }) {
   const [dialog, setDialog] = useState(null);
   const [running, setRunning] = useState(null);
 
@@ -70,11 +77,12 @@ export function Moves({ category, versions, onMoved, children }) {
       <button type="button" class=${candidate ? "primary" : ""} disabled=${!candidate || isRunning} onClick=${() => setDialog("promote")}>Promote ${candidate ? `v${candidate.version} …` : "…"}</button>
       <button type="button" disabled=${!candidate || isRunning} onClick=${() => setDialog("discard")}>Discard …</button>
       <button type="button" disabled=${!champion || versions.length < 2 || isRunning} onClick=${() => setDialog("roll-back")}>Roll back …</button>
+      ${alarms > 0 && html`<button type="button" disabled=${!champion || isRunning} onClick=${() => setDialog("accept-feedback")}>Accept false alarms …</button>`}
       ${children}
     </div>
     ${running && html`<${Operation} running=${running} onClose=${() => setRunning(null)} />`}
     ${dialog && html`<${ReasonDialog} title=${MOVES[dialog].title(category, candidate?.version)} label=${MOVES[dialog].label} force=${isFirst ? undefined : MOVES[dialog].force}
-      tone=${dialog === "promote" ? "primary" : "danger"} act=${(given) => start(dialog, given)} onClose=${() => setDialog(null)}>
+      tone=${["promote", "accept-feedback"].includes(dialog) ? "primary" : "danger"} act=${(given) => start(dialog, given)} onClose=${() => setDialog(null)}>
       <p>${isFirst ? MOVES.promote.first : MOVES[dialog].text}</p><//>`}`;
 }
 
@@ -86,7 +94,7 @@ function Operation({ running, onClose }) {
   }
   return html`<div class="operation ${state}" role="status">
     <${Icon} name=${state === "done" ? "good" : "loading"} size=${20} class=${state === "done" ? "" : "turning"} />
-    <p><strong>${state === "done" ? "Done" : MOVES[how].running}</strong><span>${state === "done" ? prose(DONE[how](result)) : how === "promote" ? "This takes up to some minutes." : ""}</span></p>
+    <p><strong>${state === "done" ? "Done" : MOVES[how].running}</strong><span>${state === "done" ? prose(DONE[how](result)) : ["promote", "accept-feedback"].includes(how) ? "This takes up to some minutes." : ""}</span></p>
     ${state === "done" && html`<button type="button" onClick=${onClose}>Close</button>`}
   </div>`;
 }

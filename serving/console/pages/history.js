@@ -1,11 +1,12 @@
 // History: the last inspections that the fleet kept, and what people say of them.
 
-import { history, historyImage, historyMap, mark } from "../api.js";
+import { giveFeedback, history, historyImage, historyMap, mark, withdraw } from "../api.js";
 import { html, useCallback, useEffect, useState } from "../html.js";
 import { score, when } from "../format.js";
 import { overlaid, readMap } from "../heat.js";
 import { may, useObjectUrl, useWhenSeen } from "../hooks.js";
 import { Explanation } from "../components/explanation.js";
+import { labelOf } from "../components/feedback.js";
 import { Icon } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
 import { Verdict } from "../components/marks.js";
@@ -69,6 +70,7 @@ export function HistoryTab({ session, category }) {
     ${entries?.length > 0 && !isAll && html`<p class="more"><button type="button" disabled=${isLoading} onClick=${() => load(entries.at(-1).id)}>
       ${isLoading ? "Loading …" : "Show older"}</button></p>`}
     ${at >= 0 && html`<${Entry} key=${openId} category=${category} entry=${entries[at]} mayMark=${may(session, "inspect", category)}
+      mayTell=${may(session, "feedback", category)}
       previous=${entries[at - 1]} next=${entries[at + 1]} onOpen=${setOpenId} onMarked=${renew} />`}
   </section>`;
 }
@@ -102,7 +104,19 @@ function Card({ category, entry, onOpen }) {
   </button>`;
 }
 
-function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
+/** What a mark says, as feedback; taken away, it is withdrawn. A fleet that takes none has the mark alone. */
+async function tell(category, entry, verdict, note) {
+  try {
+    const given = await giveFeedback(category, {
+      request_id: entry.request_id, inspection: entry.id, note, label: labelOf((verdict ?? entry.mark) === "good", entry.is_anomalous),
+    });
+    if (!verdict) await withdraw(category, given.id);
+  } catch (problem) {
+    if (!problem.type?.endsWith(":no-feedback")) throw problem;
+  }
+}
+
+function Entry({ category, entry, mayMark, mayTell, previous, next, onOpen, onMarked }) {
   const [image, setImage] = useState(null);
   const [map, setMap] = useState(null);
   const [evidence, setEvidence] = useState(null);
@@ -122,6 +136,7 @@ function Entry({ category, entry, mayMark, previous, next, onOpen, onMarked }) {
     setBusy(true);
     try {
       onMarked(await mark(category, entry.id, verdict, note.trim()));
+      if (mayTell) await tell(category, entry, verdict, note.trim());
       setProblem(null);
     } catch (found) {
       setProblem(found);

@@ -7,6 +7,7 @@ import { pngOf, readMap } from "../heat.js";
 import { may } from "../hooks.js";
 import { ContactSheet } from "../components/contact-sheet.js";
 import { Explanation } from "../components/explanation.js";
+import { Tell } from "../components/feedback.js";
 import { Icon } from "../components/icons.js";
 import { Intake } from "../components/intake.js";
 import { Verdict } from "../components/marks.js";
@@ -56,10 +57,10 @@ export function InspectTab({ session, category, about, status, reload }) {
     </div>`;
   }
   return html`<${OneImage} key=${open.id} visit=${visit} item=${open} about=${about.data} status=${status} tried=${tried}
-    onFiles=${add} onOpen=${setOpenId} panel=${panel} />`;
+    mayTell=${may(session, "feedback", category)} onFiles=${add} onOpen=${setOpenId} panel=${panel} />`;
 }
 
-function OneImage({ visit, item, about, status, tried, onFiles, onOpen, panel }) {
+function OneImage({ visit, item, about, status, tried, mayTell, onFiles, onOpen, panel }) {
   const [mode, setMode] = useState("overlay");
   const [selected, setSelected] = useState(null);
   const [candidate, setCandidate] = useState({ state: "none" });
@@ -115,6 +116,7 @@ function OneImage({ visit, item, about, status, tried, onFiles, onOpen, panel })
         ${isCompared && html`<${Beside} one=${report} other=${candidate.report} />`}
         ${candidate.state === "failed" && html`<${ProblemMessage} problem=${candidate.problem} quiet />`}
       </section>`}
+      ${report && mayTell && html`<${Tell} key=${report.request_id} category=${visit.category} report=${report} file=${item.file} />`}
       ${report && html`<section><h2>Unusual areas</h2>
         <${Regions} regions=${report.regions} width=${item.width} height=${item.height} selected=${selected} onSelect=${setSelected} />
       </section>`}

@@ -1,10 +1,11 @@
 // Versions: which serves, which waits, and moving the champion with a reason.
 
-import { versions } from "../api.js";
+import { feedback, versions } from "../api.js";
 import { html, useState } from "../html.js";
 import { count, NONE, percent, score, when } from "../format.js";
 import { may, useLoaded } from "../hooks.js";
 import { categoryAddress, Link } from "../router.js";
+import { FeedbackList } from "../components/feedback.js";
 import { Icon, LinkOut } from "../components/icons.js";
 import { Dialog } from "../components/dialog.js";
 import { Empty, OperatorsOnly, ProblemMessage, Skeleton } from "../components/messages.js";
@@ -14,16 +15,20 @@ import { VersionPictures } from "../components/pictures.js";
 export function VersionsTab({ session, category, status, reload }) {
   const operates = may(session, "operate");
   const found = useLoaded((signal) => (operates ? versions(category, signal) : Promise.resolve(null)), [category, operates]);
+  const list = found.data?.versions ?? [];
+  const serves = list.some(({ aliases }) => aliases.includes("champion"));
+  const said = useLoaded((signal) => (serves ? feedback(category, signal).catch(() => []) : Promise.resolve([])), [category, serves]);
+  const alarms = (said.data ?? []).filter((each) => each.label === "false_alarm" && !each.is_disputed && !each.is_used).length;
   const [shown, setShown] = useState(null);
   if (!operates) return html`<${OperatorsOnly} session=${session} what="see or move versions" />`;
-  const list = found.data?.versions ?? [];
   const isNone = found.problem?.status === 404 || (found.data && list.length === 0);
   const moved = () => {
     found.reload();
+    said.reload();
     reload();
   };
   return html`<section class="panel versions" aria-label="Versions">
-    <${Moves} category=${category} versions=${list} onMoved=${moved}>
+    <${Moves} category=${category} versions=${list} alarms=${alarms} onMoved=${moved}>
       <p class="hint grow">Every version stays in the registry; the champion is the one that serves.</p><//>
     ${status?.shadow && html`<${Shadow} category=${category} shadow=${status.shadow} />`}
     ${!isNone && html`<${ProblemMessage} problem=${found.problem} onRetry=${found.reload} />`}
@@ -34,6 +39,7 @@ export function VersionsTab({ session, category, status, reload }) {
         <th scope="col">Verdict</th><th scope="col">Served, and why</th><th scope="col">Settings</th><th scope="col">More</th></tr></thead>
       <tbody>${list.map((each) => html`<${Version} key=${each.version} version=${each} onShow=${() => setShown(each.version)} />`)}</tbody>
     </table></div>`}
+    ${said.data?.length > 0 && html`<h2>What people said</h2><${FeedbackList} category=${category} feedback=${said.data} />`}
     ${shown != null && html`<${Dialog} title="Version ${shown} of ${category}" onClose=${() => setShown(null)} wide>
       <${VersionPictures} category=${category} version=${shown} /><//>`}
   </section>`;

@@ -34,7 +34,14 @@ from serving.replica.beside import Beside
 from serving.replica.follower import Follower
 from serving.replica.history import History
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, CategoryEntry, HistorySettings, HttpLimits
+from serving.settings import (
+    Auth,
+    Batching,
+    CategoryEntry,
+    FeedbackSettings,
+    HistorySettings,
+    HttpLimits,
+)
 
 LIMITS = HttpLimits()
 
@@ -163,6 +170,7 @@ class WholeFleet:
         self.searches = folder / "searches"
         self._tuning = tuning_of(jobs, self.searches) if jobs else None
         self._kept = HistorySettings(images=images, folder=str(folder / "history"))
+        self._feedback = FeedbackSettings(folder=str(folder / "feedback"))
 
     def allow(self, auth: Auth) -> None:
         """Deploy these tokens and no others, while it runs."""
@@ -176,7 +184,11 @@ class WholeFleet:
     async def running(self) -> AsyncIterator[ASGIApp]:
         cache = Cache(str(self._folder / "cache"), "memory")
         controller = Controller(
-            lambda: self.registry, cache, poll_s=0.5, page="https://mlflow.example"
+            lambda: self.registry,
+            cache,
+            poll_s=0.5,
+            page="https://mlflow.example",
+            feedback=self._feedback,
         )
         entries = {name: CategoryEntry() for name in self._categories or self.registry.aliases()}
         plan = Plan(
@@ -220,6 +232,7 @@ class WholeFleet:
             access=access,
             webhook_secret="",
             tuning=self._tuning,
+            feedback=self._feedback.store(),
         )
         for task in tasks:
             task.cancel()
