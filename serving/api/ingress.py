@@ -43,6 +43,7 @@ from serving.api.messages import (
     Service,
 )
 from serving.api.problems import COMMON_PROBLEMS, Problem, ProblemError, problem_responses
+from serving.api.streams import add_streams
 from serving.logs import logger
 from serving.settings import HttpLimits
 
@@ -265,6 +266,7 @@ def create_api(
     async def describe(category: str) -> CategoryReport:
         return await service.describe(category)
 
+    add_streams(api, service, http=http, access=access)
     add_history(api, history, access)
     return api
 

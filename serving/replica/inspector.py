@@ -29,6 +29,7 @@ from apt_ray.export.compiled import compile_encoders
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
+from apt_ray.video.part import PartView
 from serving.api import problems
 from serving.api.messages import (
     CategoryReport,
@@ -170,14 +171,16 @@ class Inspector:
         """A version that is read and tested; raises as `load`."""
         try:
             source = f"version {stored.version} of {category}"
+            whole = PromptSet.from_bytes(stored.data, source=source)
             # Thumbnails of a thousand categories are fetched when somebody looks at them.
-            prompt_set = replace(PromptSet.from_bytes(stored.data, source=source), thumbnails=())
+            prompt_set = replace(whole, thumbnails=())
             served = build(
                 prompt_set,
                 order,
                 self._backbone(prompt_set),
                 version=stored.version,
                 run_id=stored.run_id,
+                part=PartView.of([decode_image(data) for data in whole.thumbnails]),
             )
             self._model.submit(self_test, served, prompt_set).result()
         except Exception:
@@ -251,7 +254,7 @@ class Inspector:
                         appearance=job.appearance,
                         features_W=result.features_W.numpy(),
                     )
-                if self._history:
+                if self._history and not asked.is_frame:
                     self._history.keep(
                         inspected.report,
                         request_id=asked.id,
@@ -305,7 +308,7 @@ class Inspector:
             if asked.picture == "overlay":
                 ground = image if drawn_size == image.size else _reduced(image, drawn_size)
             appearance = None
-            if self._drift and asked.alias is None:
+            if self._drift and asked.alias is None and not asked.is_frame:
                 appearance = appearance_of(pixels_1CHW[0].numpy())
         finally:
             ended_at = time.monotonic()
