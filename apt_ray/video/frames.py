@@ -67,7 +67,9 @@ class Every:
         # What a clock's rounding puts before its time is on time.
         if index % self._frames or time_s < self._due_s - 1e-6:
             return False
-        self._due_s = max(self._due_s, time_s - self._seconds) + self._seconds
+        self._due_s += self._seconds
+        if self._due_s <= time_s:  # behind a gap
+            self._due_s = time_s + self._seconds
         return True
 
 

@@ -18,10 +18,10 @@ from apt_ray.config import Settings
 from apt_ray.video.changes import SIDE, SmallFrame, small_frame
 
 _EDGE = 2  # blocks along each side of a frame that say what the ground is
-# What makes a part on a ground, as `anomalies/object_mask.py` has it.
+# What makes a part on a ground, as `anomalies/object_mask.py` has it, and clear of the edge.
 _MIN_SEPARATION = 0.75
-_MAX_ON_EDGE = 0.15
 _MIN_AREA = 0.03
+_MAX_ON_EDGE = 0.05
 _TOLERANCE = 0.2  # of the area, beyond those of the good pictures
 _SPECKS = 0.02  # of the edge: dirt on the belt
 

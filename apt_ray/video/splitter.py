@@ -53,7 +53,7 @@ class ImageSplitter:
         found = []
         while (file := self._next()) is not None:
             found.append(file)
-        if len(self._buffer) > self._max_bytes:
+        if max(map(len, (*found, self._buffer))) > self._max_bytes:
             raise ImageTooLargeError(
                 f"an image of the stream has more than the {self._max_bytes:,} bytes accepted: send"
                 f" smaller or more compressed images"
