@@ -25,16 +25,13 @@ from apt_ray.config import FitSettings
 from apt_ray.data.folders import GOOD
 from apt_ray.data.samples.belt import EMPTY, BeltFrame, draw_belt
 from apt_ray.data.samples.products import Washer
-from apt_ray.detection.calibration import Threshold
-from apt_ray.detection.detector import Detector, Inspection
+from apt_ray.detection.detector import Detector
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
-from apt_ray.images import decode_image
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
-from apt_ray.video.events import Event, EventLevels
+from apt_ray.video.events import Event
 from apt_ray.video.frames import Frame
-from apt_ray.video.part import PartView
 from apt_ray.video.pseudo import jump, repeat, warp
 from apt_ray.video.settings import WatchSettings
 from apt_ray.video.watch import Watch, WatchSummary, watch_frames
@@ -44,18 +41,6 @@ _SHOTS = 4
 _IN_THE_MIDDLE = 0.06
 _WHOLE = 0.24  # as far from the middle a part is whole
 _STOP = 40  # frames for which the belt stands
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
-    """What a belt of good parts taught."""
-
-    detector: Detector
-    part: PartView | None
-
-    @property
-    def threshold(self) -> Threshold:
-        return self.detector.prompt_set.threshold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +79,7 @@ def main() -> None:
             for speed in options.speeds
         }
         usual = belts[options.speeds[0]]
-        runs: list[tuple[str, list[BeltFrame], Learned, WatchSettings, bool]] = [
+        runs: list[tuple[str, list[BeltFrame], Detector, WatchSettings, bool]] = [
             ("as it is", usual, told, WatchSettings(), True),
             ("without gate", usual, told, WatchSettings(gate=False), True),
             ("one frame is an event", usual, told, WatchSettings(event_frames=1), True),
@@ -105,8 +90,8 @@ def main() -> None:
                 for speed in options.speeds[1:]
             ),
         ]
-        for name, belt, learned, settings, whole in runs:
-            outcome = watch(belt, learned, settings, whole=whole)
+        for name, belt, detector, settings, whole in runs:
+            outcome = watch(belt, detector, settings, whole=whole)
             cases.setdefault(name, []).append(outcome)
             print(
                 f"{seed} {name}: {outcome.found} of {outcome.defects}, {outcome.false} false,"
@@ -134,7 +119,7 @@ def main() -> None:
     write_rows(rows, options.json)
 
 
-def learn(backbone: Backbone, seed: int, size: int, *, calibrate: int, rate: float) -> Learned:
+def learn(backbone: Backbone, seed: int, size: int, *, calibrate: int, rate: float) -> Detector:
     """What a belt of good parts teaches."""
     rng = np.random.default_rng(seed)
     support: list[Image.Image] = []
@@ -158,8 +143,7 @@ def learn(backbone: Backbone, seed: int, size: int, *, calibrate: int, rate: flo
             backbone=backbone,
             calibration=paths[_SHOTS:],
         )
-    pictures = [decode_image(data) for data in prompt_set.thumbnails]
-    return Learned(detector=Detector(backbone, prompt_set), part=PartView.of(pictures))
+    return Detector(backbone, prompt_set)
 
 
 def test_belt(seed: int, parts: int, size: int, speed: float) -> Iterator[BeltFrame]:
@@ -174,11 +158,11 @@ def test_belt(seed: int, parts: int, size: int, speed: float) -> Iterator[BeltFr
 
 
 def watch(
-    belt: Sequence[BeltFrame], learned: Learned, settings: WatchSettings, *, whole: bool
+    belt: Sequence[BeltFrame], detector: Detector, settings: WatchSettings, *, whole: bool
 ) -> Outcome:
     """Watch a belt."""
     started = time.perf_counter()
-    events, summary = _watched([frame.image for frame in belt], learned, settings, whole=whole)
+    events, summary = _watched([frame.image for frame in belt], detector, settings, whole=whole)
     seconds = time.perf_counter() - started
     defective = {part.number for frame in belt for part in frame.parts[:1] if part.defect != GOOD}
     found: set[int] = set()
@@ -202,7 +186,7 @@ def watch(
     )
 
 
-def feed_faults(learned: Learned, seed: int, size: int) -> dict[str, tuple[int, int, int]]:
+def feed_faults(detector: Detector, seed: int, size: int) -> dict[str, tuple[int, int, int]]:
     """Of streams into which something goes wrong: how many, how many told it as that, and how many
     as an anomaly."""
     good = [frame.image for frame in draw_belt([GOOD] * 12, seed=2000 + seed, size=size)]
@@ -221,7 +205,7 @@ def feed_faults(learned: Learned, seed: int, size: int) -> dict[str, tuple[int, 
         streams = 1 if not kind else 5
         told = anomalies = 0
         for at in rng.integers(30, len(good) - 40, streams):
-            events, _ = _watched(fault(int(at)), learned, WatchSettings(), whole=True)
+            events, _ = _watched(fault(int(at)), detector, WatchSettings(), whole=True)
             kinds = {event.kind for event in events}
             told += kind in kinds if kind else bool(kinds)
             anomalies += "anomaly" in kinds
@@ -230,23 +214,18 @@ def feed_faults(learned: Learned, seed: int, size: int) -> dict[str, tuple[int, 
 
 
 def _watched(
-    images: Sequence[Image.Image], learned: Learned, settings: WatchSettings, *, whole: bool
+    images: Sequence[Image.Image], detector: Detector, settings: WatchSettings, *, whole: bool
 ) -> tuple[list[Event], WatchSummary]:
-    levels = EventLevels.of(learned.threshold.value, learned.threshold.scores)
-    watching = Watch(levels, settings, part=learned.part if whole else None)
+    watching = Watch.of(detector.prompt_set, settings, whole_parts=whole)
     frames = (
         Frame(index=index, time_s=index / 25, load=image.copy) for index, image in enumerate(images)
     )
     told = [
         event
-        for watched in watch_frames(watching, frames, _inspecting(learned.detector))
+        for watched in watch_frames(watching, frames, detector.inspect)
         for event in watched.events
     ]
     return [event for event in [*told, *watching.finish()] if event.is_over], watching.summary
-
-
-def _inspecting(detector: Detector) -> Callable[[list[Image.Image]], list[Inspection]]:
-    return detector.inspect
 
 
 def _row(outcomes: Sequence[Outcome]) -> list[str]:

@@ -18,13 +18,12 @@ from apt_ray.files import keep, write_json, write_whole, writing
 from apt_ray.text import printable
 
 if TYPE_CHECKING:
-    from apt_ray.detection.calibration import Threshold
     from apt_ray.detection.detector import Detector
     from apt_ray.export.exported import ExportedDetector
     from apt_ray.validation.report.timeline import Trace
     from apt_ray.video.events import Event, EventLevels
     from apt_ray.video.frames import Every, Frame
-    from apt_ray.video.part import PartView
+    from apt_ray.video.settings import WatchSettings
     from apt_ray.video.watch import Watch, Watched
 
 _PIPE = Path("-")
@@ -92,21 +91,18 @@ def run(
     options: argparse.Namespace, load: Callable[[Path, str], Detector | ExportedDetector]
 ) -> int:
     """Inspect a video; returns the exit status."""
-    from apt_ray.video.events import EventLevels
     from apt_ray.video.settings import WatchSettings
-    from apt_ray.video.watch import Watch, watch_frames
+    from apt_ray.video.watch import watch_frames
 
     settings = given(options, WatchSettings, prefix="watch_")
     detector = load(options.prompt_set, options.device)
-    threshold = _threshold(detector)
-    levels = EventLevels.of(threshold.value, threshold.scores)
-    watch = Watch(levels, settings, part=_part(detector, options.part))
+    watch = _watch(detector, settings, options.part)
     (path,) = options.images
     is_pipe = path == _PIPE
     batch = options.batch or (1 if is_pipe else _BATCH)
     ended: list[Event] = []
     with ExitStack() as stack:
-        kept = _Kept(stack, options.out, levels) if options.out is not None else None
+        kept = _Kept(stack, options.out, watch.levels) if options.out is not None else None
         try:
             frames = _frames(options, detector)
             shown = tqdm(frames, desc="inspecting", unit=" frames", leave=False, disable=None)
@@ -123,7 +119,7 @@ def run(
                 found = {
                     "video": printable(path),
                     "category": detector.category,
-                    "levels": levels.model_dump(),
+                    "levels": watch.levels.model_dump(),
                     "summary": summary.model_dump(),
                     "events": [event.model_dump() for event in ended],
                 }
@@ -230,25 +226,20 @@ def _frames(options: argparse.Namespace, detector: Detector | ExportedDetector) 
     return (frame for frame in frames if every.takes(frame.index, frame.time_s))
 
 
-def _threshold(detector: Detector | ExportedDetector) -> Threshold:
+def _watch(detector: Detector | ExportedDetector, settings: WatchSettings, part: str) -> Watch:
     from apt_ray.detection.detector import Detector
+    from apt_ray.video.events import EventLevels
+    from apt_ray.video.watch import Watch
 
-    return detector.prompt_set.threshold if isinstance(detector, Detector) else detector.threshold
-
-
-def _part(detector: Detector | ExportedDetector, part: str) -> PartView | None:
-    """What a whole part looks like in the pictures that a prompt set holds."""
-    from apt_ray.detection.detector import Detector
-    from apt_ray.images import decode_image
-    from apt_ray.video.part import PartView
-
-    if part == "any":
-        return None
-    if not isinstance(detector, Detector) or not detector.prompt_set.thumbnails:
+    is_whole = part == "whole"
+    prompt_set = detector.prompt_set if isinstance(detector, Detector) else None
+    if is_whole and (prompt_set is None or not prompt_set.thumbnails):
         print(
             "note: all frames are inspected: this file holds no pictures of whole parts, those that"
             " `apt-ray fit` writes now do",
             file=sys.stderr,
         )
-        return None
-    return PartView.of([decode_image(data) for data in detector.prompt_set.thumbnails])
+    if isinstance(detector, Detector):
+        return Watch.of(detector.prompt_set, settings, whole_parts=is_whole)
+    threshold = detector.threshold
+    return Watch(EventLevels.of(threshold.value, threshold.scores), settings)

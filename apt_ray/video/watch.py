@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 from pydantic import Field
 
 from apt_ray.config import Settings
 from apt_ray.errors import DataError, ImageError
+from apt_ray.images import decode_image
 from apt_ray.video.changes import CameraNoise, Feed, SmallFrame, is_changed, small_frame
 from apt_ray.video.events import Event, EventLevels, EventRegion, Events, Seen
 from apt_ray.video.frames import Frame
 from apt_ray.video.part import PartView
 from apt_ray.video.settings import WatchSettings
+
+if TYPE_CHECKING:
+    from apt_ray.detection.prompt_set import PromptSet
 
 Verdict = Literal["inspect", "unchanged", "no part", "damaged"]
 """What a frame costs: a pass of the detector, or nothing, for which reason."""
@@ -94,6 +98,30 @@ class Watch:
         self._kinds = dict.fromkeys(("anomaly", "frozen", "jump"), 0)
         self._seconds = 0.0
 
+    @classmethod
+    def of(
+        cls,
+        prompt_set: PromptSet,
+        settings: WatchSettings | None = None,
+        *,
+        whole_parts: bool = True,
+    ) -> Watch:
+        """The watch of a stream of what a prompt set was fitted to, by its threshold.
+
+        Args:
+            prompt_set: fitted or read.
+            settings: how the stream is watched.
+            whole_parts: inspect the frames alone that show a whole part, where the pictures in the
+                prompt set show one on a ground; else all.
+        """
+        threshold = prompt_set.threshold
+        pictures = [decode_image(data) for data in prompt_set.thumbnails] if whole_parts else []
+        return cls(
+            EventLevels.of(threshold.value, threshold.scores),
+            settings or WatchSettings(),
+            part=PartView.of(pictures),
+        )
+
     def look(self, image: Image.Image) -> Look:
         """What the next frame, RGB, costs."""
         frame = small_frame(image)
@@ -153,7 +181,7 @@ class Watch:
 
     def use(self, levels: EventLevels) -> None:
         """From now on these scores make an event."""
-        self._events.levels = levels
+        self.levels = self._events.levels = levels
 
     def finish(self) -> list[Event]:
         """The events that end with the stream."""

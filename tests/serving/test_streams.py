@@ -159,7 +159,11 @@ def serving() -> Iterator[Serving]:
         http = HttpLimits.parse({"max_bytes": 40_000, "timeout_s": 5, "streams": streams})
         api = create_api(service, http=http, access=Access(Auth()))
         (port,) = free_ports(1)
-        server = uvicorn.Server(uvicorn.Config(api, host=HOST, port=port, log_level="warning"))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                api, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1
+            )
+        )
         thread = threading.Thread(target=server.run)
         thread.start()
         running.append((server, thread))
@@ -303,13 +307,18 @@ def test_whoever_goes_away_costs_no_more_forwards(serving: Serving) -> None:
 def test_what_comes_too_fast_ends_the_stream_or_is_dropped(serving: Serving) -> None:
     service, url = serving(max_ahead_bytes=6_000)
     service.hold_s = 0.05
-    body = b"".join(stream([GOOD] * 20))
-    answer = httpx.post(f"{url}/v1/washer/stream", content=body)
-    *_, problem, summary = [json.loads(line) for line in answer.text.splitlines()]
+    files = stream([GOOD] * 20)
+    connection = Connection(url, "/v1/washer/stream")
+    connection.send(files[0])
+    while not service.asked:
+        time.sleep(0.01)
+    connection.send(b"".join(files[1:]))
+    problem, summary = connection.lines()
+    connection.close()
     assert problem["problem"]["title"] == "Too fast"
     assert "live=true" in problem["problem"]["remedy"]
     assert summary["summary"]["frames"] < 20
-    answer = httpx.post(f"{url}/v1/washer/stream?live=true", content=body)
+    answer = httpx.post(f"{url}/v1/washer/stream?live=true", content=b"".join(files))
     summary = json.loads(answer.text.splitlines()[-1])["summary"]
     assert summary["dropped"] > 0
     assert summary["frames"] + summary["dropped"] == 20
