@@ -81,7 +81,12 @@ class CameraNoise:
 
     def sd(self, frame: SmallFrame) -> SmallFrame:
         """The standard deviation of the noise at each value of a frame, in levels of 0..255."""
-        return self._sd_B[_level(frame)].astype(np.float32)
+        sd_B = self._sd_B
+        if self.is_known:
+            # Of a level that few values have, the noise is that of its neighbours.
+            (known,) = self._is_known_B.nonzero()
+            sd_B = np.interp(np.arange(_LEVELS), known, sd_B[known])
+        return sd_B[_level(frame)].astype(np.float32)
 
 
 def is_changed(before: SmallFrame, after: SmallFrame, noise: CameraNoise) -> bool:

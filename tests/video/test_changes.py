@@ -15,7 +15,7 @@ def camera(
 ) -> SmallFrame:
     """A frame of 320 pixels whose noise grows with light, as that of photons does."""
     rng = np.random.default_rng(seed)
-    seen = scene * light
+    seen = np.clip(scene * light, 0, 255)
     seen = seen + noise * np.sqrt(seen / 128) * rng.standard_normal(scene.shape)
     return small_frame(Image.fromarray(np.rint(np.clip(seen, 0, 255)).astype(np.uint8)))
 

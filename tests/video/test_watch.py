@@ -134,21 +134,20 @@ def test_a_damaged_frame_is_told_and_ends_nothing(belt: list[Any], part: PartVie
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind"),
+    ("fault", "expected"),
     [
-        (lambda images: jump(images, 60, 6), "jump"),
-        (lambda images: repeat(images, 60, 20), "frozen"),
-        (lambda images: images, None),
+        (lambda images: jump(images, 60, 6), [("jump", 60)]),
+        # The belt has gone on when the camera wakes up.
+        (lambda images: repeat(images, 60, 20), [("frozen", 70), ("jump", 81)]),
+        (lambda images: images, []),
     ],
 )
 def test_a_feed_that_is_not_what_it_was_is_told(
-    part: PartView, fault: Any, kind: str | None
+    part: PartView, fault: Any, expected: list[tuple[str, int]]
 ) -> None:
     good = [frame.image for frame in draw_belt(["good"] * 8, seed=3, size=SIZE)]
     _, events, _, _ = run(fault(good), part)
-    assert {event.kind for event in events} == ({kind} if kind else set())
-    for event in events:
-        assert 60 <= event.start <= 71
+    assert sorted((event.kind, event.start) for event in events) == expected
     _, events, _, _ = run(fault(good), part, jumps=False, frozen_frames=0)
     assert events == []
 
