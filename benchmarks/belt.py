@@ -30,8 +30,10 @@ from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
+from apt_ray.video.changes import small_frame
 from apt_ray.video.events import Event
 from apt_ray.video.frames import Frame
+from apt_ray.video.part import PartView
 from apt_ray.video.pseudo import jump, repeat, warp
 from apt_ray.video.settings import WatchSettings
 from apt_ray.video.watch import Watch, WatchSummary, watch_frames
@@ -39,7 +41,6 @@ from benchmarks.rows import Row, compared, write_rows
 
 _SHOTS = 4
 _IN_THE_MIDDLE = 0.06
-_WHOLE = 0.24  # as far from the middle a part is whole
 _STOP = 40  # frames for which the belt stands
 
 
@@ -94,7 +95,7 @@ def main() -> None:
             outcome = watch(belt, detector, settings, whole=whole)
             cases.setdefault(name, []).append(outcome)
             print(
-                f"{seed} {name}: {outcome.found} of {outcome.defects}, {outcome.false} false,"
+                f"{seed} {name}, threshold {detector.prompt_set.threshold.value:.3f}: {outcome.found} of {outcome.defects}, {outcome.false} false,"
                 f" {outcome.summary}",
                 flush=True,
             )
@@ -124,13 +125,17 @@ def learn(backbone: Backbone, seed: int, size: int, *, calibrate: int, rate: flo
     rng = np.random.default_rng(seed)
     support: list[Image.Image] = []
     others: dict[int, list[Image.Image]] = {}
+    part_view: PartView | None = None
     for frame in draw_belt([GOOD] * (_SHOTS + calibrate), seed=1000 + seed, size=size):
         part = frame.parts[0]
         if part.number < _SHOTS:
             if len(support) == part.number and abs(part.x) <= _IN_THE_MIDDLE:
                 support.append(frame.image)
-        elif abs(part.x) < _WHOLE:
-            others.setdefault(part.number, []).append(frame.image)
+        else:
+            part_view = part_view or PartView.of(support)
+            # What will be inspected, and nothing else, says where the threshold belongs.
+            if part_view is not None and part_view.is_in(small_frame(frame.image)):
+                others.setdefault(part.number, []).append(frame.image)
     calibration = [images[rng.integers(len(images))] for images in others.values()]
     with TemporaryDirectory() as name:
         paths = [Path(name) / f"{number:03d}.png" for number in range(_SHOTS + len(calibration))]
