@@ -94,9 +94,10 @@ def main() -> None:
         for name, belt, detector, settings, whole in runs:
             outcome = watch(belt, detector, settings, whole=whole)
             cases.setdefault(name, []).append(outcome)
+            threshold = detector.prompt_set.threshold.value
             print(
-                f"{seed} {name}, threshold {detector.prompt_set.threshold.value:.3f}: {outcome.found} of {outcome.defects}, {outcome.false} false,"
-                f" {outcome.summary}",
+                f"{seed} {name}, threshold {threshold:.3f}: {outcome.found} of {outcome.defects},"
+                f" {outcome.false} false, {outcome.summary}",
                 flush=True,
             )
         for name, found in feed_faults(told, seed, options.size).items():

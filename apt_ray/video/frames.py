@@ -14,6 +14,7 @@ from PIL import Image
 
 from apt_ray.data.folders import images_below
 from apt_ray.errors import DataError, MissingDependencyError, SettingsError
+from apt_ray.files import StrPath
 from apt_ray.images import decode_image, read_image, with_ground
 from apt_ray.levels import Reading
 from apt_ray.optional import require
@@ -79,7 +80,7 @@ def is_stream(path: Path) -> bool:
     return suffix in VIDEO_SUFFIXES | MOTION_JPEG_SUFFIXES | {".gif", ".apng"}
 
 
-def read_frames(path: Path, reading: Reading, *, fps: float | None = None) -> Iterator[Frame]:
+def read_frames(path: StrPath, reading: Reading, *, fps: float | None = None) -> Iterator[Frame]:
     """The frames of a folder of numbered images, an animated image, or a video file.
 
     Args:
@@ -90,6 +91,7 @@ def read_frames(path: Path, reading: Reading, *, fps: float | None = None) -> It
     Raises:
         DataError: It cannot be read; MissingDependencyError: `av` is needed for it.
     """
+    path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir():
         yield from _of_folder(path, reading, fps or _UNTOLD_FPS)

@@ -86,6 +86,8 @@ class Watch:
         *,
         part: PartView | None = None,
     ) -> None:
+        self.levels = levels
+        """Which scores make an event."""
         self._events = Events(levels, frames=settings.event_frames, end_frames=settings.end_frames)
         self._settings = settings
         self._part = part
