@@ -23,7 +23,10 @@ _MIN_SEPARATION = 0.75
 _MIN_AREA = 0.03
 _MAX_ON_EDGE = 0.05
 _TOLERANCE = 0.2  # of the area, beyond those of the good pictures
-_SPECKS = 0.02  # of the edge: dirt on the belt
+_SPECKS = 0.005  # of the edge: dirt on the belt
+# Of the distance from the ground's colour that the edges of good pictures have: the rim of the next
+# part comes before its face does.
+_RIM_QUANTILE, _RIM = 0.999, 1.5
 
 
 class PartView(Settings):
@@ -32,6 +35,7 @@ class PartView(Settings):
 
     ground: tuple[float, float, float] = Field(description="Colour of the ground, 0..255.")
     unlike: float = Field(gt=0, description="Distance in colour from which it is the part.")
+    rim: float = Field(gt=0, description="Distance from which something lies on the edge.")
     least_area: float = Field(ge=0, le=1, description="Share of a frame that a whole part covers.")
     most_area: float = Field(ge=0, description="Above it, there are several.")
     most_on_edge: float = Field(ge=0, le=1, description="Share of a frame's edge that it touches.")
@@ -50,23 +54,28 @@ class PartView(Settings):
         unlike = np.stack([_distance(frame, ground_3) for frame in frames])
         cut, separation = otsu(unlike.ravel().astype(np.float64))
         masks = unlike > cut
-        areas, on_edge = masks.mean((1, 2)), masks[:, _EDGES].mean(1)
-        if separation < _MIN_SEPARATION or areas.min() < _MIN_AREA or on_edge.max() > _MAX_ON_EDGE:
+        if separation < _MIN_SEPARATION or masks[:, _EDGES].mean(1).max() > _MAX_ON_EDGE:
             return None
+        areas = masks.mean((1, 2))
+        if areas.min() < _MIN_AREA:
+            return None
+        edges = unlike[:, _EDGES]
+        rim = min(cut, _RIM * float(np.quantile(edges[edges <= cut], _RIM_QUANTILE)) + 1)
         red, green, blue = ground_3.tolist()
         return cls(
             ground=(red, green, blue),
             unlike=cut,
+            rim=rim,
             least_area=float(areas.min()) * (1 - _TOLERANCE),
             most_area=float(areas.max()) * (1 + _TOLERANCE),
-            most_on_edge=float(on_edge.max()) + _SPECKS,
+            most_on_edge=float((edges > rim).mean(1).max()) + _SPECKS,
         )
 
     def is_in(self, frame: SmallFrame) -> bool:
         """Whether a frame shows one whole part."""
-        mask = _distance(frame, np.array(self.ground)) > self.unlike
-        is_clear = mask[_EDGES].mean() <= self.most_on_edge
-        return bool(is_clear and self.least_area <= mask.mean() <= self.most_area)
+        unlike = _distance(frame, np.array(self.ground))
+        is_clear = (unlike[_EDGES] > self.rim).mean() <= self.most_on_edge
+        return bool(is_clear and self.least_area <= (unlike > self.unlike).mean() <= self.most_area)
 
 
 def _distance(frame: SmallFrame, ground_3: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -237,7 +237,7 @@ def test_some_of_the_frames_are_looked_at(serving: Serving) -> None:
 def test_frames_that_need_no_forward_cost_none(serving: Serving) -> None:
     service, url = serving(frozen_frames=5)
     service.part = PartView(
-        ground=(0, 0, 0), unlike=100, least_area=0.5, most_area=1, most_on_edge=1
+        ground=(0, 0, 0), unlike=100, rim=100, least_area=0.5, most_area=1, most_on_edge=1
     )
     still = frame(BAD, 0)
     body = b"".join([*stream([GOOD] * 4), *[still] * 12])
