@@ -244,7 +244,8 @@ def feed_faults(detector: Detector, seed: int, size: int) -> dict[str, tuple[int
 def _watched(
     images: Sequence[Image.Image], detector: Detector, settings: WatchSettings, *, whole: bool
 ) -> tuple[list[Watched], list[Event], WatchSummary]:
-    watching = Watch.of(detector.prompt_set, settings, whole_parts=whole)
+    learned = detector.prompt_set
+    watching = Watch.of(learned.threshold, settings, pictures=learned.thumbnails if whole else ())
     frames = (
         Frame(index=index, time_s=index / 25, load=image.copy) for index, image in enumerate(images)
     )

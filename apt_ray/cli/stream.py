@@ -228,18 +228,17 @@ def _frames(options: argparse.Namespace, detector: Detector | ExportedDetector) 
 
 def _watch(detector: Detector | ExportedDetector, settings: WatchSettings, part: str) -> Watch:
     from apt_ray.detection.detector import Detector
-    from apt_ray.video.events import EventLevels
     from apt_ray.video.watch import Watch
 
-    is_whole = part == "whole"
-    prompt_set = detector.prompt_set if isinstance(detector, Detector) else None
-    if is_whole and (prompt_set is None or not prompt_set.thumbnails):
+    pictures: tuple[bytes, ...] = ()
+    if isinstance(detector, Detector):
+        threshold, pictures = detector.prompt_set.threshold, detector.prompt_set.thumbnails
+    else:
+        threshold = detector.threshold
+    if part == "whole" and not pictures:
         print(
             "note: all frames are inspected: this file holds no pictures of whole parts, those that"
             " `apt-ray fit` writes now do",
             file=sys.stderr,
         )
-    if isinstance(detector, Detector):
-        return Watch.of(detector.prompt_set, settings, whole_parts=is_whole)
-    threshold = detector.threshold
-    return Watch(EventLevels.of(threshold.value, threshold.scores), settings)
+    return Watch.of(threshold, settings, pictures=pictures if part == "whole" else ())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 from pydantic import Field
 
 from apt_ray.config import Settings
+from apt_ray.detection.calibration import Threshold
 from apt_ray.errors import DataError, ImageError
 from apt_ray.images import decode_image
 from apt_ray.video.changes import CameraNoise, Feed, SmallFrame, is_changed, small_frame
@@ -17,9 +18,6 @@ from apt_ray.video.events import Event, EventLevels, EventRegion, Events, Seen
 from apt_ray.video.frames import Frame
 from apt_ray.video.part import PartView
 from apt_ray.video.settings import WatchSettings
-
-if TYPE_CHECKING:
-    from apt_ray.detection.prompt_set import PromptSet
 
 Verdict = Literal["inspect", "unchanged", "no part", "damaged"]
 """What a frame costs: a pass of the detector, or nothing, for which reason."""
@@ -103,26 +101,22 @@ class Watch:
     @classmethod
     def of(
         cls,
-        prompt_set: PromptSet,
+        threshold: Threshold,
         settings: WatchSettings | None = None,
         *,
-        whole_parts: bool = True,
+        pictures: Sequence[bytes] = (),
     ) -> Watch:
-        """The watch of a stream of what a prompt set was fitted to, by its threshold.
+        """The watch of a stream of what a prompt set was fitted to.
 
         Args:
-            prompt_set: fitted or read.
+            threshold: `PromptSet.threshold`.
             settings: how the stream is watched.
-            whole_parts: inspect the frames alone that show a whole part, where the pictures in the
-                prompt set show one on a ground; else all.
+            pictures: `PromptSet.thumbnails`: where they show a part on a ground, the frames alone
+                are inspected that show a whole one. Without them all are.
         """
-        threshold = prompt_set.threshold
-        pictures = [decode_image(data) for data in prompt_set.thumbnails] if whole_parts else []
-        return cls(
-            EventLevels.of(threshold.value, threshold.scores),
-            settings or WatchSettings(),
-            part=PartView.of(pictures),
-        )
+        part = PartView.of([decode_image(picture) for picture in pictures])
+        levels = EventLevels.of(threshold.value, threshold.scores)
+        return cls(levels, settings or WatchSettings(), part=part)
 
     def look(self, image: Image.Image) -> Look:
         """What the next frame, RGB, costs."""
