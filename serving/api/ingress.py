@@ -23,6 +23,7 @@ from serving.api import problems
 from serving.api.access import INSPECT, Access, require
 from serving.api.bodies import (
     BINARY,
+    CLIENT_CLOSED_REQUEST,
     IMAGE_TYPES,
     MULTIPART,
     GoneError,
@@ -46,9 +47,6 @@ from serving.api.problems import COMMON_PROBLEMS, Problem, ProblemError, problem
 from serving.api.streams import add_streams
 from serving.logs import logger
 from serving.settings import HttpLimits
-
-# nginx's code for it; the caller that closed the connection never sees it.
-_CLIENT_CLOSED_REQUEST = 499
 
 _REQUEST_BODY = {
     "required": True,
@@ -209,7 +207,7 @@ def create_api(
                 return _overlay(inspected) if wants_overlay else _json(inspected.report)
             found = await unless_gone(request, _each(answer, files))
         except GoneError:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         return _json(
             InspectionReports(
                 inspections=[

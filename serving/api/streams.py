@@ -29,7 +29,7 @@ from apt_ray.video.splitter import ImageSplitter
 from apt_ray.video.watch import Look, Watch, WatchSummary, event_regions
 from serving.api import problems
 from serving.api.access import INSPECT, Access, require
-from serving.api.bodies import BINARY, GoneError
+from serving.api.bodies import BINARY, CLIENT_CLOSED_REQUEST, GoneError
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Service
 from serving.api.problems import COMMON_PROBLEMS, Problem, ProblemError, problem_responses
 from serving.settings import HttpLimits
@@ -85,16 +85,13 @@ def add_streams(api: FastAPI, service: Service, *, http: HttpLimits, access: Acc
         " did not change, or show no whole part, are not inspected. They count in no history and no"
         " drift.",
         dependencies=[Depends(require(access, INSPECT))],
-        response_class=Response,
+        response_class=_Lines,
+        response_model=StreamLine,
         openapi_extra={"requestBody": {"required": True, "content": dict.fromkeys(_TYPES, BINARY)}},
         responses={
-            200: {
-                "description": "Lines of JSON.",
-                "content": {LINES: {"schema": StreamLine.model_json_schema()}},
-            },
+            200: {"description": "Lines of JSON, each like this."},
             **COMMON_PROBLEMS,
             **problem_responses(
-                HTTPStatus.BAD_REQUEST,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             ),
@@ -151,6 +148,9 @@ def add_streams(api: FastAPI, service: Service, *, http: HttpLimits, access: Acc
         streams += 1
         try:
             await frames.start()
+        except GoneError:
+            await done(frames)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         except BaseException:
             await done(frames)
             raise
@@ -161,8 +161,10 @@ def add_streams(api: FastAPI, service: Service, *, http: HttpLimits, access: Acc
 class _Lines(StreamingResponse):
     """Sends lines as they come; the body of the request is left to whoever makes them."""
 
+    media_type = LINES
+
     def __init__(self, lines: AsyncIterator[bytes], *, done: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(lines, media_type=LINES)
+        super().__init__(lines)
         self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,17 +195,20 @@ class _Frames:
         self._reading: asyncio.Task[None] | None = None
         self._failure: ProblemError | None = None
         self._has_ended = False
-        self.is_gone = asyncio.Event()
-        """The caller closed the connection."""
+        self._timeout_s = http.timeout_s
         self.dropped = 0
 
     async def start(self) -> None:
         """Return once there is a frame; ProblemError if there will be none."""
         self._reading = asyncio.create_task(self._read())
-        while not (self._ahead or self._has_ended or self.is_gone.is_set()):
-            await self._wait()
-        if not self._ahead:
-            raise self._failure or problems.no_stream("the body has no image")
+        try:
+            frame = await self.next(self._timeout_s)
+        except asyncio.TimeoutError:
+            raise problems.no_stream(f"no image came within {self._timeout_s:g} s") from None
+        if frame is None:
+            raise problems.no_stream("the body has no image")
+        self._ahead.appendleft(frame)
+        self._bytes += len(frame.file)
 
     async def next(self, wait_s: float) -> _Frame | None:
         """The next frame; None behind the last one.
@@ -212,13 +217,14 @@ class _Frames:
         more, GoneError if the caller closed the connection.
         """
         while not self._ahead:
-            if self.is_gone.is_set() and not self._has_ended:
-                raise GoneError
             if self._failure is not None:
                 raise self._failure
             if self._has_ended:
                 return None
-            await asyncio.wait_for(self._wait(), max(wait_s, 0))
+            if self._reading is None or self._reading.done():
+                raise GoneError
+            self._news.clear()
+            await asyncio.wait_for(self._news.wait(), max(wait_s, 0))
         frame = self._ahead.popleft()
         self._bytes -= len(frame.file)
         return frame
@@ -227,12 +233,7 @@ class _Frames:
         """Read no more."""
         if self._reading is not None:
             self._reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reading
-
-    async def _wait(self) -> None:
-        self._news.clear()
-        await self._news.wait()
+            await asyncio.wait({self._reading})
 
     async def _read(self) -> None:
         try:
@@ -241,10 +242,7 @@ class _Frames:
                     self._take(file)
             if self._splitter.has_part:
                 self._failure = problems.no_stream("the body ends within an image")
-        except ClientDisconnect:
-            self.is_gone.set()
-            self._news.set()
-            return
+            self._has_ended = True
         except ImageTooLargeError as error:
             self._failure = problems.too_large(str(error))
         except ImageError as error:
@@ -252,12 +250,19 @@ class _Frames:
         except ProblemError as error:
             self._failure = error
             self._ahead.clear()
-        self._has_ended = True
-        self._news.set()
+        except ClientDisconnect:
+            return
+        finally:
+            self._news.set()
         # From now on the connection only tells when it is closed.
         while (await self._request.receive())["type"] != "http.disconnect":
             continue
-        self.is_gone.set()
+
+    @property
+    def is_gone(self) -> "asyncio.Task[None]":
+        """Is done once the caller has closed the connection."""
+        assert self._reading is not None, "start it first"
+        return self._reading
 
     def _take(self, file: bytes) -> None:
         now, index = time.monotonic(), self._count
@@ -371,15 +376,13 @@ class _Stream:
     async def _unless_gone(self, work: Awaitable[list[Event]]) -> list[Event]:
         """What `work` gives; it is cancelled if the caller goes away, which raises GoneError."""
         task = asyncio.ensure_future(work)
-        gone = asyncio.create_task(self._frames.is_gone.wait())
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, self._frames.is_gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise GoneError
             return await task
         finally:
             task.cancel()
-            gone.cancel()
 
     def _summary(self) -> StreamSummary:
         return StreamSummary(**self._watch.summary.model_dump(), dropped=self._frames.dropped)

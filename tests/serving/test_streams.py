@@ -132,6 +132,9 @@ class Connection:
         """The next line of the answer; None behind the last."""
         while not self.headers.endswith(b"\r\n\r\n"):
             self.headers += self._answer.readline()
+        if b"content-length" in self.headers:
+            whole: dict[str, Any] = json.loads(self._answer.readline())
+            return whole
         size = int(self._answer.readline(), 16)
         data = self._answer.read(size)
         self._answer.readline()
@@ -156,7 +159,7 @@ def serving() -> Iterator[Serving]:
 
     def start(**streams: Any) -> tuple[Service, str]:
         service = Service()
-        http = HttpLimits.parse({"max_bytes": 40_000, "timeout_s": 5, "streams": streams})
+        http = HttpLimits.parse({"max_bytes": 40_000, "timeout_s": 2, "streams": streams})
         api = create_api(service, http=http, access=Access(Auth()))
         (port,) = free_ports(1)
         server = uvicorn.Server(
@@ -355,6 +358,19 @@ def test_what_is_no_stream_is_refused_with_the_remedy(
     assert answer.status_code == status, answer.text
     assert says in answer.json()["detail"]
     assert answer.json()["remedy"]
+
+
+def test_whoever_sends_nothing_keeps_no_place(serving: Serving) -> None:
+    service, url = serving(max_streams=1)
+    connection = Connection(url, "/v1/washer/stream")
+    connection.send(b"--boundary\r\n")
+    answer = connection.line()
+    assert b"415" in connection.headers
+    assert answer is not None
+    assert "2 s" in answer["detail"]
+    connection.close()
+    assert httpx.post(f"{url}/v1/washer/stream", content=frame(GOOD, 0)).status_code == 200
+    assert len(service.asked) == 1
 
 
 def test_a_fleet_may_have_no_streams(serving: Serving) -> None:
