@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -85,7 +85,7 @@ def add_streams(api: FastAPI, service: Service, *, http: HttpLimits, access: Acc
         " did not change, or show no whole part, are not inspected. They count in no history and no"
         " drift.",
         dependencies=[Depends(require(access, INSPECT))],
-        response_class=_Lines,
+        response_class=_Described,
         response_model=StreamLine,
         openapi_extra={"requestBody": {"required": True, "content": dict.fromkeys(_TYPES, BINARY)}},
         responses={
@@ -156,6 +156,12 @@ def add_streams(api: FastAPI, service: Service, *, http: HttpLimits, access: Acc
             raise
         lines = _Stream(service, category, about, watch, frames, http).lines()
         return _Lines(lines, done=partial(done, frames))
+
+
+class _Described(JSONResponse):
+    """For OpenAPI, which takes other classes for text."""
+
+    media_type = LINES
 
 
 class _Lines(StreamingResponse):

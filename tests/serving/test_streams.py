@@ -376,3 +376,12 @@ def test_whoever_sends_nothing_keeps_no_place(serving: Serving) -> None:
 def test_a_fleet_may_have_no_streams(serving: Serving) -> None:
     _, url = serving(max_streams=0)
     assert httpx.post(f"{url}/v1/washer/stream", content=frame(GOOD, 0)).status_code == 503
+
+
+def test_the_lines_are_described(serving: Serving) -> None:
+    _, url = serving()
+    described = httpx.get(f"{url}/openapi.json").json()
+    answer = described["paths"]["/v1/{category}/stream"]["post"]["responses"]["200"]["content"]
+    line = {"$ref": "#/components/schemas/StreamLine"}
+    assert answer == {"application/x-ndjson": {"schema": line}}
+    assert {"StreamLine", "Event", "StreamSummary"} <= set(described["components"]["schemas"])
