@@ -53,6 +53,15 @@ if TYPE_CHECKING:
     from apt_ray.prompts.fit import fit as fit
     from apt_ray.validation.evaluation import Result as Result
     from apt_ray.validation.evaluation import evaluate as evaluate
+    from apt_ray.video.events import Event as Event
+    from apt_ray.video.events import EventLevels as EventLevels
+    from apt_ray.video.frames import Frame as Frame
+    from apt_ray.video.frames import read_frames as read_frames
+    from apt_ray.video.settings import WatchSettings as WatchSettings
+    from apt_ray.video.watch import Watch as Watch
+    from apt_ray.video.watch import Watched as Watched
+    from apt_ray.video.watch import WatchSummary as WatchSummary
+    from apt_ray.video.watch import watch_frames as watch_frames
 
 _HOME = {
     # Learn and inspect, in the order in which they are used.
@@ -81,6 +90,15 @@ _HOME = {
     "draw_overlay": "images",
     "evaluate": "validation.evaluation",
     "Result": "validation.evaluation",
+    "read_frames": "video.frames",
+    "Frame": "video.frames",
+    "Watch": "video.watch",
+    "WatchSettings": "video.settings",
+    "watch_frames": "video.watch",
+    "Watched": "video.watch",
+    "Event": "video.events",
+    "EventLevels": "video.events",
+    "WatchSummary": "video.watch",
     # What they raise.
     "AptError": "errors",
     "SettingsError": "errors",

@@ -102,8 +102,8 @@ def decode_image(
     try:
         deep = _deep_samples(image, data, limits, source)
         if deep is None:
-            return _lay_on(_upright(image), reading.ground)
-        return _lay_on(deep.to_8_bits(deep.white_by(reading, source)), reading.ground)
+            return with_ground(_upright(image), reading.ground)
+        return with_ground(deep.to_8_bits(deep.white_by(reading, source)), reading.ground)
     except UnsupportedImageError:
         raise
     except Exception as error:  # Pillow raises nearly anything on damaged files
@@ -142,7 +142,7 @@ def find_reading(
             _check_samples(image.format, data, str(path))
             deep = _deep_samples(image, data, _LOCAL_LIMITS, str(path))
             if deep is None:
-                shallow = np.asarray(_lay_on(image, ground))
+                shallow = np.asarray(with_ground(image, ground))
                 peaks.append((int(shallow.max(initial=0)), 255))
             else:
                 peaks.append((deep.highest, deep.white_level))
@@ -408,7 +408,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _lay_on(image: Image.Image, ground: Ground) -> Image.Image:
+def with_ground(image: Image.Image, ground: Ground) -> Image.Image:
+    """An image as RGB; what of it is transparent shows the ground."""
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, ground)
         return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")

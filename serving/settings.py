@@ -21,6 +21,7 @@ from apt_ray.detection.drift import DriftSettings
 from apt_ray.errors import DataError, FleetError, SettingsError
 from apt_ray.images import ImageLimits
 from apt_ray.settings_file import read_settings
+from apt_ray.video.settings import WatchSettings
 from serving.regions import mask_of_box, mask_of_png, mask_png
 
 CategoryName = Annotated[str, StringConstraints(pattern=f"^{CATEGORY_NAME}$")]
@@ -95,6 +96,18 @@ class PoolSettings(Batching):
         return Batching(**{name: getattr(self, name) for name in Batching.model_fields})
 
 
+class StreamSettings(WatchSettings):
+    """Streams of frames: what they may take, and how each is watched."""
+
+    max_streams: int = Field(default=8, ge=0, description="At a time, of one replica; 0 for none.")
+    max_s: float = Field(default=3600, gt=0, description="Seconds that one may last.")
+    max_ahead_bytes: int = Field(
+        default=64 * 2**20,
+        gt=0,
+        description="Of frames of one stream that came and are not inspected yet.",
+    )
+
+
 class HttpLimits(Settings):
     """What a request may be, before anything of it is decoded, and where it comes from."""
 
@@ -102,6 +115,7 @@ class HttpLimits(Settings):
     max_pixels: int = Field(default=40_000_000, gt=0)
     max_images: int = Field(default=16, ge=1)
     timeout_s: float = Field(default=30, gt=0)
+    streams: StreamSettings = StreamSettings()
     root_path: PathPrefix = Field(
         default="", description="What a web server before the fleet takes off the path."
     )

@@ -30,6 +30,8 @@ NOT_RUN = [
     "docs/operating.md: names images of yours",
     "docs/operating.md: needs a Kubernetes cluster and a registry of images",
     "docs/registry.md: needs PostgreSQL and a bucket; tests/registry/test_servers.py runs the like",
+    "docs/video.md: needs a camera and a fleet",
+    "docs/video.md: needs a video of yours",
 ]
 
 _BLOCK = re.compile(

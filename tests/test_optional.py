@@ -16,7 +16,7 @@ WITHOUT_EXTRAS = """
 import sys
 for name in ("ray", "mlflow", "boto3", "botocore", "matplotlib", "fastapi", "starlette",
              "python_multipart", "optuna", "sklearn", "pyarrow", "pandas", "psycopg2",
-             "onnx", "onnxscript", "onnxruntime", "openvino"):
+             "onnx", "onnxscript", "onnxruntime", "openvino", "av"):
     sys.modules[name] = None  # imports of it raise ModuleNotFoundError
 """
 

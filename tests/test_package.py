@@ -85,6 +85,7 @@ PATHS = {
     "Export.save": {"folder"},
     "ExportedDetector.load": {"path"},
     "read_image": {"path"},
+    "read_frames": {"path"},
     "find_reading": {"support"},
     "PromptSet.save": {"path"},
     "PromptSet.load": {"path"},

@@ -1,4 +1,4 @@
-"""`apt-ray inspect`: images in, verdicts out."""
+"""`apt-ray inspect`: images or one video in, verdicts or events out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from apt_ray.cli import stream
 from apt_ray.cli.common import add_command
 from apt_ray.errors import DataError, ImageError, SettingsError, WriteError
 from apt_ray.files import check_writable, keep, write_json, writing
@@ -25,19 +26,31 @@ if TYPE_CHECKING:
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = add_command(commands, "inspect", _run, "look for defects in images")
     inspect.add_argument("prompt_set", type=Path, help="file that `fit` or `export` wrote")
-    inspect.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     inspect.add_argument(
-        "--out", type=Path, help="folder for overlay images: NAME.png for each NAME, as they lie"
+        "images",
+        type=Path,
+        nargs="+",
+        help="images, or folders of images; or one video: a video file, an animated GIF, or - for a"
+        " pipe of JPEG and PNG files",
+    )
+    inspect.add_argument(
+        "--out",
+        type=Path,
+        help="folder for overlay images: NAME.png for each NAME, as they lie; of a video its"
+        " events, scores, timeline, and overlays of the worst frames",
     )
     inspect.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     inspect.add_argument("--device", default="cpu", help="torch device (cpu)")
+    stream.add_flags_to(inspect)
 
 
 def _run(options: argparse.Namespace) -> int:
     check_writable(options.out, is_folder=True)
     check_writable(options.json)
+    if stream.is_given(options):
+        return stream.run(options, load)
     paths = _images(options.images, options.out)
-    detector = _load(options.prompt_set, options.device)
+    detector = load(options.prompt_set, options.device)
     # Below the folder that all have in common no two have one name.
     common = os.path.commonpath([os.path.abspath(_folder(path)) for path in options.images])
     rows: list[dict[str, object]] = []
@@ -57,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _load(path: Path, device: str) -> Detector | ExportedDetector:
+def load(path: Path, device: str) -> Detector | ExportedDetector:
     """What inspects: a prompt set with its backbone, or an exported graph."""
     from apt_ray.detection.detector import Detector
     from apt_ray.detection.prompt_set import PromptSet

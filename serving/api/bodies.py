@@ -27,6 +27,9 @@ _MESSAGE_BYTES = 64 * 2**10
 # No limit has more digits, and int() refuses thousands of them.
 _DIGITS = 18
 
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's code for it; the caller that closed the connection never sees it."""
+
 T = TypeVar("T")
 
 

@@ -24,7 +24,10 @@ _WEIGHT = re.compile(r"q=([01](?:\.\d*)?|\.\d+)")  # Java begins it with the poi
 
 
 class PassedHeaders:
-    """Leaves out of every request the headers that do not pass."""
+    """Leaves out of every request the headers that do not pass.
+
+    Serve is told to set a stream no limit of time: its route has one of its own.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,6 +35,8 @@ class PassedHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = [(name, value) for name, value in scope["headers"] if _passes(name, value)]
+            if scope["method"] == "POST" and scope["path"].endswith("/stream"):
+                headers.append((b"x-request-timeout-seconds", b"0"))
             scope = {**scope, "headers": headers}
         await self._app(scope, receive, send)
 

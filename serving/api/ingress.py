@@ -24,6 +24,7 @@ from serving.api import problems
 from serving.api.access import INSPECT, Access, require
 from serving.api.bodies import (
     BINARY,
+    CLIENT_CLOSED_REQUEST,
     IMAGE_TYPES,
     MULTIPART,
     GoneError,
@@ -46,12 +47,10 @@ from serving.api.messages import (
 )
 from serving.api.problems import COMMON_PROBLEMS, Problem, ProblemError, problem_responses
 from serving.api.shadow import add_shadow
+from serving.api.streams import add_streams
 from serving.controller.client import ControllerClient
 from serving.logs import logger
 from serving.settings import HttpLimits
-
-# nginx's code for it; the caller that closed the connection never sees it.
-_CLIENT_CLOSED_REQUEST = 499
 
 _REQUEST_BODY = {
     "required": True,
@@ -222,7 +221,7 @@ def create_api(
                 return _overlay(inspected) if wants_overlay else _json(inspected.report)
             found = await unless_gone(request, _each(answer, files))
         except GoneError:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         return _json(
             InspectionReports(
                 inspections=[
@@ -279,6 +278,7 @@ def create_api(
     async def describe(category: str) -> CategoryReport:
         return await service.describe(category)
 
+    add_streams(api, service, http=http, access=access)
     add_history(api, history, access)
     if controller is not None:
         add_shadow(api, controller, history, access)

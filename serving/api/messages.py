@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, Field
 
+from apt_ray.video.part import PartView
 from serving.api.problems import Problem
 from serving.settings import ThresholdSource
 
@@ -92,6 +93,11 @@ class CategoryReport(BaseModel):
     counted_share: float = Field(
         default=1.0,
         description="Share of an image that counts; below 1 with a region of interest.",
+    )
+    part: PartView | None = Field(
+        default=None,
+        description="What one whole part looks like in a frame of a stream; null where the support"
+        " images show no part on a ground, or the prompt set holds none of them.",
     )
     shots: int = Field(description="How many normal images it was tuned on.")
     trained_at: str = Field(description="When, ISO 8601, UTC.")
@@ -183,6 +189,8 @@ class InspectionRequest:
             image's.
         timeout_s: by when; None leaves it to the service how long an image may wait.
         alias: whose version is to answer, as it would serve; None asks the one that serves.
+        is_frame: whether it is one of many that follow one another, of which no history is kept,
+            and from which no drift can be told.
     """
 
     id: str = ""
@@ -190,6 +198,7 @@ class InspectionRequest:
     picture_side: int | None = None
     timeout_s: float | None = None
     alias: Alias | None = None
+    is_frame: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

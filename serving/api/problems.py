@@ -244,6 +244,55 @@ def not_an_image(detail: str) -> ProblemError:
     )
 
 
+def invalid(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        "Invalid request",
+        detail,
+        "Correct the named parameters; /docs lists what is accepted.",
+    )
+
+
+def no_stream(detail: str) -> ProblemError:
+    """A body that is no stream of frames."""
+    return ProblemError(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        "Not a stream",
+        detail,
+        "Send JPEG or PNG files one behind the other, or multipart/x-mixed-replace of them; of a"
+        " video file `ffmpeg -i VIDEO -f image2pipe -c:v mjpeg -q:v 2 - | curl -T - ...` makes"
+        " them.",
+    )
+
+
+def too_many_streams(limit: int) -> ProblemError:
+    return busy(
+        f"this replica watches the {limit} streams that it may",
+        if_it_lasts="raise max_streams or max_replicas in the fleet file",
+        retry_after_s=5,
+    )
+
+
+def too_fast(limit: int) -> ProblemError:
+    """Frames come faster than they can be inspected."""
+    return ProblemError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        "Too fast",
+        f"more than the {limit:,} bytes accepted wait to be inspected",
+        "Send frames more slowly, or look at fewer of them (`every`), or let the oldest be dropped"
+        " (`live=true`), or raise max_ahead_bytes in the fleet file.",
+    )
+
+
+def stream_too_long(limit_s: float) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        "Stream too long",
+        f"the stream has lasted the {limit_s:g} s that it may",
+        "Begin another one, or raise max_s in the fleet file.",
+    )
+
+
 def unsupported(detail: str) -> ProblemError:
     return ProblemError(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -265,16 +314,11 @@ def install(api: FastAPI) -> None:
         return of_image(error).response
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def wrong_parameters(_: Request, error: RequestValidationError) -> JSONResponse:
         detail = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
-        return ProblemError(
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            "Invalid request",
-            detail,
-            "Correct the named parameters; /docs lists what is accepted.",
-        ).response
+        return invalid(detail).response
 
     @api.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> JSONResponse:

@@ -31,6 +31,7 @@ from apt_ray.export.compiled import compile_encoders
 from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
+from apt_ray.video.part import PartView
 from serving.api import problems
 from serving.api.history import KeptCandidate
 from serving.api.messages import (
@@ -190,14 +191,16 @@ class Inspector:
         """A version that is read and tested; raises as `load`."""
         try:
             source = f"version {stored.version} of {category}"
+            whole = PromptSet.from_bytes(stored.data, source=source)
             # Thumbnails of a thousand categories are fetched when somebody looks at them.
-            prompt_set = replace(PromptSet.from_bytes(stored.data, source=source), thumbnails=())
+            prompt_set = replace(whole, thumbnails=())
             served = build(
                 prompt_set,
                 order,
                 self._backbone(prompt_set),
                 version=stored.version,
                 run_id=stored.run_id,
+                part=PartView.of([decode_image(data) for data in whole.thumbnails]),
             )
             self._model.submit(self_test, served, prompt_set).result()
         except Exception:
@@ -272,7 +275,9 @@ class Inspector:
                     is_anomalous=inspected.report.is_anomalous,
                     ms=1000 * (time.monotonic() - received_at),
                 )
-                self._look_back(job, result, inspected.report, asked.id, data)
+                # Frames of a stream are no parts of their own: they would crowd out what is kept.
+                if not asked.is_frame:
+                    self._look_back(job, result, inspected.report, asked.id, data)
             return inspected
         except (ImageError, ProblemError) as error:
             if self._meter:
@@ -354,11 +359,12 @@ class Inspector:
             if asked.picture == "overlay":
                 ground = image if drawn_size == image.size else _reduced(image, drawn_size)
             appearance = None
-            if self._drift and asked.alias is None:
+            if self._drift and asked.alias is None and not asked.is_frame:
                 appearance = appearance_of(pixels_1CHW[0].numpy())
             is_tried = (
                 self._shadow is not None
                 and asked.alias is None
+                and not asked.is_frame
                 and self._shadow.chooses(served.about.category, asked.id)
             )
         finally:

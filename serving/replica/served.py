@@ -8,6 +8,7 @@ from apt_ray.detection.detector import Detector
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import FleetError
 from apt_ray.features.protocol import Backbone
+from apt_ray.video.part import PartView
 from serving.api.messages import CategoryReport
 from serving.controller.orders import Order
 from serving.settings import Decision, ThresholdSource
@@ -35,9 +36,15 @@ class ServedCategory:
 
 
 def build(
-    prompt_set: PromptSet, order: Order, backbone: Backbone, *, version: int, run_id: str
+    prompt_set: PromptSet,
+    order: Order,
+    backbone: Backbone,
+    *,
+    version: int,
+    run_id: str,
+    part: PartView | None = None,
 ) -> ServedCategory:
-    """The category as ordered.
+    """The category as ordered; `part` is what its support images show.
 
     Raises PromptSetError if the prompt set is another backbone's or its region of interest rules
     out that any part is rejected, FleetError if the decision asks
@@ -55,6 +62,7 @@ def build(
         run_id,
         threshold_source="prompt set" if order.decision == Decision() else source,
         counted_share=interest.share if interest else 1.0,
+        part=part,
     )
     return ServedCategory(order=order, detector=detector, about=about)
 
@@ -107,6 +115,7 @@ def _describe(
     *,
     threshold_source: ThresholdSource,
     counted_share: float,
+    part: PartView | None,
 ) -> CategoryReport:
     threshold = prompt_set.threshold
     return CategoryReport(
@@ -121,6 +130,7 @@ def _describe(
         normal_scores=_thinned(sorted(threshold.scores)),
         normal_scores_of=threshold.source,
         counted_share=counted_share,
+        part=part,
         shots=prompt_set.provenance.shots,
         trained_at=prompt_set.provenance.created,
         settings=prompt_set.settings.model_dump(mode="json"),

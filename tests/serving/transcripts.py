@@ -250,6 +250,14 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
         False,
     ),
     (
+        "a video file as a stream",
+        "-H 'Content-Type: video/mp4' --data-binary @belt.mp4",
+        "bottle/stream",
+        b"",
+        {"Content-Type": "video/mp4"},
+        False,
+    ),
+    (
         "a wrong parameter",
         "-H 'X-Timeout-Ms: soon' --data-binary @part.png",
         "bottle/inspect",

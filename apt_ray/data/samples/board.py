@@ -115,15 +115,15 @@ class Board:
         tilt_x, tilt_y = rng.normal(0, 0.05, 2)
         light = 1 + tilt_x * self.x + tilt_y * self.y - 0.09 * (self.x**2 + self.y**2)
         exposed = np.clip(self.pixels * (light * rng.uniform(0.93, 1.07)), 0, 1)
-        pixels = ndimage.gaussian_filter(_binned(exposed), (0, 0.4, 0.4))
+        pixels = ndimage.gaussian_filter(binned(exposed), (0, 0.4, 0.4))
         grain = 0.008 + 0.010 * np.sqrt(pixels)
         pixels += grain * rng.standard_normal(pixels.shape, dtype=np.float32)
         levels = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
         image = Image.fromarray(np.ascontiguousarray(np.moveaxis(levels, 0, -1)))
-        return image, _binned(self.truth) >= 0.1
+        return image, binned(self.truth) >= 0.1
 
 
-def _binned(field: Field) -> Field:
+def binned(field: Field) -> Field:
     """Means of squares of `_SUPERSAMPLING` pixels over the last two axes."""
     steps = [slice(start, None, _SUPERSAMPLING) for start in range(_SUPERSAMPLING)]
     total = sum(field[..., row, column] for row in steps for column in steps)

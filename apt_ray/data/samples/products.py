@@ -29,16 +29,14 @@ class Washer:
     OUTER, INNER, CHAMFER = 0.70, 0.33, 0.035
     STEEL: Colour = (0.96, 0.99, 1.03)
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, *, ribs: float | None = None) -> None:
         self.board = board
         self.x, self.y = board.between(-0.1, 0.1), board.between(-0.1, 0.1)
         dx, dy = board.x - self.x, board.y - self.y
         rho, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
         light = board.about(-2.2, 0.12)
 
-        rib = np.sin((board.y * 34 + 0.15 * board.noise(3) + board.between(0, 2)) * math.pi)
-        belt = 0.15 + 0.012 * rib + 0.012 * board.noise(3) + 0.018 * board.noise(150)
-        board.paint((0.95, 1.0, 1.06), tone=belt * (1 - 0.25 * rib**8))
+        lay_belt(board, ribs)
         reach = 0.05
         cast = np.hypot(dx + reach * math.cos(light), dy + reach * math.sin(light))
         shadow = np.maximum(cast - self.OUTER, self.INNER - cast)
@@ -99,6 +97,14 @@ class Washer:
         """A place whose distance from the axis is between two radii, and its angle."""
         rho, angle = self.board.between(low, high), self.board.between(-math.pi, math.pi)
         return self.x + rho * math.cos(angle), self.y + rho * math.sin(angle), angle
+
+
+def lay_belt(board: Board, ribs: float | None = None) -> None:
+    """Covers the board with conveyor belt, ribbed along x; `ribs`, 0..2, is where the ribs lie."""
+    bend, drawn = 0.15 * board.noise(3), board.between(0, 2)
+    rib = np.sin((board.y * 34 + bend + (drawn if ribs is None else ribs)) * math.pi)
+    belt = 0.15 + 0.012 * rib + 0.012 * board.noise(3) + 0.018 * board.noise(150)
+    board.paint((0.95, 1.0, 1.06), tone=belt * (1 - 0.25 * rib**8))
 
 
 class Textile:

@@ -107,7 +107,7 @@ def draw_scores(result: Result) -> str:
         axes.locator_params(axis="y", integer=True)
         axes.legend(frameon=False, fontsize=8)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def _draw_curves(
@@ -146,7 +146,7 @@ def _draw_curves(
         )
         canvas.legend(frameon=False, fontsize=8)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def _image_roc(scores: ImageScores) -> Curve:
@@ -178,9 +178,10 @@ def _pixels_above(scores: ImageScores) -> tuple[Floats, Floats]:
     return normal_H[moves_H], anomalous_H[moves_H]
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
+def svg(draw: Callable[[Axes], None], *, size: tuple[float, float] = (4.4, 3.3)) -> str:
+    """What `draw` puts into axes, as the text of an SVG element; `size` is in inches."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, 3.3), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
