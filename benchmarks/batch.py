@@ -7,7 +7,8 @@ Both take turns, so that whatever else the machine does hits both.
 
 `--memory N` inspects N generated images instead, with random weights of a small architecture, for
 what is decided of them does not matter here: it adds up the proportional set sizes of all processes
-(shared pages are counted once) each second, and draws them into docs/batch-memory.png.
+(shared pages are counted once) each second, and draws them into docs/batch-memory.png. SIGINT ends
+it early, with what it has.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from benchmarks.rows import compared, write_rows
 
 _CATEGORY = "washer"
 _POOL = 200
+_BLOCK_IMAGES = 256
 _PLOT = Path(__file__).parents[1] / "docs" / "batch-memory.png"
 
 
@@ -151,25 +153,33 @@ def _memory(options: argparse.Namespace, folder: Path) -> None:
             *(sys.executable, "-W", "ignore", "-m", "serving.batch", "--ray-address", "local"),
             *("--input", str(folder / "images"), "--output", str(folder / "out")),
             *("--prompt-set", str(folder / f"{_CATEGORY}.safetensors")),
+            *("--block-images", str(_BLOCK_IMAGES)),
         ],
         env=os.environ | {"RAY_worker_niceness": "0"},
     )
     samples: list[tuple[float, float, int]] = []
     started = time.monotonic()
-    while batch.poll() is None:
-        rows = len(list((folder / "out").glob("inspections/*.parquet")))
-        samples.append((time.monotonic() - started, _held(batch.pid), rows))
-        time.sleep(1)
-    if batch.returncode:
+    is_whole = True
+    try:
+        while batch.poll() is None:
+            blocks = len(list((folder / "out").glob("inspections/*.parquet")))
+            samples.append((time.monotonic() - started, _held(batch.pid), blocks))
+            time.sleep(1)
+    except KeyboardInterrupt:
+        is_whole = False
+        batch.terminate()
+        batch.wait()
+    if is_whole and batch.returncode:
         sys.exit(batch.returncode)
     blocks = samples[-1][2]
+    images = options.memory if is_whole else _BLOCK_IMAGES * blocks
     steady = [(at, held) for at, held, rows in samples if rows >= 0.1 * blocks]
     half = len(steady) // 2
     early, late = (
         statistics.mean(held for _, held in part) for part in (steady[:half], steady[half:])
     )
-    print(f"{options.memory:,} images, highest {max(held for _, held, _ in samples):.2f} GB")
-    _plot(samples, options)
+    print(f"{images:,} images, highest {max(held for _, held, _ in samples):.2f} GB")
+    _plot(samples, images, options.plot)
     row = compared("memory, second half of the batch against the first", late, early, "GB")
     write_rows([row], options.json)
 
@@ -197,7 +207,7 @@ def _held(pid: int) -> float:
     return held / 1e9
 
 
-def _plot(samples: Sequence[tuple[float, float, int]], options: argparse.Namespace) -> None:
+def _plot(samples: Sequence[tuple[float, float, int]], images: int, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -208,12 +218,12 @@ def _plot(samples: Sequence[tuple[float, float, int]], options: argparse.Namespa
     axes.plot([at / 60 for at, _, _ in samples], [held for _, held, _ in samples], "C0")
     axes.set(xlabel="minutes", ylabel="memory of all processes, GB", ylim=(0, None))
     beside = axes.twinx()
-    share = [options.memory * rows / blocks for _, _, rows in samples]
+    share = [images * done / blocks for _, _, done in samples]
     beside.plot([at / 60 for at, _, _ in samples], share, "C1--")
     beside.set(ylabel="images inspected", ylim=(0, None))
     beside.yaxis.label.set_color("C1")
     axes.yaxis.label.set_color("C0")
-    figure.savefig(options.plot, dpi=120)
+    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":
