@@ -1,21 +1,26 @@
-"""Which kind of defect it is, by the names of kinds and by confirmed examples of them.
+"""Which kind of defect it is, by confirmed examples of each kind.
 
-Slots of defect types beside the anomalous prompt, as in DAPO (arXiv 2512.09446); here they only
-name what was found, and no verdict depends on them.
+Named slots for types of defects beside the anomalous prompt, as in DAPO (arXiv 2512.09446). They
+only name what was found: no score and no verdict depends on them.
 
-B images, K kinds, X examples, E joint width, M_l places of reference layer l, D the widths of all
-layers together, S pixels a side of a map.
+B images, K kinds, X examples, M_l places of reference layer l, D the widths of all layers together,
+S pixels a side of a map.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
 
-from apt_ray.features.protocol import ImageFeatures, TextEncoder
+from apt_ray.features.protocol import ImageFeatures
+
+MOST_OF_A_KIND = 32
+"""Examples of a kind that are kept."""
 
 _PART_OF_PEAK = 0.5
 """The defect is where the map is at least so much of its highest value."""
@@ -26,35 +31,45 @@ _VOTERS = 3
 _TEMPERATURE = 0.05
 """Of the softmax over the kinds, in cosines."""
 
-_SENTENCES = ("{}", "a {}", "a {} on a surface", "a part with a {}", "a photo of a {}")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Kinds:
     """Kinds of defects.
 
     Attributes:
-        counts: name -> examples of it.
-        texts_KE: the names, as the text encoder has them, float32 of unit length.
-        examples_XD: what examples look like, those of one kind after those of another, float16 of
-            unit length.
+        counts: name -> confirmed examples of it, one at the least.
+        examples_XD: what they look like, those of one kind after those of another, float16, of unit
+            length.
     """
 
     counts: Mapping[str, int]
-    texts_KE: torch.Tensor
     examples_XD: torch.Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[tuple[str, torch.Tensor]]) -> Kinds:
+        """The kinds of examples, oldest first: each a name, and `(D,)` of `look`. Of a kind with
+        more than `MOST_OF_A_KIND` of them the newest count."""
+        by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for name, look_D in examples:
+            by_name[name].append(look_D)
+        kept = {name: by_name[name][-MOST_OF_A_KIND:] for name in sorted(by_name)}
+        return cls(
+            counts={name: len(looks) for name, looks in kept.items()},
+            examples_XD=torch.stack([look_D for looks in kept.values() for look_D in looks]).half(),
+        )
+
+    @property
+    def examples(self) -> list[tuple[str, torch.Tensor]]:
+        """What `of` made it of, kind by kind."""
+        names = [name for name, count in self.counts.items() for _ in range(count)]
+        return list(zip(names, self.examples_XD.float(), strict=True))
 
     def to(self, device: torch.device) -> Kinds:
         """The same on another device."""
-        return replace(
-            self, texts_KE=self.texts_KE.to(device), examples_XD=self.examples_XD.to(device)
-        )
+        return replace(self, examples_XD=self.examples_XD.to(device))
 
-    def probabilities(
-        self, features: ImageFeatures, maps_BSS: torch.Tensor
-    ) -> list[dict[str, float]]:
-        """Name -> probability, of what is most anomalous in each image."""
-        looks_BD = look(features, maps_BSS)
+    def probabilities(self, looks_BD: torch.Tensor) -> list[dict[str, float]]:
+        """Name -> probability for each image, by what `look` says of it."""
         parts = self.examples_XD.float().split(list(self.counts.values()))
         similar_BK = torch.stack(
             [
@@ -67,3 +82,17 @@ class Kinds:
             dict(zip(self.counts, row, strict=True))
             for row in (similar_BK / _TEMPERATURE).softmax(1).tolist()
         ]
+
+
+def look(features: ImageFeatures, maps_BSS: torch.Tensor) -> torch.Tensor:
+    """`(B, D)` what the most anomalous part of each image looks like, of unit length: the mean over
+    its places, each layer weighing the same."""
+    peak_B11 = maps_BSS.flatten(1).amax(1)[:, None, None]
+    there_BSS = (maps_BSS >= _PART_OF_PEAK * peak_B11).float()
+    parts = []
+    for layer in sorted(features.layers):
+        tokens_BMD = features.layers[layer]
+        side = isqrt(tokens_BMD.shape[1])
+        weights_B1M = F.interpolate(there_BSS[:, None], size=(side, side), mode="area").flatten(2)
+        parts.append(F.normalize((weights_B1M @ tokens_BMD)[:, 0], dim=-1))
+    return F.normalize(torch.cat(parts, dim=-1), dim=-1)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from PIL import Image
 
 from apt_ray.detection.detector import Detector
+from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import GateError, RegistryError
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.files import AnyPath
 from apt_ray.images import read_image
 from apt_ray.prompts.accept import Acceptance, accept
-from apt_ray.registry.history import Move
-from apt_ray.registry.protocol import CHAMPION, Registry
+from apt_ray.registry.history import History, Move
+from apt_ray.registry.protocol import CHAMPION, RegisteredVersion, Registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +62,7 @@ def accept_false_alarms(
         RegistryConflictError: somebody else moved the champion meanwhile; the new version waits as
             candidate.
     """
-    history = registry.history(category)
-    prompt_set, source = registry.load(category, CHAMPION)
-    if history.champion != source.version:
-        raise RegistryError(f"the champion of {category} has just been moved: try again")
+    history, prompt_set, source = champion_of(registry, category)
     backbone = load(prompt_set.backbone)
     shown = [read_image(path, prompt_set.reading) for path in images]
     acceptance = accept(prompt_set, shown, backbone)
@@ -105,6 +103,16 @@ def accept_false_alarms(
         defects=pairs,
         move=move,
     )
+
+
+def champion_of(registry: Registry, category: str) -> tuple[History, PromptSet, RegisteredVersion]:
+    """How the champion came to be that, its prompt set, and which version it is; RegistryError if
+    it is moved in between."""
+    history = registry.history(category)
+    prompt_set, source = registry.load(category, CHAMPION)
+    if history.champion != source.version:
+        raise RegistryError(f"the champion of {category} has just been moved: try again")
+    return history, prompt_set, source
 
 
 def _scores(

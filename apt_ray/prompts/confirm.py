@@ -1,0 +1,114 @@
+"""Confirmed defects teach a prompt set the kinds of defects that there are.
+
+What is learned stands beside what scores: no score and no verdict depends on it.
+
+X examples, D the widths of all reference layers together, H, W pixels of an image, S of a map.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from apt_ray.data.folders import Defect
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.kinds import Kinds, look
+from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.errors import DataError
+from apt_ray.features.protocol import Backbone
+from apt_ray.images import cover, read_image, read_mask
+
+_FAINTEST = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Confirmation:
+    """What confirming defects did.
+
+    Attributes:
+        prompt_set: the new one; its scores and threshold are those of the old one.
+        scores: anomaly scores of the images.
+        named: the kind that each would be given by all other examples; None if there is no other.
+    """
+
+    prompt_set: PromptSet
+    scores: tuple[float, ...]
+    named: tuple[str | None, ...]
+
+
+def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone) -> Confirmation:
+    """Let images of confirmed defects say what each kind of defect looks like.
+
+    Where a mask or boxes say where the defect is, what is most anomalous there counts, else what is
+    most anomalous in the image.
+
+    Args:
+        prompt_set: which learns; it stays as it is.
+        defects: each of a kind.
+        backbone: the prompt set's own.
+
+    Raises:
+        DataError: a defect is of no kind, an image or mask cannot be read, or a box lies outside.
+        PromptSetError: the backbone is another.
+    """
+    detector = Detector(backbone, prompt_set)
+    known = prompt_set.kinds.examples if prompt_set.kinds else []
+    scores: list[float] = []
+    learned: list[tuple[str, torch.Tensor]] = []
+    for defect in defects:
+        if not defect.kind:
+            raise DataError(
+                f"{defect.path} is of no kind: move it into a folder that is named like its kind of"
+                f" defect"
+            )
+        score, look_D = _seen(detector, defect)
+        scores.append(score)
+        learned.append((defect.kind, look_D))
+    return Confirmation(
+        prompt_set=prompt_set.with_kinds(Kinds.of([*known, *learned])),
+        scores=tuple(scores),
+        named=tuple(
+            _named([*known, *learned[:place], *learned[place + 1 :]], look_D)
+            for place, (_, look_D) in enumerate(learned)
+        ),
+    )
+
+
+def _seen(detector: Detector, defect: Defect) -> tuple[float, torch.Tensor]:
+    """The anomaly score of an image, and `(D,)` of what its defect looks like."""
+    image = read_image(defect.path, detector.reading)
+    features = detector.backbone.encode_images(detector.backbone.preprocess([image]))
+    maps_1SS, scores_1 = detector.score(features)
+    where_HW = _where(defect, image.size)
+    if where_HW is not None:
+        rows, columns = maps_1SS.shape[1:]
+        inside_SS = torch.from_numpy(cover(where_HW, (rows, columns))).to(maps_1SS.device)
+        # A defect that the map does not see is still nowhere else.
+        maps_1SS = (maps_1SS + _FAINTEST) * inside_SS
+    return float(scores_1), look(features, maps_1SS)[0].cpu()
+
+
+def _where(defect: Defect, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+    """(H, W) of an image of `size` = (width, height): what mask and boxes mark; None without."""
+    width, height = size
+    marked_HW = np.zeros((height, width), np.bool_)
+    if defect.mask is not None:
+        marked_HW |= read_mask(defect.mask, size)
+    for x, y, wide, high in defect.boxes:
+        if min(x, y) < 0 or min(wide, high) < 1 or x + wide > width or y + high > height:
+            raise DataError(
+                f"the box {x},{y},{wide},{high} does not lie in {defect.path}, which has {width} x"
+                f" {height} pixels: correct it, or take it away"
+            )
+        marked_HW[y : y + high, x : x + wide] = True
+    return marked_HW if marked_HW.any() else None
+
+
+def _named(examples: Sequence[tuple[str, torch.Tensor]], look_D: torch.Tensor) -> str | None:
+    """The kind that examples say."""
+    if not examples:
+        return None
+    (kinds,) = Kinds.of(examples).probabilities(look_D[None])
+    return max(kinds, key=kinds.__getitem__)
