@@ -157,6 +157,25 @@ class Category:
         """What `draw` gives to learn from."""
         return self.draw(shots, seed).support
 
+    def draw_defects(self, count: int, seed: int) -> list["Defect"]:
+        """`count` defective test images of each type, drawn by `seed`. DataError if a type would be
+        left without an image to test."""
+        images: dict[str, list[LabelledImage]] = defaultdict(list)
+        for image in self.test:
+            if image.is_anomalous:
+                images[image.defect_type].append(image)
+        for kind, own in images.items():
+            if len(own) <= count:
+                raise DataError(
+                    f"category {self.name} has {len(own)} test images of {kind} in {self.root}, and"
+                    f" {count} were asked for, beside which one is tested: ask for fewer"
+                )
+        return [
+            Defect(path=image.path, kind=kind, mask=image.mask)
+            for kind, own in images.items()
+            for image in random.Random(seed).sample(own, count)
+        ]
+
     def name_of(self, path: AnyPath) -> str:
         """Where an image lies below the category's folder: the same on disk and in S3."""
         return _below(self.root, absolute(path))

@@ -25,11 +25,16 @@ MOST_OF_A_KIND = 32
 _PART_OF_PEAK = 0.5
 """The defect is where the map is at least so much of its highest value."""
 
-_VOTERS = 3
-"""The most similar examples of a kind, which speak for it."""
+_SHRINKAGE = 1.0
+"""Of the ridge regression, as a share of what an example differs from the mean of all."""
 
-_TEMPERATURE = 0.05
-"""Of the softmax over the kinds, in cosines."""
+_SMALLEST = 1e-6  # of one example, which is its own mean, nothing is left to invert
+
+_SAME = 0.9999
+"""Cosine of what one image gives twice; float16 and other machines round."""
+
+_SHARPNESS = 8.0
+"""By what answers, which lie near 0 and 1, are multiplied before the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,11 +52,15 @@ class Kinds:
 
     @classmethod
     def of(cls, examples: Sequence[tuple[str, torch.Tensor]]) -> Kinds:
-        """The kinds of examples, oldest first: each a name, and `(D,)` of `look`. Of a kind with
-        more than `MOST_OF_A_KIND` of them the newest count."""
+        """The kinds of examples, oldest first: each a name, and `(D,)` of `look`.
+
+        An image that is shown again is of the kind that it was called last. Of a kind with more
+        than `MOST_OF_A_KIND` examples the newest count.
+        """
         by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for name, look_D in examples:
-            by_name[name].append(look_D)
+        for place, (name, look_D) in enumerate(examples):
+            if not any(is_same(look_D, later_D) for _, later_D in examples[place + 1 :]):
+                by_name[name].append(look_D)
         kept = {name: by_name[name][-MOST_OF_A_KIND:] for name in sorted(by_name)}
         return cls(
             counts={name: len(looks) for name, looks in kept.items()},
@@ -69,19 +78,29 @@ class Kinds:
         return replace(self, examples_XD=self.examples_XD.to(device))
 
     def probabilities(self, looks_BD: torch.Tensor) -> list[dict[str, float]]:
-        """Name -> probability for each image, by what `look` says of it."""
-        parts = self.examples_XD.float().split(list(self.counts.values()))
-        similar_BK = torch.stack(
-            [
-                (looks_BD @ part_xD.T).topk(min(_VOTERS, len(part_xD))).values.mean(1)
-                for part_xD in parts
-            ],
-            dim=1,
-        )
+        """Name -> probability for each image, by what `look` says of it.
+
+        Ridge regression of the kinds on the examples, each kind weighing the same.
+        """
+        counts = torch.tensor(list(self.counts.values()), device=looks_BD.device)
+        of_X = torch.arange(len(counts), device=looks_BD.device).repeat_interleave(counts)
+        weight_X1 = counts[of_X, None] ** -0.5
+        examples_XD = self.examples_XD.float()
+        mean_D = (weight_X1.square() * examples_XD).sum(0) / len(counts)
+        centred_XD = weight_X1 * (examples_XD - mean_D)
+        wanted_XK = weight_X1 * (F.one_hot(of_X, len(counts)) - 1 / len(counts))
+        alike_XX = centred_XD @ centred_XD.T
+        alike_XX.diagonal().add_(_SHRINKAGE * alike_XX.diagonal().mean() + _SMALLEST)
+        answers_BK = (looks_BD - mean_D) @ centred_XD.T @ torch.linalg.solve(alike_XX, wanted_XK)
         return [
             dict(zip(self.counts, row, strict=True))
-            for row in (similar_BK / _TEMPERATURE).softmax(1).tolist()
+            for row in (_SHARPNESS * answers_BK).softmax(1).tolist()
         ]
+
+
+def is_same(look_D: torch.Tensor, other_D: torch.Tensor) -> bool:
+    """Whether two looks are of one image, encoded twice."""
+    return float(look_D @ other_D) > _SAME
 
 
 def look(features: ImageFeatures, maps_BSS: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from apt_ray.data.folders import Defect
 from apt_ray.detection.detector import Detector
-from apt_ray.detection.kinds import Kinds, look
+from apt_ray.detection.kinds import Kinds, is_same, look
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone
@@ -63,21 +63,23 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
                 f"{defect.path} is of no kind: move it into a folder that is named like its kind of"
                 f" defect"
             )
-        score, look_D = _seen(detector, defect)
+        score, look_D = seen(detector, defect)
         scores.append(score)
         learned.append((defect.kind, look_D))
+    kinds = Kinds.of([*known, *learned])
     return Confirmation(
-        prompt_set=prompt_set.with_kinds(Kinds.of([*known, *learned])),
+        prompt_set=prompt_set.with_kinds(kinds),
         scores=tuple(scores),
-        named=tuple(
-            _named([*known, *learned[:place], *learned[place + 1 :]], look_D)
-            for place, (_, look_D) in enumerate(learned)
-        ),
+        named=tuple(_named(kinds, look_D) for _, look_D in learned),
     )
 
 
-def _seen(detector: Detector, defect: Defect) -> tuple[float, torch.Tensor]:
-    """The anomaly score of an image, and `(D,)` of what its defect looks like."""
+def seen(detector: Detector, defect: Defect) -> tuple[float, torch.Tensor]:
+    """The anomaly score of a defect's image, and `(D,)` of `look` at the defect.
+
+    Raises:
+        DataError: image or mask cannot be read, or a box lies outside.
+    """
     image = read_image(defect.path, detector.reading)
     features = detector.backbone.encode_images(detector.backbone.preprocess([image]))
     maps_1SS, scores_1 = detector.score(features)
@@ -106,9 +108,10 @@ def _where(defect: Defect, size: tuple[int, int]) -> npt.NDArray[np.bool_] | Non
     return marked_HW if marked_HW.any() else None
 
 
-def _named(examples: Sequence[tuple[str, torch.Tensor]], look_D: torch.Tensor) -> str | None:
-    """The kind that examples say."""
-    if not examples:
+def _named(kinds: Kinds, look_D: torch.Tensor) -> str | None:
+    """The kind that all other examples say."""
+    others = [example for example in kinds.examples if not is_same(example[1], look_D)]
+    if not others:
         return None
-    (kinds,) = Kinds.of(examples).probabilities(look_D[None])
-    return max(kinds, key=kinds.__getitem__)
+    (said,) = Kinds.of(others).probabilities(look_D[None])
+    return max(said, key=said.__getitem__)

@@ -1,0 +1,131 @@
+"""What confirmed defects teach: `python -m benchmarks.confirmed --data DIR`.
+
+Each category with several kinds of defects is fitted to four images for each seed. Of every kind 1,
+2, 4 or 8 test images are confirmed, with their masks where there are any; all others are named,
+whether they are rejected or not. `text alone` names by words: by the kind whose name is nearest, in
+the joint space of images and texts, to the most anomalous patches. Accuracy is the mean over kinds,
+seeds and three draws.
+"""
+
+import argparse
+import random
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+import torch.nn.functional as F
+
+from apt_ray.data.folders import Category, Defect, find_categories
+from apt_ray.detection.detector import Detector
+from apt_ray.detection.kinds import Kinds
+from apt_ray.features.clip import load_backbone
+from apt_ray.features.protocol import Backbone
+from apt_ray.images import read_image
+from apt_ray.prompts.confirm import seen
+from apt_ray.prompts.fit import fit
+from apt_ray.tables import markdown
+from apt_ray.validation.naming import Named, format_confusion
+from benchmarks.rows import Row, compared, write_rows
+
+_COUNTS = (1, 2, 4, 8)
+_DRAWS = 3
+_SENTENCES = ("{}", "a {}", "a {} on a surface", "a part with a {}", "a photo of a {}")
+
+
+def main() -> None:
+    """Print the accuracy of naming by the number of confirmed defects, and a table of confusion."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--categories", nargs="*", default=None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    backbone = load_backbone()
+    table: list[tuple[str, ...]] = []
+    rows: list[Row] = []
+    for category in find_categories(options.data, options.categories or ()):
+        kinds = {image.defect_type for image in category.test if image.is_anomalous}
+        if len(kinds) == 1:
+            continue
+        found: dict[str, list[Named]] = defaultdict(list)
+        for seed in options.seeds:
+            for what, named in _of_seed(category, backbone, seed).items():
+                found[what] += named
+        means = {what: [one.balanced_accuracy for one in named] for what, named in found.items()}
+        cells = [f"{100 * fmean(x):.1f} ± {100 * stdev(x):.1f}" for x in means.values()]
+        table.append((category.name, f"{100 / len(kinds):.1f}", *cells))
+        print(format_confusion(found[str(_COUNTS[-1])]), "\n", flush=True)
+        rows += [
+            compared(
+                f"{category.name}, {what}: kinds named right, against chance",
+                fmean(values),
+                1 / len(kinds),
+                "share",
+                more_is_better=True,
+            )
+            for what, values in means.items()
+        ]
+    print(markdown(("category", "chance", "text alone", *map(str, _COUNTS)), table))
+    write_rows(rows, options.json)
+
+
+def _of_seed(category: Category, backbone: Backbone, seed: int) -> Mapping[str, list[Named]]:
+    """What the defects are called, by what was confirmed."""
+    with torch.enable_grad():
+        support = category.support_set(4, seed=seed)
+        detector = Detector(backbone, fit(category.name, support, backbone=backbone))
+    defects = [
+        Defect(path=image.path, kind=image.defect_type, mask=image.mask)
+        for image in category.test
+        if image.is_anomalous
+    ]
+    learned = [seen(detector, defect)[1] for defect in defects]
+    looks_XD = torch.stack([seen(detector, replace(defect, mask=None))[1] for defect in defects])
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, defect in enumerate(defects):
+        places[defect.kind].append(place)
+
+    def named(examples: int, said: Mapping[int, str]) -> Named:
+        pairs = tuple((defects[place].kind, name) for place, name in said.items())
+        return Named(category=category.name, seed=seed, examples=examples, pairs=pairs)
+
+    found: dict[str, list[Named]] = {"text alone": [named(0, _by_text(detector, defects))]}
+    for count in _COUNTS:
+        found[str(count)] = []
+        for draw in range(_DRAWS):
+            g = random.Random(f"{seed} {draw}")
+            shown = [place for own in places.values() for place in g.sample(own, count)]
+            kinds = Kinds.of([(defects[place].kind, learned[place]) for place in shown])
+            rest = [place for place in range(len(defects)) if place not in shown]
+            probable = kinds.probabilities(looks_XD[rest])
+            said = [max(each, key=each.__getitem__) for each in probable]
+            found[str(count)].append(named(count, dict(zip(rest, said, strict=True))))
+    return found
+
+
+def _by_text(detector: Detector, defects: list[Defect]) -> dict[int, str]:
+    """The kind whose words are nearest to the most anomalous patches, by the defect's place."""
+    backbone = detector.backbone
+    kinds = sorted({defect.kind for defect in defects})
+    said = [kind.replace("_", " ") for kind in kinds]
+    texts = [sentence.format(kind) for kind in said for sentence in _SENTENCES]
+    each_KSE = backbone.encode_texts(texts).unflatten(0, (len(kinds), -1))
+    texts_KE = F.normalize(each_KSE.mean(1), dim=-1)
+    named: dict[int, str] = {}
+    for place, defect in enumerate(defects):
+        pixels = backbone.preprocess([read_image(defect.path, detector.reading)])
+        features = backbone.encode_images(pixels)
+        maps_1SS, _ = detector.score(features)
+        there_1SS = (maps_1SS >= maps_1SS.max() / 2).float()
+        weights_1N = F.adaptive_avg_pool2d(there_1SS, backbone.grid).flatten(1)
+        token_E = (weights_1N @ features.tokens_BNE[0])[0]
+        named[place] = kinds[int((texts_KE @ token_E).argmax())]
+    return named
+
+
+if __name__ == "__main__":
+    main()
