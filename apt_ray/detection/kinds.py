@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from apt_ray.features.protocol import ImageFeatures
 
@@ -106,8 +108,7 @@ def is_same(look_D: torch.Tensor, other_D: torch.Tensor) -> bool:
 def look(features: ImageFeatures, maps_BSS: torch.Tensor) -> torch.Tensor:
     """`(B, D)` what the most anomalous part of each image looks like, of unit length: the mean over
     its places, each layer weighing the same."""
-    peak_B11 = maps_BSS.flatten(1).amax(1)[:, None, None]
-    there_BSS = (maps_BSS >= _PART_OF_PEAK * peak_B11).float()
+    there_BSS = torch.stack([_around_peak(map_SS) for map_SS in maps_BSS])
     parts = []
     for layer in sorted(features.layers):
         tokens_BMD = features.layers[layer]
@@ -115,3 +116,11 @@ def look(features: ImageFeatures, maps_BSS: torch.Tensor) -> torch.Tensor:
         weights_B1M = F.interpolate(there_BSS[:, None], size=(side, side), mode="area").flatten(2)
         parts.append(F.normalize((weights_B1M @ tokens_BMD)[:, 0], dim=-1))
     return F.normalize(torch.cat(parts, dim=-1), dim=-1)
+
+
+def _around_peak(map_SS: torch.Tensor) -> torch.Tensor:
+    """1 in the connected part around a map's highest place that is not much lower, else 0."""
+    high_SS = (map_SS >= _PART_OF_PEAK * map_SS.max()).cpu().numpy()
+    labels_SS, _ = ndimage.label(high_SS, structure=np.ones((3, 3)))
+    there_SS = labels_SS == labels_SS.flat[int(map_SS.argmax())]
+    return torch.from_numpy(there_SS).to(map_SS)
