@@ -10,21 +10,21 @@ seeds and three draws.
 import argparse
 import random
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
 
-from apt_ray.data.folders import Category, Defect, find_categories
+from apt_ray.data.folders import Category, Defect, LabelledImage, find_categories
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.kinds import Kinds
 from apt_ray.features.clip import load_backbone
-from apt_ray.features.protocol import Backbone
+from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import read_image
-from apt_ray.prompts.confirm import seen
+from apt_ray.prompts.confirm import look_at
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
 from apt_ray.validation.naming import Named, format_confusion
@@ -52,8 +52,9 @@ def main() -> None:
         if len(kinds) == 1:
             continue
         found: dict[str, list[Named]] = defaultdict(list)
+        shown = [_Shown.of(image, backbone) for image in category.test if image.is_anomalous]
         for seed in options.seeds:
-            for what, named in _of_seed(category, backbone, seed).items():
+            for what, named in _of_seed(category, backbone, shown, seed).items():
                 found[what] += named
         means = {what: [one.balanced_accuracy for one in named] for what, named in found.items()}
         cells = [f"{100 * fmean(x):.1f} ± {100 * stdev(x):.1f}" for x in means.values()]
@@ -73,56 +74,75 @@ def main() -> None:
     write_rows(rows, options.json)
 
 
-def _of_seed(category: Category, backbone: Backbone, seed: int) -> Mapping[str, list[Named]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shown:
+    """A defect whose image is encoded."""
+
+    defect: Defect
+    size: tuple[int, int]
+    features: ImageFeatures
+
+    @classmethod
+    def of(cls, image: LabelledImage, backbone: Backbone) -> "_Shown":
+        shown = read_image(image.path)
+        return cls(
+            defect=Defect(path=image.path, kind=image.defect_type, mask=image.mask),
+            size=shown.size,
+            features=backbone.encode_images(backbone.preprocess([shown])),
+        )
+
+    def look(self, detector: Detector, *, confirmed: bool) -> torch.Tensor:
+        """What it looks like, where somebody said where it is and where nobody did."""
+        defect = self.defect if confirmed else replace(self.defect, mask=None)
+        return look_at(detector, self.features, defect, self.size)[1]
+
+
+def _of_seed(
+    category: Category, backbone: Backbone, shown: Sequence[_Shown], seed: int
+) -> Mapping[str, list[Named]]:
     """What the defects are called, by what was confirmed."""
     with torch.enable_grad():
         support = category.support_set(4, seed=seed)
         detector = Detector(backbone, fit(category.name, support, backbone=backbone))
-    defects = [
-        Defect(path=image.path, kind=image.defect_type, mask=image.mask)
-        for image in category.test
-        if image.is_anomalous
-    ]
-    learned = [seen(detector, defect)[1] for defect in defects]
-    looks_XD = torch.stack([seen(detector, replace(defect, mask=None))[1] for defect in defects])
+    learned = [each.look(detector, confirmed=True) for each in shown]
+    looks_XD = torch.stack([each.look(detector, confirmed=False) for each in shown])
+    kinds_X = [each.defect.kind for each in shown]
     places: dict[str, list[int]] = defaultdict(list)
-    for place, defect in enumerate(defects):
-        places[defect.kind].append(place)
+    for place, kind in enumerate(kinds_X):
+        places[kind].append(place)
 
     def named(examples: int, said: Mapping[int, str]) -> Named:
-        pairs = tuple((defects[place].kind, name) for place, name in said.items())
+        pairs = tuple((kinds_X[place], name) for place, name in said.items())
         return Named(category=category.name, seed=seed, examples=examples, pairs=pairs)
 
-    found: dict[str, list[Named]] = {"text alone": [named(0, _by_text(detector, defects))]}
+    found: dict[str, list[Named]] = {"text alone": [named(0, _by_text(detector, shown))]}
     for count in _COUNTS:
         found[str(count)] = []
         for draw in range(_DRAWS):
             g = random.Random(f"{seed} {draw}")
-            shown = [place for own in places.values() for place in g.sample(own, count)]
-            kinds = Kinds.of([(defects[place].kind, learned[place]) for place in shown])
-            rest = [place for place in range(len(defects)) if place not in shown]
+            drawn = [place for own in places.values() for place in g.sample(own, count)]
+            kinds = Kinds.of([(kinds_X[place], learned[place]) for place in drawn])
+            rest = [place for place in range(len(shown)) if place not in drawn]
             probable = kinds.probabilities(looks_XD[rest])
             said = [max(each, key=each.__getitem__) for each in probable]
             found[str(count)].append(named(count, dict(zip(rest, said, strict=True))))
     return found
 
 
-def _by_text(detector: Detector, defects: list[Defect]) -> dict[int, str]:
+def _by_text(detector: Detector, shown: Sequence[_Shown]) -> dict[int, str]:
     """The kind whose words are nearest to the most anomalous patches, by the defect's place."""
     backbone = detector.backbone
-    kinds = sorted({defect.kind for defect in defects})
+    kinds = sorted({each.defect.kind for each in shown})
     said = [kind.replace("_", " ") for kind in kinds]
     texts = [sentence.format(kind) for kind in said for sentence in _SENTENCES]
     each_KSE = backbone.encode_texts(texts).unflatten(0, (len(kinds), -1))
     texts_KE = F.normalize(each_KSE.mean(1), dim=-1)
     named: dict[int, str] = {}
-    for place, defect in enumerate(defects):
-        pixels = backbone.preprocess([read_image(defect.path, detector.reading)])
-        features = backbone.encode_images(pixels)
-        maps_1SS, _ = detector.score(features)
+    for place, each in enumerate(shown):
+        maps_1SS, _ = detector.score(each.features)
         there_1SS = (maps_1SS >= maps_1SS.max() / 2).float()
         weights_1N = F.adaptive_avg_pool2d(there_1SS, backbone.grid).flatten(1)
-        token_E = (weights_1N @ features.tokens_BNE[0])[0]
+        token_E = (weights_1N @ each.features.tokens_BNE[0])[0]
         named[place] = kinds[int((texts_KE @ token_E).argmax())]
     return named
 

@@ -17,7 +17,7 @@ from apt_ray.detection.detector import Detector
 from apt_ray.detection.kinds import Kinds, is_same, look
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import DataError
-from apt_ray.features.protocol import Backbone
+from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import cover, read_image, read_mask
 
 _FAINTEST = 1e-6
@@ -63,7 +63,9 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
                 f"{defect.path} is of no kind: move it into a folder that is named like its kind of"
                 f" defect"
             )
-        score, look_D = seen(detector, defect)
+        image = read_image(defect.path, prompt_set.reading)
+        features = backbone.encode_images(backbone.preprocess([image]))
+        score, look_D = look_at(detector, features, defect, image.size)
         scores.append(score)
         learned.append((defect.kind, look_D))
     kinds = Kinds.of([*known, *learned])
@@ -74,16 +76,20 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
     )
 
 
-def seen(detector: Detector, defect: Defect) -> tuple[float, torch.Tensor]:
+def look_at(
+    detector: Detector, features: ImageFeatures, defect: Defect, size: tuple[int, int]
+) -> tuple[float, torch.Tensor]:
     """The anomaly score of a defect's image, and `(D,)` of `look` at the defect.
 
+    Args:
+        features: of the one image.
+        size: its (width, height).
+
     Raises:
-        DataError: image or mask cannot be read, or a box lies outside.
+        DataError: the mask cannot be read, or a box lies outside.
     """
-    image = read_image(defect.path, detector.reading)
-    features = detector.backbone.encode_images(detector.backbone.preprocess([image]))
     maps_1SS, scores_1 = detector.score(features)
-    where_HW = _where(defect, image.size)
+    where_HW = _where(defect, size)
     if where_HW is not None:
         rows, columns = maps_1SS.shape[1:]
         inside_SS = torch.from_numpy(cover(where_HW, (rows, columns))).to(maps_1SS.device)
