@@ -24,7 +24,7 @@ from apt_ray.features.protocol import ImageFeatures
 MOST_OF_A_KIND = 32
 """Examples of a kind that are kept."""
 
-_PART_OF_PEAK = 0.5
+_PART_OF_PEAK = 0.7
 """The defect is where the map is at least so much of its highest value."""
 
 _SHRINKAGE = 1.0
@@ -35,7 +35,7 @@ _SMALLEST = 1e-6  # of one example, which is its own mean, nothing is left to in
 _SAME = 0.9999
 """Cosine of what one image gives twice; float16 and other machines round."""
 
-_SHARPNESS = 8.0
+_SHARPNESS = 5.0
 """By what answers, which lie near 0 and 1, are multiplied before the softmax."""
 
 

@@ -17,8 +17,8 @@ def seen(*layers_MD: torch.Tensor) -> ImageFeatures:
 
 def test_only_the_most_anomalous_part_is_looked_at() -> None:
     map_44 = torch.zeros(4, 4)
-    map_44[:2, :2] = torch.tensor([[0.8, 0.5], [0.3, 0.1]])
-    map_44[3, 3] = 0.7  # another one
+    map_44[:2, :2] = torch.tensor([[0.8, 0.6], [0.5, 0.1]])
+    map_44[3, 3] = 0.75  # another one
     fine, coarse = torch.randn(16, 3), torch.randn(4, 5)
     (found,) = look(seen(fine, coarse), map_44[None])
     expected = (
