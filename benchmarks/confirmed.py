@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from apt_ray.images import read_image
 from apt_ray.prompts.confirm import look_at
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
+from apt_ray.validation.evaluation import percent
 from apt_ray.validation.naming import Named, format_confusion
 from benchmarks.rows import Row, compared, write_rows
 
@@ -57,7 +58,7 @@ def main() -> None:
             for what, named in _of_seed(category, backbone, shown, seed).items():
                 found[what] += named
         means = {what: [one.balanced_accuracy for one in named] for what, named in found.items()}
-        cells = [f"{100 * fmean(x):.1f} ± {100 * stdev(x):.1f}" for x in means.values()]
+        cells = [percent(values) for values in means.values()]
         table.append((category.name, f"{100 / len(kinds):.1f}", *cells))
         print(format_confusion(found[str(_COUNTS[-1])]), "\n", flush=True)
         rows += [
