@@ -28,6 +28,7 @@ NOT_RUN = [
     "docs/accuracy.md: installs anomalib, takes hours",
     "docs/accuracy.md: takes hours",
     "docs/operating.md: names images of yours",
+    "docs/operating.md: names images of yours",
     "docs/operating.md: needs a Kubernetes cluster and a registry of images",
     "docs/registry.md: needs PostgreSQL and a bucket; tests/registry/test_servers.py runs the like",
     "docs/video.md: needs a camera and a fleet",

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,9 +22,12 @@ from tqdm import tqdm
 from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
 from apt_ray.config import FitSettings
 from apt_ray.errors import AptError
+from apt_ray.tables import align
 
 if TYPE_CHECKING:
+    from apt_ray.data.folders import Defect
     from apt_ray.features.protocol import Backbone
+    from apt_ray.prompts.confirm import Confirmation
 
 
 class _Terminated(KeyboardInterrupt):
@@ -145,6 +148,26 @@ def _print_cost_of_tiles(backbone: Backbone) -> None:
         f"{side} x {side} tiles: an image of {backbone.input_size} px takes {side**2} passes of the"
         f" vision tower, {1000 * seconds[-1]:.0f} ms here"
     )
+
+
+def print_confirmation(confirmation: Confirmation, defects: Sequence[Defect]) -> None:
+    """Print what a prompt set has learned of confirmed defects, and what it knew of them."""
+    prompt_set = confirmation.prompt_set
+    rows = [
+        (
+            str(defect.path),
+            f"{score:.3f}",
+            "rejected" if prompt_set.threshold.rejects(score) else "passes",
+            defect.kind,
+            name or "-",
+        )
+        for defect, score, name in zip(
+            defects, confirmation.scores, confirmation.named, strict=True
+        )
+    ]
+    print(align([("", "score", "verdict", "kind", "named by the others"), *rows]))
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in prompt_set.provenance.kinds.items())
+    print(f"kinds and their examples: {kinds}")
 
 
 @contextmanager

@@ -55,6 +55,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="set each threshold from N normal images that are neither learned from nor tested;"
         " 19 certify a false-alarm rate of 5%% (none: estimated from the support images)",
     )
+    evaluate.add_argument(
+        "--confirm",
+        type=count,
+        default=0,
+        metavar="N",
+        help="let N defective images of each kind, which are not tested, teach the kinds of"
+        " defects, and print what the others are called",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON")
     evaluate.add_argument(
         "--scores",
@@ -106,6 +114,7 @@ def _run(options: argparse.Namespace) -> int:
                         seeds=options.seeds,
                         settings=settings(options),
                         calibration=options.calibrate,
+                        confirmed=options.confirm,
                         examples=_EXAMPLES if options.report is not None else 0,
                         progress=show,
                     )
@@ -156,9 +165,12 @@ def _write(options: argparse.Namespace, results: list[Result], loaded: Backbone)
 def _print(results: list[Result]) -> None:
     from apt_ray.validation.evaluation import format_table
     from apt_ray.validation.intervals import format_types
+    from apt_ray.validation.naming import format_confusion
 
     if results:
         print(format_table(results))
     scores = [result.scores for result in results]
     if any(len(set(one.defect_types)) > _TWO_KINDS for one in scores):
         print(f"\n{format_types(scores)}")
+    if named := [result.named for result in results if result.named is not None]:
+        print(f"\n{format_confusion(named)}")

@@ -6,7 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from apt_ray.cli.common import add_backbone, add_command, add_settings, backbone, bar
+from apt_ray.cli.common import (
+    add_backbone,
+    add_command,
+    add_settings,
+    backbone,
+    bar,
+    print_confirmation,
+)
 from apt_ray.cli.common import settings as given_settings
 from apt_ray.cli.flags import count
 from apt_ray.files import check_writable, keep, location
@@ -29,6 +36,13 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="set the threshold from the normal images that are not learned from;"
         " with 19 of them a false-alarm rate of 5%% is certified",
     )
+    fit.add_argument(
+        "--confirmed",
+        type=location,
+        metavar="DIR",
+        help="images of confirmed defects, a folder for each kind, whose names it will then know;"
+        " no verdict depends on them",
+    )
     add_settings(fit)
     add_backbone(fit)
 
@@ -36,9 +50,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def _run(options: argparse.Namespace) -> int:
     check_writable(options.out)
     from apt_ray.data.distinct import describe_copies
-    from apt_ray.data.folders import find_categories
+    from apt_ray.data.folders import find_categories, find_defects
     from apt_ray.errors import DataError
     from apt_ray.levels import FULL
+    from apt_ray.prompts.confirm import confirm
     from apt_ray.prompts.fit import fit
 
     categories = find_categories(options.data)
@@ -53,15 +68,21 @@ def _run(options: argparse.Namespace) -> int:
     # One is enough to calibrate on; all that are left are read by the fit.
     drawn = category.draw(options.shots, settings.seed, calibration=1 if options.calibrate else 0)
     others = tuple(path for path in category.good if path not in drawn.support)
+    confirmed = find_defects(options.confirmed) if options.confirmed else []
+    loaded = backbone(options)
     with bar(f"fitting {category.name}") as progress:
         prompt_set = fit(
             category.name,
             drawn.support,
             settings,
-            backbone=backbone(options),
+            backbone=loaded,
             calibration=others if options.calibrate else (),
             progress=progress,
         )
+    if confirmed:
+        confirmation = confirm(prompt_set, confirmed, loaded)
+        print_confirmation(confirmation, confirmed)
+        prompt_set = confirmation.prompt_set
     keep(options.out, prompt_set.save)
     copies = prompt_set.provenance.copies if options.calibrate else drawn.copies
     if copies:

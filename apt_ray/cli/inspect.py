@@ -94,22 +94,28 @@ def _inspect(
     row: dict[str, object] = {
         "image": printable(path),
         "category": detector.category,
-        **dict.fromkeys(("anomaly_score", "threshold", "is_anomalous", "p_value", "error")),
+        **dict.fromkeys(
+            ("anomaly_score", "threshold", "is_anomalous", "p_value", "kinds", "error")
+        ),
     }
     try:
         image = read_image(path, detector.reading)
         (inspection,) = detector.inspect([image])
         verdict = "ANOMALOUS" if inspection.is_anomalous else "normal"
         p_value = "" if inspection.p_value is None else f"  p {inspection.p_value:.3f}"
+        kinds = inspection.kinds
+        kind = max(kinds, key=kinds.__getitem__, default=None)
+        named = "" if kind is None else f"  {printable(kind)} {kinds[kind]:.2f}"
         tqdm.write(
             f"{verdict:9}  score {inspection.anomaly_score:.4f}"
-            f"  threshold {inspection.threshold:.4f}{p_value}  {printable(path)}"
+            f"  threshold {inspection.threshold:.4f}{p_value}{named}  {printable(path)}"
         )
         row |= {
             "anomaly_score": inspection.anomaly_score,
             "threshold": inspection.threshold,
             "is_anomalous": inspection.is_anomalous,
             "p_value": inspection.p_value,
+            "kinds": dict(inspection.kinds),
         }
         if overlay is not None:
             drawn = draw_overlay(image, inspection.anomaly_map, threshold=inspection.threshold)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_ray.cli.common import add_command, bar
+from apt_ray.cli.common import add_command, bar, print_confirmation
 from apt_ray.cli.flags import count, number
 from apt_ray.config import MAX_DAYS
 from apt_ray.files import Location, check_writable, location
@@ -42,6 +42,7 @@ def add_verbs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """Add the commands that decide on versions, here or under another program's name."""
     _add_promote(commands)
     _add_accept(commands)
+    _add_confirm(commands)
     _add_rollback(commands)
     _add_history(commands)
     _add_diff(commands)
@@ -190,6 +191,39 @@ def _accept(options: argparse.Namespace) -> int:
             print(f"passed over: {identifier}: {reason}", file=sys.stderr)
     print(report(accepted, names, defects))
     print(f"{options.category}: version {accepted.source} -> {accepted.version}")
+    return 0
+
+
+def _add_confirm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    confirm = add_command(
+        commands, "confirm", _confirm, "let confirmed defects teach the kinds of defects"
+    )
+    confirm.description = (
+        "Let images of confirmed defects teach the champion to name their kinds, as a new version"
+        " that serves at once; `rollback` takes it back. Scores, threshold and verdicts stay what"
+        " they were."
+    )
+    confirm.add_argument("category")
+    confirm.add_argument(
+        "--defects",
+        type=location,
+        required=True,
+        metavar="DIR",
+        help="a folder for each kind of defect, with masks in ground_truth/ or boxes in boxes.csv"
+        " where there are any, or s3://bucket/prefix",
+    )
+    confirm.add_argument("--reason", required=True, metavar="TEXT", help="kept in the history")
+    _add_address(confirm)
+
+
+def _confirm(options: argparse.Namespace) -> int:
+    from apt_ray.data.folders import find_defects
+    from apt_ray.registry.confirmation import confirm_defects
+
+    defects = find_defects(options.defects)
+    confirmed = confirm_defects(_registry(options), options.category, defects, why=options.reason)
+    print_confirmation(confirmed.confirmation, defects)
+    print(f"{options.category}: version {confirmed.source} -> {confirmed.version}")
     return 0
 
 

@@ -24,6 +24,7 @@ from apt_ray.files import (
     visible,
 )
 from apt_ray.images import IMAGE_SUFFIXES, find_reading, is_image_file, read_image
+from apt_ray.text import printable
 
 GOOD = "good"
 _NORMAL = frozenset({GOOD, "ok", "normal"})
@@ -53,6 +54,7 @@ _LAYOUTS = (
     _Layout(name="VisA", home=("data",), learn=("images",), test=("images",)),
     _Layout(name="plain folders"),
 )
+_BOXES, _BOX_COLUMNS = "boxes.csv", ("image", "x", "y", "width", "height")
 _SPLITS, _SPLIT_LIST = "split_csv", "1cls.csv"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _HEADINGS = {
@@ -74,6 +76,22 @@ class LabelledImage:
     @property
     def is_anomalous(self) -> bool:
         return self.defect_type != GOOD
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defect:
+    """An image of a confirmed defect.
+
+    Attributes:
+        kind: the name of its folder; empty where it lies in none.
+        mask: as in `LabelledImage`.
+        boxes: (x, y, width, height) in pixels of the image; empty where there are none.
+    """
+
+    path: Location
+    kind: str
+    mask: Location | None = None
+    boxes: tuple[tuple[int, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +157,25 @@ class Category:
         """What `draw` gives to learn from."""
         return self.draw(shots, seed).support
 
+    def draw_defects(self, count: int, seed: int) -> list["Defect"]:
+        """`count` defective test images of each type, drawn by `seed`. DataError if a type would be
+        left without an image to test."""
+        images: dict[str, list[LabelledImage]] = defaultdict(list)
+        for image in self.test:
+            if image.is_anomalous:
+                images[image.defect_type].append(image)
+        for kind, own in images.items():
+            if len(own) <= count:
+                raise DataError(
+                    f"category {self.name} has {len(own)} test images of {kind} in {self.root}, and"
+                    f" {count} were asked for, beside which one is tested: ask for fewer"
+                )
+        return [
+            Defect(path=image.path, kind=kind, mask=image.mask)
+            for kind, own in images.items()
+            for image in random.Random(seed).sample(own, count)
+        ]
+
     def name_of(self, path: AnyPath) -> str:
         """Where an image lies below the category's folder: the same on disk and in S3."""
         return _below(self.root, absolute(path))
@@ -189,6 +226,73 @@ def find_categories(root: AnyPath, names: Sequence[str] = ()) -> list[Category]:
     return [
         _read_category(folder) for name, folder in folders.items() if name in (names or folders)
     ]
+
+
+def find_defects(root: AnyPath) -> list[Defect]:
+    """The images of confirmed defects in a folder, those of a kind in a folder of its name; or the
+    defective images of a category, in whatever layout.
+
+    Raises DataError for whatever leaves open what is meant, with the path and the remedy.
+    """
+    root = absolute(root)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: give one with images of confirmed defects")
+    folder = _Folder(root)
+    places = _places(folder)
+    if places is not None and places.test is not None:
+        home, masks = places.test, places.masks
+    else:
+        home, masks = folder, folder.child(_MASKS)
+    images = {
+        kind: kind.images
+        for kind in (home, *home.folders)
+        if not kind.is_normal and kind.name.casefold() not in _MASKS
+    }
+    mask_of = {} if masks is None else _match(masks, images)
+    boxes_of = _read_boxes(root)
+    found = [
+        Defect(
+            path=path,
+            kind="" if kind is home else printable(kind.name),
+            mask=mask_of.get(path),
+            boxes=boxes_of.pop(_below(root, path), ()),
+        )
+        for kind, paths in images.items()
+        for path in paths
+    ]
+    if not found:
+        raise DataError(
+            f"{root} holds no image of a defect: put PNG, JPEG, BMP, TIFF or WebP files into it, or"
+            f" into a folder for each kind of defect"
+        )
+    if boxes_of:
+        raise DataError(
+            f"{root / _BOXES} names {next(iter(boxes_of))}, which is no image of a defect in"
+            f" {root}: correct its name, or take the line away"
+        )
+    return found
+
+
+def _read_boxes(root: Location) -> dict[str, tuple[tuple[int, int, int, int], ...]]:
+    """Name of an image below `root` -> its boxes, as the file beside the images says."""
+    file = root / _BOXES
+    if not file.is_file():
+        return {}
+    boxes: dict[str, tuple[tuple[int, int, int, int], ...]] = defaultdict(tuple)
+    lines = read_file(file).decode("utf-8-sig", errors="replace").splitlines()
+    for number, row in enumerate(csv.reader(lines), 1):
+        if not row or [cell.strip().casefold() for cell in row] == list(_BOX_COLUMNS):
+            continue
+        try:
+            name, *numbers = (cell.strip() for cell in row)
+            x, y, width, height = map(int, numbers)
+        except ValueError:
+            raise DataError(
+                f"line {number} of {file} is not {','.join(_BOX_COLUMNS)} in whole pixels, such as"
+                f" scratch/a.png,10,20,64,32: correct it"
+            ) from None
+        boxes[name] += ((x, y, width, height),)
+    return dict(boxes)
 
 
 def images_below(folder: Path) -> list[Path]:

@@ -5,8 +5,8 @@ B images, N patch tokens, H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from apt_ray.detection.calibration import Threshold
+from apt_ray.detection.kinds import look
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.detection.rule import ScoreRule, resize_map
 from apt_ray.errors import PromptSetError
@@ -59,6 +60,8 @@ class Inspection:
         is_anomalous: whether it is.
         p_value: share of normal images that would score as high, None without calibration images.
         regions: what lies above the threshold, worst first; empty if the image is not anomalous.
+        kinds: kind of defect -> probability that it is the one that the most anomalous part shows;
+            empty if the image is not anomalous, and where no defects were confirmed.
     """
 
     anomaly_map: npt.NDArray[np.float32]
@@ -67,6 +70,7 @@ class Inspection:
     is_anomalous: bool
     p_value: float | None
     regions: tuple[Region, ...]
+    kinds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Detector:
@@ -114,6 +118,7 @@ class Detector:
         )
         self._text_PE = prompt_set.text_features.to(backbone.device)
         self._memory = prompt_set.memory.to(backbone.device)
+        self._kinds = prompt_set.kinds and prompt_set.kinds.to(backbone.device)
         self._rule = ScoreRule.of(backbone, prompt_set.settings)
         if self._interest_SS is not None:
             highest = self._rule.highest_score(self._interest_SS)
@@ -143,9 +148,13 @@ class Detector:
         """Inspect RGB images of any size in one batch, one forward pass of the backbone."""
         features = self.backbone.encode_images(self.backbone.preprocess(images))
         maps_BHW, scores_B = self.score(features)
+        scores = scores_B.tolist()
+        kinds = self.name_kinds(features, maps_BHW, scores)
         return [
-            self.conclude(map_HW, score, image.size)
-            for image, map_HW, score in zip(images, maps_BHW.cpu(), scores_B.tolist(), strict=True)
+            replace(self.conclude(map_HW, score, image.size), kinds=kind)
+            for image, map_HW, score, kind in zip(
+                images, maps_BHW.cpu(), scores, kinds, strict=True
+            )
         ]
 
     def conclude(
@@ -161,6 +170,22 @@ class Detector:
         The anomaly map may be wanted at another size; regions are in pixels of the image.
         """
         return conclude(self.prompt_set.threshold, map_SS, score, size, map_size=map_size)
+
+    def name_kinds(
+        self, features: ImageFeatures, maps_BSS: torch.Tensor, scores: Sequence[float]
+    ) -> list[dict[str, float]]:
+        """The kinds of `Inspection`, of encoded images with the maps and scores of `score`."""
+        rejected = [
+            place
+            for place, score in enumerate(scores)
+            if self._kinds and self.prompt_set.threshold.rejects(score)
+        ]
+        named: list[dict[str, float]] = [{} for _ in scores]
+        if self._kinds and rejected:
+            looks_RD = look(features[rejected], maps_BSS[rejected])
+            for place, kinds in zip(rejected, self._kinds.probabilities(looks_RD), strict=True):
+                named[place] = kinds
+        return named
 
     def probe_score(self) -> float:
         """The anomaly score of a fixed image, drawn by formula; it tells damage from health."""

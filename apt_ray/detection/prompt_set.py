@@ -2,11 +2,12 @@
 
 Tensors: `text_features` (P, E), `contexts` (P, L, C), `meta_features` (2, E), and
 `memory.<layer>` (M, D) in float16. Newer files also have `thumbnail.<n>`, the bytes of small
-JPEG files of the support images, for people alone. The header holds everything else as JSON, and a
+JPEG files of the support images, for people alone, and where defects were confirmed `kinds`
+(X, D) in float16, what these look like. The header holds everything else as JSON, and a
 SHA-256 over all of it. Nothing is ever unpickled.
 
 P prompts (0 normal, the others anomalous), E joint width, L context length, C token width, M
-patches, D width.
+patches, D width, X confirmed defects.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from apt_ray.config import BackboneSpec, FitSettings, Settings
 from apt_ray.data.distinct import Copies
 from apt_ray.detection.calibration import Threshold
+from apt_ray.detection.kinds import Kinds
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import RULE_VERSION, Scales
 from apt_ray.errors import PromptSetError
@@ -39,6 +41,7 @@ THUMBNAIL_SIDE = 448
 _FIRST_RULE = 1  # of files that do not say
 _MEMORY = "memory."
 _THUMBNAIL = "thumbnail."
+_KINDS = "kinds"
 
 
 class UsedFeedback(Settings):
@@ -79,6 +82,11 @@ class Provenance(Settings):
     feedback: tuple[UsedFeedback, ...] = Field(
         default=(), description="What people said that it has taken in since the fit."
     )
+    kinds: dict[str, PositiveInt] = Field(
+        default_factory=dict,
+        exclude_if=lambda kinds: not kinds,
+        description="Kind of defect that it names -> confirmed examples of it.",
+    )
     reading: Reading = Field(
         default=FORMER, description="How image files were read, and are to be read."
     )
@@ -100,6 +108,7 @@ class PromptSet:
         memory: features of the support images.
         thumbnails: JPEG files of the support images at `THUMBNAIL_SIDE`, in the order of their
             names; empty in files from before they were kept.
+        kinds: what kinds of defects it names; None where none were confirmed.
     """
 
     provenance: Provenance
@@ -108,6 +117,7 @@ class PromptSet:
     meta_features: torch.Tensor
     memory: ReferenceMemory
     thumbnails: tuple[bytes, ...] = ()
+    kinds: Kinds | None = None
 
     @property
     def category(self) -> str:
@@ -156,6 +166,11 @@ class PromptSet:
         provenance = self.provenance.model_copy(update={"category": category})
         return replace(self, provenance=provenance)
 
+    def with_kinds(self, kinds: Kinds) -> PromptSet:
+        """The same prompt set, naming these kinds of defects."""
+        provenance = self.provenance.model_copy(update={"kinds": dict(kinds.counts)})
+        return replace(self, provenance=provenance, kinds=kinds)
+
     def to_bytes(self) -> bytes:
         """The content of its safetensors file."""
         tensors = {
@@ -167,6 +182,7 @@ class PromptSet:
                 f"{_THUMBNAIL}{number}": torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 for number, data in enumerate(self.thumbnails)
             },
+            **({} if self.kinds is None else {_KINDS: self.kinds.examples_XD}),
         }
         contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         return save(contiguous, seal(self.provenance.model_dump_json(), contiguous))
@@ -193,7 +209,7 @@ class PromptSet:
                 f" ({error.error_count()} fields differ, first {error.errors()[0]['loc']}): use the"
                 f" version that wrote it, or {remedy}"
             ) from error
-        _check_shapes(tensors, provenance.scales, source, remedy)
+        _check_shapes(tensors, provenance, source, remedy)
         memory = {
             int(name.removeprefix(_MEMORY)): tensor
             for name, tensor in tensors.items()
@@ -206,6 +222,9 @@ class PromptSet:
             meta_features=tensors["meta_features"],
             memory=ReferenceMemory(memory),
             thumbnails=tuple(tensors[name].numpy().tobytes() for name in _thumbnails(tensors)),
+            kinds=Kinds(counts=provenance.kinds, examples_XD=tensors[_KINDS])
+            if provenance.kinds
+            else None,
         )
 
     def save(self, path: StrPath) -> None:
@@ -262,15 +281,17 @@ def _thumbnails(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _check_shapes(
-    tensors: dict[str, torch.Tensor], scales: Scales, source: str, remedy: str
+    tensors: dict[str, torch.Tensor], provenance: Provenance, source: str, remedy: str
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    memories = {f"{_MEMORY}{layer}" for layer in scales.layers}
+    memories = {f"{_MEMORY}{layer}" for layer in provenance.scales.layers}
+    kinds = {_KINDS} if provenance.kinds else set()
     thumbnails = set(_thumbnails(tensors))
     text = shapes.get("text_features", ())
     contexts = shapes.get("contexts", ())
     fits = (
-        set(shapes) == {"text_features", "contexts", "meta_features", *memories, *thumbnails}
+        set(shapes)
+        == {"text_features", "contexts", "meta_features", *memories, *kinds, *thumbnails}
         and len(text) == 2
         and text[0] >= 2
         and shapes["meta_features"] == (2, text[1])
@@ -279,7 +300,11 @@ def _check_shapes(
         and memories
         and all(len(shapes[name]) == 2 and shapes[name][0] > 0 for name in memories)
         and all(
-            tensor.dtype == (torch.float16 if name in memories else torch.float32)
+            shapes[name] == (sum(provenance.kinds.values()), sum(shapes[m][1] for m in memories))
+            for name in kinds
+        )
+        and all(
+            tensor.dtype == (torch.float16 if name in memories | kinds else torch.float32)
             and bool(tensor.isfinite().all())
             for name, tensor in tensors.items()
             if name not in thumbnails

@@ -7,7 +7,7 @@ from typing import Literal
 
 from apt_ray.errors import RegistryConflictError
 
-Action = Literal["first", "promote", "accept", "rollback", "by hand"]
+Action = Literal["first", "promote", "accept", "confirm", "rollback", "by hand"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

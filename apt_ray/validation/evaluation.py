@@ -19,21 +19,24 @@ import torch
 
 from apt_ray.config import FitSettings
 from apt_ray.data.distinct import Copies, Distinct, pixel_digest
-from apt_ray.data.folders import Category
+from apt_ray.data.folders import GOOD, Category
 from apt_ray.detection.calibration import Threshold
 from apt_ray.detection.detector import Detector
+from apt_ray.detection.kinds import Kinds, look
 from apt_ray.detection.rule import resize_map
 from apt_ray.errors import DataError, SettingsError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.files import Location
 from apt_ray.images import find_reading, read_image, read_mask
 from apt_ray.levels import UNTOLD, Reading
+from apt_ray.prompts.confirm import confirm
 from apt_ray.prompts.fit import fit
 from apt_ray.tables import markdown
 from apt_ray.text import printable
 from apt_ray.validation.examples import Example, choose
 from apt_ray.validation.intervals import ImageScores, histogram
 from apt_ray.validation.metrics import image_auroc, pixel_auroc_and_aupro
+from apt_ray.validation.naming import Named
 from apt_ray.validation.verdicts import Verdicts
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
@@ -64,6 +67,7 @@ class Result:
         copies: normal images that were left out, since they show what another one shows.
         threshold: of the prompt set, None for a way of scoring that it does not belong to.
         examples: telling test images, where they were asked for.
+        named: what its defects were called, where some were confirmed.
     """
 
     variant: str
@@ -77,6 +81,7 @@ class Result:
     scores: ImageScores = field(repr=False, compare=False)
     threshold: Threshold | None = field(default=None, repr=False, compare=False)
     examples: tuple[Example, ...] = field(default=(), repr=False, compare=False)
+    named: Named | None = field(default=None, repr=False, compare=False)
 
     @property
     def verdicts(self) -> Verdicts | None:
@@ -107,6 +112,7 @@ class Result:
             "defects_found_by_type": verdicts
             and {printable(name): rejected.share for name, rejected in verdicts.by_type.items()},
             "threshold": threshold and threshold.model_dump(),
+            "kinds_named_right": self.named and self.named.balanced_accuracy,
         }
 
 
@@ -118,6 +124,7 @@ def evaluate(
     seeds: Sequence[int],
     settings: FitSettings | None = None,
     calibration: int = 0,
+    confirmed: int = 0,
     examples: int = 0,
     progress: Progress | None = None,
 ) -> list[Result]:
@@ -130,6 +137,8 @@ def evaluate(
     Args:
         calibration: how many normal images outside the support set each threshold is set from;
             they are not tested. Without them the support set gives an uncertified one.
+        confirmed: how many defective images of each type teach the kinds of defects; they are not
+            tested.
         examples: how many test images of each kind to show with the first seed's `both`.
         progress: called with (what is being done, done, in all).
 
@@ -144,6 +153,7 @@ def evaluate(
     fits = {seed: FitSettings.parse({**settings.model_dump(), "seed": seed}) for seed in seeds}
     report = progress or (lambda _what, _done, _total: None)
     draws = {seed: category.draw(shots, seed, calibration=calibration) for seed in seeds}
+    defects = {seed: category.draw_defects(confirmed, seed) for seed in seeds}
     # Test images are encoded once for all seeds, so all are read by what all support images say.
     reading = find_reading(
         list(dict.fromkeys(path for drawn in draws.values() for path in drawn.support)),
@@ -163,6 +173,8 @@ def evaluate(
             reading=reading,
             progress=lambda done, total, seed=seed: report(f"fit seed {seed}", done, total),  # type: ignore[misc]
         )
+        if defects[seed]:
+            prompt_set = confirm(prompt_set, defects[seed], backbone).prompt_set
         detector = Detector(backbone, prompt_set)
         for variant, weight in (
             ("prompts", 0.0),
@@ -180,7 +192,7 @@ def evaluate(
                 score,
                 variant=variant,
                 support=drawn.support,
-                calibration=drawn.calibration,
+                calibration=(*drawn.calibration, *(defect.path for defect in defects[seed])),
                 seed=seed,
                 threshold=threshold,
             )
@@ -188,6 +200,9 @@ def evaluate(
             if threshold is not None and seed == seeds[0]:
                 shown = test.examples(score, result, threshold.value, examples)
                 result = replace(result, examples=shown)
+            if variant == "both" and prompt_set.kinds is not None:
+                named = test.name(score, features, result, prompt_set.kinds, confirmed)
+                result = replace(result, named=named)
             results.append(result)
     return results
 
@@ -322,6 +337,28 @@ class TestSet:
                 anomalous_IH=None if histograms_2IH is None else histograms_2IH[1],
             ),
             threshold=threshold,
+        )
+
+    def name(
+        self,
+        score: Scorer,
+        features: ImageFeatures,
+        result: Result,
+        kinds: Kinds,
+        examples: int,
+    ) -> Named:
+        """What the defective images of a result are called, rejected or not."""
+        place = {self.category.name_of(image.path): i for i, image in enumerate(self.category.test)}
+        scores = result.scores
+        pairs = []
+        for name, kind in zip(scores.names, scores.defect_types, strict=True):
+            if kind != GOOD:
+                index = [place[name]]
+                maps_1SS, _ = score(index)
+                (said,) = kinds.probabilities(look(features[index], maps_1SS.cpu()))
+                pairs.append((kind, max(said, key=said.__getitem__)))
+        return Named(
+            category=result.category, seed=result.seed, examples=examples, pairs=tuple(pairs)
         )
 
     def examples(

@@ -188,7 +188,7 @@ def _of_video(path: Path, fps: float | None) -> Iterator[Frame]:
             rate = float(video.average_rate or _UNTOLD_FPS)
             first_s: float | None = None
             for index, frame in enumerate(container.decode(video)):
-                told_s = index / rate if frame.time is None else frame.time
+                told_s = index / rate if frame.pts is None else frame.time
                 first_s = told_s if first_s is None else first_s
                 time_s = index / fps if fps else told_s - first_s
                 yield Frame(index=index, time_s=time_s, load=frame.to_image)

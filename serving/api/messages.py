@@ -49,6 +49,11 @@ class InspectionReport(BaseModel):
         " promises nothing."
     )
     regions: list[RegionReport] = Field(description="Where, worst first.")
+    kinds: dict[str, float] = Field(
+        default={},
+        description="Kind of defect -> probability that the most anomalous part shows it; empty of"
+        " a good part, and where the category was shown no confirmed defects.",
+    )
     width: int = Field(default=0, description="Of the image sent, upright, in pixels.")
     height: int = Field(default=0, description="Likewise.")
     request_id: str = ""

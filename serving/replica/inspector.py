@@ -99,6 +99,7 @@ class _Result:
     map_SS: torch.Tensor
     score: float
     features_W: torch.Tensor
+    kinds: dict[str, float]
     encoded: tuple[ImageFeatures, int] | None  # a batch's and its row, for who is tried afterwards
     started_at: float
     ended_at: float
@@ -397,7 +398,8 @@ class Inspector:
         now = [self._newest(job) for job in jobs]
         for index, served in enumerate(now):
             groups[id(served.detector.backbone)].append(index)
-        found = [(torch.empty(0), math.nan, torch.empty(0))] * len(jobs)
+        unknown: dict[str, float] = {}
+        found = [(torch.empty(0), math.nan, torch.empty(0), unknown)] * len(jobs)
         encoded: list[tuple[ImageFeatures, int] | None] = [None] * len(jobs)
         for indices in groups.values():
             group_started_at = time.monotonic()
@@ -411,11 +413,14 @@ class Inspector:
                     encoded[index] = features, row
             for some in rows.values():
                 detector = now[indices[some[0]]].detector
-                maps_BSS, scores_B = detector.score(
-                    features if len(some) == len(indices) else features[some]
-                )
-                for row, map_SS, score in zip(some, maps_BSS.cpu(), scores_B.tolist(), strict=True):
-                    found[indices[row]] = (map_SS, score, whole_BW[row])
+                own = features if len(some) == len(indices) else features[some]
+                maps_BSS, scores_B = detector.score(own)
+                scores = scores_B.tolist()
+                named = detector.name_kinds(own, maps_BSS, scores)
+                for row, map_SS, score, kinds in zip(
+                    some, maps_BSS.cpu(), scores, named, strict=True
+                ):
+                    found[indices[row]] = (map_SS, score, whole_BW[row], kinds)
             each = (time.monotonic() - group_started_at) / len(indices)
             for category in {now[index].about.category for index in indices}:
                 self._admission.took(category, "model", each)
@@ -428,11 +433,14 @@ class Inspector:
                 map_SS=map_SS,
                 score=score,
                 features_W=whole_W,
+                kinds=kinds,
                 encoded=batch_row,
                 started_at=started_at,
                 ended_at=ended_at,
             )
-            for served, (map_SS, score, whole_W), batch_row in zip(now, found, encoded, strict=True)
+            for served, (map_SS, score, whole_W, kinds), batch_row in zip(
+                now, found, encoded, strict=True
+            )
         ]
 
     def _newest(self, job: _Job) -> ServedCategory:
@@ -475,6 +483,7 @@ class Inspector:
             p_value=threshold.p_value(result.score),
             certified_false_alarm_rate=about.certified_false_alarm_rate,
             regions=[RegionReport(**asdict(region)) for region in regions],
+            kinds=result.kinds,
             width=job.size[0],
             height=job.size[1],
             timings_ms=timings,

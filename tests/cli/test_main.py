@@ -40,6 +40,29 @@ def test_fit_then_inspect_writes_overlays_and_results(
     assert read_image(Path(row["overlay"])).size == read_image(picture).size
 
 
+def test_confirmed_defects_name_what_is_found(
+    sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    category = min(sample_data.iterdir())
+    confirmed, file, results = tmp_path / "confirmed", tmp_path / "set", tmp_path / "results.json"
+    kinds = sorted(path.name for path in (category / "test").iterdir() if path.name != "good")
+    for kind in kinds:
+        (confirmed / kind).mkdir(parents=True)
+        shutil.copy(min((category / "test" / kind).iterdir()), confirmed / kind / "a.png")
+    fit = ["fit", "--data", str(category), "--out", str(file), "--shots", "2", "--steps", "2"]
+    assert main([*fit, "--confirmed", str(confirmed)]) == 0
+    assert "named by the others" in capsys.readouterr().out
+    defect = confirmed / kinds[0] / "a.png"
+    file = file.rename(tmp_path / "set.safetensors")
+    prompt_set = PromptSet.load(file)
+    prompt_set.with_threshold(prompt_set.threshold.moved_to(0.0)).save(file)
+    assert main(["inspect", str(file), str(defect), "--json", str(results)]) == 0
+    (row,) = json.loads(results.read_text())
+    assert set(row["kinds"]) == set(kinds)
+    assert max(row["kinds"], key=row["kinds"].__getitem__) == kinds[0]
+    assert f"  {kinds[0]} 0." in capsys.readouterr().out
+
+
 def test_every_switch_of_the_method_is_a_flag(
     sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,9 +154,11 @@ def test_evaluate_prints_a_table_and_writes_every_result(
     file = tmp_path / "results.json"
     name = min(sample_data.iterdir()).name
     options = ["--categories", name, "--shots", "1", "--seeds", "0", "--steps", "1"]
-    options += ["--calibrate", "1", "--json", str(file)]
+    options += ["--calibrate", "1", "--confirm", "1", "--json", str(file)]
     assert main(["evaluate", "--data", str(sample_data), *options]) == 0
-    assert "| image AUROC |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| image AUROC |" in printed
+    assert f"{name}: kinds by 1 confirmed defects of each" in printed
     results = json.loads(file.read_text())
     assert [result["variant"] for result in results] == ["prompts", "reference", "both"]
     assert set(results[0]) == {
@@ -150,6 +175,7 @@ def test_evaluate_prints_a_table_and_writes_every_result(
         "defects_found",
         "defects_found_interval",
         "defects_found_by_type",
+        "kinds_named_right",
         "threshold",
     }
     assert results[-1]["threshold"]["source"] == "calibration images"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apt_ray.data.folders import Category, find_categories, support_hash
+from apt_ray.data.folders import Category, find_categories, find_defects, support_hash
 from apt_ray.errors import DataError
 from apt_ray.images import read_image
 
@@ -488,3 +488,58 @@ def test_a_visa_list_that_cannot_be_read_is_named(
     split_list.write_text("")
     with pytest.raises(DataError, match="has no column object, split, image"):
         find_categories(visa)
+
+
+def test_confirmed_defects_are_read_by_kind(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "some.png",
+        "scratch/a.png",
+        "scratch/b.png",
+        "pit/a.png",
+        "good/a.png",
+        "ground_truth/scratch/a_mask.png",
+        "masks_of_mine/readme.txt",
+    )
+    (tmp_path / "boxes.csv").write_text(
+        "image,x,y,width,height\npit/a.png, 1, 2, 3, 4\npit/a.png,5,6,7,8\nsome.png,0,0,9,9\n"
+    )
+    found = {(defect.kind, defect.path.name): defect for defect in find_defects(tmp_path)}
+    assert list(found) == [
+        ("", "some.png"),
+        ("pit", "a.png"),
+        *(("scratch", n) for n in ("a.png", "b.png")),
+    ]
+    assert found["pit", "a.png"].boxes == ((1, 2, 3, 4), (5, 6, 7, 8))
+    assert found["", "some.png"].boxes == ((0, 0, 9, 9),)
+    assert found["scratch", "a.png"].mask == tmp_path / "ground_truth" / "scratch" / "a_mask.png"
+    assert found["scratch", "b.png"].mask is None
+
+
+def test_the_defective_images_of_a_category_are_confirmed_defects(mvtec: Path) -> None:
+    found = find_defects(mvtec / "nut")
+    assert [defect.kind for defect in found] == ["bent", "bent", "scratch"]
+    assert all(defect.mask is not None for defect in found)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "said"),
+    [
+        ("a.png,1,2,3", "line 1 of .*boxes.csv is not image,x,y,width,height"),
+        ("a.png,1,2,3,wide", "line 1 of .*boxes.csv is not image,x,y,width,height"),
+        ("b.png,1,2,3,4", "names b.png, which is no image of a defect"),
+    ],
+)
+def test_boxes_that_say_nothing_are_refused(tmp_path: Path, boxes: str, said: str) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "boxes.csv").write_text(f"\n{boxes}\n".lstrip())
+    with pytest.raises(DataError, match=said):
+        find_defects(tmp_path)
+
+
+def test_a_folder_without_defects_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "good/a.png")
+    with pytest.raises(DataError, match="holds no image of a defect"):
+        find_defects(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        find_defects(tmp_path / "absent")

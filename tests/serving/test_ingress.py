@@ -20,6 +20,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import AptError, MissingDependencyError
 from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import decode_image, read_image
+from apt_ray.prompts.confirm import confirm
 from serving.api.access import Access
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Picture
@@ -117,6 +118,22 @@ def test_an_answer_says_what_the_detector_found(
     assert answer["p_value"] is answer["certified_false_alarm_rate"] is answer["map_png"] is None
     assert set(answer["timings_ms"]) == {"receive", "decode", "queue", "inspect", "conclude"}
     assert all(value >= 0 for value in answer["timings_ms"].values())
+
+
+def test_an_answer_names_the_kind_where_defects_were_confirmed(
+    backbone: FrozenCLIP, prompt_set: PromptSet, category: Category
+) -> None:
+    defects = category.draw_defects(1, seed=0)
+    taught = confirm(with_threshold(prompt_set, 0.0), defects, backbone).prompt_set
+    api = create_api(inspector(backbone, taught), http=LIMITS, access=OPEN)
+    data = defects[0].path.read_bytes()
+    kinds = inspect(api, data).json()["kinds"]
+    assert set(kinds) == {defect.kind for defect in defects}
+    assert sum(kinds.values()) == pytest.approx(1)
+    assert max(kinds, key=kinds.__getitem__) == defects[0].kind
+    passing = with_threshold(taught, 1.0)
+    api = create_api(inspector(backbone, passing), http=LIMITS, access=OPEN)
+    assert inspect(api, data).json()["kinds"] == {}
 
 
 def test_the_map_comes_along_when_asked_for(
