@@ -26,7 +26,7 @@ LIMITS = HttpLimits(max_bytes=2_000_000, max_pixels=4_000_000, timeout_s=20)
 
 @pytest.fixture(scope="module")
 def api(prompt_set: PromptSet) -> FastAPI:
-    inspector = Inspector(limits=LIMITS.image, batching=Batching())
+    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"))
     stored = StoredVersion(category="nut", version=1, run_id="", data=prompt_set.to_bytes())
     inspector.load("nut", Order(version=1), stored)
     return create_api(inspector, http=LIMITS, access=Access(Auth()))

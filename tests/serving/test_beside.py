@@ -72,7 +72,7 @@ class Bench:
         self.history = KeptVersions()
         self.inspector = Inspector(
             limits=HttpLimits().image,
-            batching=Batching(),
+            batching=Batching(runtime="torch"),
             beside=Beside(self.line, cache),
             history=self.history,  # type: ignore[arg-type]
         )

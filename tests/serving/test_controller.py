@@ -310,7 +310,9 @@ class Line:
 def replica(
     line: Line, folder: Path, name: str = "r", *, drift: DriftWatches | None = None
 ) -> tuple[Follower, Inspector, Access]:
-    inspector = Inspector(limits=HttpLimits().image, batching=Batching(), shared=True, drift=drift)
+    inspector = Inspector(
+        limits=HttpLimits().image, batching=Batching(runtime="torch"), shared=True, drift=drift
+    )
     access = Access(Auth())
     follower = Follower(
         "tail",

@@ -20,7 +20,7 @@ TOKEN = {"Authorization": "Bearer all"}
 
 @pytest.fixture(scope="module")
 def description(prompt_set: PromptSet) -> BaseSchema:
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(), shared=True)
+    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True)
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     inspector.load("blister", Order(version=7), stored)
     controller = KnownController()

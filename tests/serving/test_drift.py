@@ -141,7 +141,7 @@ def watching(prompt_set: PromptSet) -> tuple[Inspector, Callable[[int], None]]:
     """A replica that watches, and what lets it serve a version."""
     inspector = Inspector(
         limits=HttpLimits().image,
-        batching=Batching(),
+        batching=Batching(runtime="torch"),
         shared=True,
         drift=DriftWatches(SETTINGS),
     )

@@ -28,7 +28,7 @@ def inspector_of(prompt_set: PromptSet, folder: Path, *, threshold: float) -> In
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     cache.put(stored)
     beside = Beside(KnownController(), cache)  # type: ignore[arg-type]
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(), beside=beside)
+    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), beside=beside)
     inspector.load("blister", Order(version=7, decision=Decision(threshold=threshold)), stored)
     return inspector
 

@@ -53,7 +53,7 @@ def keeping(tmp_path: Path, prompt_set: PromptSet) -> Keeping:
     def start(*, threshold: float = 0, auth: Auth = AUTH, **settings: Any) -> FastAPI:
         history = History(HistorySettings(images=100, folder=str(tmp_path / "history")), "registry")
         inspector = Inspector(
-            limits=LIMITS.image, batching=Batching(), shared=True, history=history
+            limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True, history=history
         )
         stored = StoredVersion(
             category="blister", version=7, run_id="r", data=prompt_set.to_bytes()
@@ -258,7 +258,7 @@ def test_a_flood_a_full_store_and_a_full_disk_are_refused(keeping: Keeping) -> N
 
 
 def test_without_a_store_there_is_no_feedback(keeping: Keeping, prompt_set: PromptSet) -> None:
-    inspector = Inspector(limits=LIMITS.image, batching=Batching())
+    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"))
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     inspector.load("blister", Order(version=7), stored)
     api = create_api(inspector, http=LIMITS, access=Access(Auth()))

@@ -64,7 +64,7 @@ def keeping(tmp_path: Path, prompt_set: PromptSet) -> Keeping:
         values = HistorySettings.parse({"images": 100, "folder": folder, **settings})
         history = History(values, "registry", meter=meter)  # type: ignore[arg-type]
         inspector = Inspector(
-            limits=LIMITS.image, batching=Batching(), shared=True, history=history
+            limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True, history=history
         )
         stored = StoredVersion(
             category="blister", version=7, run_id="r", data=prompt_set.to_bytes()

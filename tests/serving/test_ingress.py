@@ -33,7 +33,7 @@ from serving.settings import Auth, Batching, Decision, HttpLimits, RegionOfInter
 LIMITS = HttpLimits(max_bytes=200_000, max_pixels=100_000, timeout_s=20)
 TOKEN = {"name": "line-3", "sha256": hashlib.sha256(b"secret").hexdigest()}
 AUTH = Auth.parse({"tokens": [TOKEN, {"name": "line-4", "sha256": "0" * 64}]})
-DEFAULT_BATCHING = Batching()
+DEFAULT_BATCHING = Batching(runtime="torch")  # spares a compilation each
 OPEN = Access(Auth())
 
 
@@ -328,7 +328,7 @@ def test_another_runtime_answers_the_same(
         found = await asyncio.gather(*(ask_for(inspecting, data) for data in images))
         return [each.report.anomaly_score for each in found]
 
-    expected = asyncio.run(scores(inspector(backbone, prompt_set, Batching(runtime="torch"))))
+    expected = asyncio.run(scores(inspector(backbone, prompt_set)))
     batching = Batching(runtime="openvino", threads=2)
     assert asyncio.run(scores(inspector(backbone, prompt_set, batching))) == pytest.approx(
         expected, abs=1e-4
@@ -342,7 +342,7 @@ def test_a_runtime_that_is_not_there_is_done_without_unless_it_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # imports of it raise ModuleNotFoundError
-    answered = asyncio.run(ask_for(inspector(backbone, prompt_set), png()))
+    answered = asyncio.run(ask_for(inspector(backbone, prompt_set, Batching()), png()))
     assert 0 <= answered.report.anomaly_score <= 1
     assert "PyTorch encodes images: " in caplog.text
     with pytest.raises(MissingDependencyError, match="edge"):
@@ -580,7 +580,7 @@ def test_a_region_of_interest_leaves_only_what_lies_in_it(
     stored = StoredVersion(category="blister", version=1, run_id="", data=prompt_set.to_bytes())
     scores = {}
     for name, box in (("all", (0, 0, 1, 1)), ("left", (0, 0, 0.5, 1)), ("right", (0.5, 0, 0.5, 1))):
-        inspecting = Inspector(limits=LIMITS.image, batching=Batching())
+        inspecting = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"))
         order = Order(
             version=1,
             decision=Decision(threshold=0.0),

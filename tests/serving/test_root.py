@@ -85,7 +85,7 @@ class KnownController:
 @pytest.fixture(scope="module")
 def tail(prompt_set: PromptSet) -> Inspector:
     """The engine of a pool that serves one category."""
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(), shared=True)
+    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True)
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     inspector.load("blister", Order(version=7), stored)
     return inspector

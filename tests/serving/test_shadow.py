@@ -123,7 +123,7 @@ class Floor:
         cache = Cache(str(self.folder / name), "registry")
         inspector = Inspector(
             limits=HttpLimits().image,
-            batching=Batching(),
+            batching=Batching(runtime="torch"),
             shared=True,
             beside=Beside(self.line, cache),
             history=self.history,

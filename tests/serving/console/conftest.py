@@ -33,7 +33,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="package")
 def inspector(prompt_set: PromptSet, category: Category) -> Inspector:
     """The engine of a pool that serves the sample category."""
-    inspecting = Inspector(limits=LIMITS.image, batching=Batching(), shared=True)
+    inspecting = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True)
     stored = StoredVersion(
         category=category.name, version=7, run_id="r", data=prompt_set.to_bytes()
     )
