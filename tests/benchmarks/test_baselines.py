@@ -293,6 +293,7 @@ def test_the_linear_head_learns_from_clear_labels_only(support: Support) -> None
     assert set(label_X.tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_the_autoencoder_restores_what_was_distorted(support: Support) -> None:
     clean = as_maps(descriptors(support.turned))
     network = autoencoder.train(clean, seed=0)

@@ -30,6 +30,7 @@ def row(method: str, seed: int, *, peak_mb: float | None) -> Row:
     )
 
 
+@pytest.mark.slow
 def test_apt_is_measured_in_processes_of_its_own(
     sample_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def test_steps_drawn_at_once_get_the_pairs_that_they_would_have_got_alone() -> N
     assert torch.equal(together[1].attributes_PA, alone.attributes_PA)
 
 
+@pytest.mark.slow
 def test_pictures_may_be_larger_than_the_model() -> None:
     run = Pretraining(TINY.model_copy(update={"sizes": {0.0: 160}}))
     assert all(math.isfinite(value) for value in run.step().values())

@@ -120,6 +120,7 @@ class Made(Sequence[Any]):
         return self.make(range(self.count)[place])
 
 
+@pytest.mark.slow
 def test_maps_that_are_made_when_asked_for_take_the_memory_of_a_few() -> None:
     side, count = 1000, 40
 
