@@ -14,5 +14,6 @@ def test_each_defect_on_a_belt_is_an_event_and_hardly_anything_else(backbone: Fr
     assert (found.found, found.defects) == (10, 10)
     assert 1000 * found.false <= len(belt)
     without = watch(belt, detector, WatchSettings(gate=False), whole=True)
-    assert without.events == found.events
+    # Frames that are not inspected may move where an event ends, and not whether there is one.
+    assert (without.found, without.false) == (found.found, found.false)
     assert without.summary.inspected > found.summary.inspected

@@ -54,6 +54,9 @@ class KnownController:
     async def routes(self, known: str) -> Routes:
         raise NotImplementedError
 
+    async def shadow(self, category: str) -> None:
+        """No candidate is tried."""
+
     async def status(self) -> FleetStatus:
         if self.away:
             raise RayServeException("the controller has ended")
