@@ -162,7 +162,7 @@ class Decoder:
             [
                 *_columns(start, stop, size),
                 [json.dumps([said for said, _ in found])],
-                pa.array([np.stack(levels).data if levels else b""], pa.large_binary()),
+                _binary(np.stack(levels) if levels else b""),
                 [time.perf_counter() - started],
                 [is_given_up],
             ],
@@ -226,7 +226,7 @@ class Model:
                 *_columns(start, stop, size),
                 block["images"],
                 pa.array([scores], pa.list_(pa.float64())),
-                pa.array([np.stack(maps).data if maps else b""], pa.large_binary()),
+                _binary(np.stack(maps) if maps else b""),
                 pa.array([maps[0].shape[-1] if maps else 0], pa.int32()),
                 block["decode_s"],
                 [time.perf_counter() - started],
@@ -372,6 +372,16 @@ def _draw(each: Input, inspection: Inspection, verdicts: Verdicts, output: Outpu
 def _place(block: pa.Table) -> tuple[int, int, int]:
     start, stop, size = (block[name][0].as_py() for name, _ in _BLOCK)
     return start, stop, size
+
+
+def _binary(values: NDArray[Any] | bytes) -> pa.Array:
+    """A column of one row that holds these bytes, without a copy.
+
+    `pa.array` of a buffer never lets go of it (pyarrow 25).
+    """
+    data = pa.py_buffer(values)
+    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
 def _columns(start: int, stop: int, size: int) -> list[pa.Array]:

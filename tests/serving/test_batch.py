@@ -245,6 +245,37 @@ def many(category: Category, tmp_path: Path) -> Path:
     return folder
 
 
+class Patient(Attempts):
+    """Lets a stage begin with a block for ever."""
+
+    def is_last(self, stage: str, start: int) -> bool:
+        return False
+
+
+def test_a_stage_keeps_nothing_of_the_blocks_that_it_gave_on(
+    many: Path, tmp_path: Path, prompt_set: PromptSet, ray_local: None
+) -> None:
+    versions = two(prompt_set)
+    inputs = find_inputs([str(many)], category="bottle")
+    batch = Batch(
+        inputs=ray.put(to_table(inputs)),
+        verdicts={name: Verdicts.of(version) for name, version in versions.items()},
+        output=Output.at(str(tmp_path / "out")),
+        overlays="none",
+        attempts=ray.remote(num_cpus=0)(Patient).remote(),
+    )
+    ((start, stop, size),) = cut(inputs, versions, 100)
+    block = pa.table([[start], [stop], [size]], schema=TO_DO)
+    decoder = Decoder(batch)
+    held = []
+    for _ in range(16):
+        decoded = decoder(block)
+        del decoded
+        held.append(psutil.Process().memory_info().rss)
+    # The first calls fill the allocator's arenas, one for each thread.
+    assert held[-1] - held[7] < 4 * len(inputs) * size**2 * 3  # eight blocks would be twice that
+
+
 @pytest.mark.slow
 def test_a_killed_actor_costs_only_its_block(
     many: Path, tmp_path: Path, prompt_set: PromptSet, ray_local: None
