@@ -132,6 +132,9 @@ def run(
             )
             if summary.advice:
                 print(f"warning: {summary.advice}", file=sys.stderr)
+    if not summary.frames:
+        print("error: no frame came: check what sends or holds them", file=sys.stderr)
+        return 1
     if summary.damaged == summary.frames:
         print("error: no frame could be decoded: see what is said of them", file=sys.stderr)
         return 1

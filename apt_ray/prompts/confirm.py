@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from apt_ray.data.distinct import pixel_digest
 from apt_ray.data.folders import Defect
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.kinds import Kinds, is_same, look
@@ -19,6 +20,7 @@ from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import cover, read_image, read_mask
+from apt_ray.levels import FORMER, Reading
 
 _FAINTEST = 1e-6
 
@@ -57,12 +59,8 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
     known = prompt_set.kinds.examples if prompt_set.kinds else []
     scores: list[float] = []
     learned: list[tuple[str, torch.Tensor]] = []
+    check_defects(defects, prompt_set.reading)
     for defect in defects:
-        if not defect.kind:
-            raise DataError(
-                f"{defect.path} is of no kind: move it into a folder that is named like its kind of"
-                f" defect"
-            )
         image = read_image(defect.path, prompt_set.reading)
         features = backbone.encode_images(backbone.preprocess([image]))
         score, look_D = look_at(detector, features, defect, image.size)
@@ -74,6 +72,26 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
         scores=tuple(scores),
         named=tuple(_named(kinds, look_D) for _, look_D in learned),
     )
+
+
+def check_defects(defects: Sequence[Defect], reading: Reading = FORMER) -> None:
+    """Raises DataError or ImageError for what `confirm` would refuse: an image that cannot be read,
+    or is of no kind, or of two; a mask or box that is not its own."""
+    kinds: dict[str, Defect] = {}
+    for defect in defects:
+        if not defect.kind:
+            raise DataError(
+                f"{defect.path} is of no kind: move it into a folder that is named like its kind of"
+                f" defect"
+            )
+        image = read_image(defect.path, reading)
+        _where(defect, image.size)
+        known = kinds.setdefault(pixel_digest(image), defect)
+        if known.kind != defect.kind:
+            raise DataError(
+                f"{known.path} and {defect.path} are one image of two kinds, {known.kind} and"
+                f" {defect.kind}: take one away"
+            )
 
 
 def look_at(

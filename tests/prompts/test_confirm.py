@@ -78,6 +78,9 @@ def test_examples_that_do_not_fit_are_refused(
 def test_a_defect_of_no_kind_and_a_box_elsewhere_are_refused(
     prompt_set: PromptSet, backbone: FrozenCLIP, defects: list[Defect], tmp_path: Path
 ) -> None:
+    twice = [replace(defects[0], kind=kind) for kind in ("nick", "rust")]
+    with pytest.raises(DataError, match="are one image of two kinds, nick and rust"):
+        confirm(prompt_set, twice, backbone)
     with pytest.raises(DataError, match="is of no kind: move it into a folder"):
         confirm(prompt_set, [replace(defects[0], kind="")], backbone)
     for box in ((-1, 0, 5, 5), (0, 0, 0, 5), (0, 0, 100_000, 5)):
