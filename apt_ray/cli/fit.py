@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
     from apt_ray.data.folders import find_categories, find_defects
     from apt_ray.errors import DataError
     from apt_ray.levels import FULL
-    from apt_ray.prompts.confirm import check_defects, confirm
+    from apt_ray.prompts.confirm import confirm, read_defects
     from apt_ray.prompts.fit import fit
 
     categories = find_categories(options.data)
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     drawn = category.draw(options.shots, settings.seed, calibration=1 if options.calibrate else 0)
     others = tuple(path for path in category.good if path not in drawn.support)
     confirmed = find_defects(options.confirmed) if options.confirmed else []
-    check_defects(confirmed)
+    read_defects(confirmed)  # what is wrong with them is said before the fit
     loaded = backbone(options)
     with bar(f"fitting {category.name}") as progress:
         prompt_set = fit(

@@ -52,12 +52,12 @@ def compile_encoders(backbone: FrozenCLIP, *, threads: int) -> None:
             f" with `runtime: torch`"
         ) from error
 
+    layers = list(expected.layers)
+
     def encode_one(pixels_3HW: torch.Tensor) -> list[torch.Tensor]:
         answered = compiled([np.ascontiguousarray(pixels_3HW[None].numpy())])
         # Copied: the next image is written over what OpenVINO gives.
         return [torch.from_numpy(answered[place].copy()) for place in range(2 + len(layers))]
-
-    layers = list(expected.layers)
 
     def encode(pixels_B3HW: torch.Tensor) -> ImageFeatures:
         images = [encode_one(pixels_3HW) for pixels_3HW in pixels_B3HW]

@@ -184,16 +184,7 @@ class LeftOut:
             return cls(prompt_set=prompt_set, backbone=backbone)
         pixels_S3HW = backbone.preprocess([decode_image(data) for data in thumbnails])
         support = backbone.encode_in_batches(pixels_S3HW)
-        settings = prompt_set.settings
-        shown = show(
-            support,
-            pixels_S3HW,
-            backbone,
-            copies=settings.reference_copies,
-            rotations=settings.reference_rotations,
-            size=settings.reference_size,
-            seed=settings.seed,
-        )
+        shown = show(support, pixels_S3HW, backbone, prompt_set.settings)
         # What joined before stands behind the places of support images.
         earlier = {
             layer: prompt_set.memory.layers[layer][

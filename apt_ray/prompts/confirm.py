@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from apt_ray.data.distinct import pixel_digest
 from apt_ray.data.folders import Defect
@@ -59,9 +60,8 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
     known = prompt_set.kinds.examples if prompt_set.kinds else []
     scores: list[float] = []
     learned: list[tuple[str, torch.Tensor]] = []
-    check_defects(defects, prompt_set.reading)
-    for defect in defects:
-        image = read_image(defect.path, prompt_set.reading)
+    images = read_defects(defects, prompt_set.reading)
+    for defect, image in zip(defects, images, strict=True):
         features = backbone.encode_images(backbone.preprocess([image]))
         score, look_D = look_at(detector, features, defect, image.size)
         scores.append(score)
@@ -74,10 +74,14 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
     )
 
 
-def check_defects(defects: Sequence[Defect], reading: Reading = FORMER) -> None:
-    """Raises DataError or ImageError for what `confirm` would refuse: an image that cannot be read,
-    or is of no kind, or of two; a mask or box that is not its own."""
+def read_defects(defects: Sequence[Defect], reading: Reading = FORMER) -> list[Image.Image]:
+    """Their images, if `confirm` would take them.
+
+    Raises DataError or ImageError for an image that cannot be read, or is of no kind, or of two,
+    and for a mask or box that is not its own.
+    """
     kinds: dict[str, Defect] = {}
+    images = []
     for defect in defects:
         if not defect.kind:
             raise DataError(
@@ -92,6 +96,8 @@ def check_defects(defects: Sequence[Defect], reading: Reading = FORMER) -> None:
                 f"{known.path} and {defect.path} are one image of two kinds, {known.kind} and"
                 f" {defect.kind}: take one away"
             )
+        images.append(image)
+    return images
 
 
 def look_at(

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from apt_ray.anomalies.families import harmless_copies
+from apt_ray.anomalies.spec import JudgeSpec
 from apt_ray.config import FitSettings
 from apt_ray.detection.reference import ReferenceMemory, encode_turns
 from apt_ray.detection.rule import Scale
@@ -83,11 +84,7 @@ def show(
     support: ImageFeatures,
     pixels_S3HW: torch.Tensor,
     encoder: ImageEncoder,
-    *,
-    copies: int,
-    rotations: int,
-    size: int,
-    seed: int,
+    settings: FitSettings | JudgeSpec,
 ) -> Shown:
     """What memories of the support images are made from.
 
@@ -95,22 +92,19 @@ def show(
         support: features of the support images.
         pixels_S3HW: the support images, preprocessed.
         encoder: of both.
-        copies: altered copies of each.
-        rotations: turns of each; 1 is none.
-        size: places that a layer holds at most.
-        seed: of the copies.
+        settings: which copies and turns of each, how many places a layer, and the copies' seed.
     """
-    g = torch.Generator().manual_seed(seed)
-    altered = [harmless_copies(pixels_S3HW, 1, g) for _ in range(copies)]
+    g = torch.Generator().manual_seed(settings.seed)
+    altered = [harmless_copies(pixels_S3HW, 1, g) for _ in range(settings.reference_copies)]
     views = _turned_and_mirrored(pixels_S3HW) if len(support) == 1 else []
     return Shown(
         parts=(
             support,
             *(encoder.encode_in_batches(copy) for copy in altered),
-            *encode_turns(pixels_S3HW, rotations, encoder),
+            *encode_turns(pixels_S3HW, settings.reference_rotations, encoder),
         ),
         views=tuple(encoder.encode_in_batches(view) for view in views),
-        size=size,
+        size=settings.reference_size,
     )
 
 
@@ -130,15 +124,7 @@ def remember(
         pixels_S3HW: the support images, preprocessed.
         settings: which copies, and how many places a layer.
     """
-    shown = show(
-        support,
-        pixels_S3HW,
-        encoder,
-        copies=settings.reference_copies,
-        rotations=settings.reference_rotations,
-        size=settings.reference_size,
-        seed=settings.seed,
-    )
+    shown = show(support, pixels_S3HW, encoder, settings)
     source: Literal["left-out support images", "copies of the support image"]
     if shown.views:
         source = "copies of the support image"

@@ -19,7 +19,7 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.files import AnyPath, location
 from apt_ray.images import read_image
 from apt_ray.prompts.accept import Acceptance, accept
-from apt_ray.registry.history import Move
+from apt_ray.registry.history import History, Move
 from apt_ray.registry.promotion import gate_tags
 from apt_ray.registry.protocol import CHAMPION, RegisteredVersion, Registry
 from apt_ray.tables import markdown
@@ -228,6 +228,14 @@ def calibrate_further(
     )
 
 
+def unmoved_history(registry: Registry, champion: RegisteredVersion) -> History:
+    """How a version became champion; RegistryError if it no longer is."""
+    history = registry.history(champion.category)
+    if history.champion != champion.version:
+        raise RegistryError(f"the champion of {champion.category} has just been moved: try again")
+    return history
+
+
 def report(accepted: Accepted, names: Sequence[str], defects: Sequence[str]) -> str:
     """The verdict as Markdown: `names` of the images, and of the confirmed defects."""
     gate = accepted.gate
@@ -298,11 +306,7 @@ class _Base:
         serve: bool,
     ) -> Accepted:
         """The new version, which knows all images of the champion, and waits or serves."""
-        history = registry.history(self.version.category)
-        if history.champion != self.version.version:
-            raise RegistryError(
-                f"the champion of {self.version.category} has just been moved: try again"
-            )
+        history = unmoved_history(registry, self.version)
         provenance = changed.provenance
         feedback = (*provenance.feedback, *used)
         callers = sorted({each.by or "whoever has no token" for each in used})

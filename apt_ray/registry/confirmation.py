@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from apt_ray.data.folders import Defect
-from apt_ray.errors import RegistryError
 from apt_ray.features.clip import load_backbone
 from apt_ray.features.protocol import Backbone
 from apt_ray.prompts.confirm import Confirmation, confirm
+from apt_ray.registry.acceptance import unmoved_history
 from apt_ray.registry.history import Move
 from apt_ray.registry.protocol import CHAMPION, Registry
 
@@ -52,10 +52,8 @@ def confirm_defects(
         RegistryConflictError: Somebody else moved the champion meanwhile; the new version waits as
             candidate.
     """
-    history = registry.history(category)
     prompt_set, source = registry.load(category, CHAMPION)
-    if history.champion != source.version:
-        raise RegistryError(f"the champion of {category} has just been moved: try again")
+    history = unmoved_history(registry, source)
     confirmation = confirm(prompt_set, defects, load(prompt_set.backbone))
     counts = Counter(defect.kind for defect in defects)
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))

@@ -5,9 +5,9 @@ calibrate only as whole random samples: parts that somebody chose to confirm are
 those to come.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -15,7 +15,7 @@ from apt_ray.data.feedback import MOST_AT_ONCE, Entry, Feedback, FeedbackStore, 
 from apt_ray.detection.prompt_set import UsedFeedback
 from apt_ray.errors import DataError, RegistryError
 from apt_ray.features.clip import load_backbone
-from apt_ray.files import read_file
+from apt_ray.files import file_sha256
 from apt_ray.registry.acceptance import (
     Accepted,
     LoadBackbone,
@@ -251,12 +251,9 @@ def _records(store: FeedbackStore, category: str, entries: Sequence[Entry]) -> l
 def _unchanged(store: FeedbackStore, records: Sequence[Feedback]) -> Feedback | None:
     """The first whose image is what was given; None if there is none."""
     for each in records:
-        try:
-            data = read_file(store.path(each))
-        except DataError:
-            continue
-        if hashlib.sha256(data).hexdigest() == each.sha256:
-            return each
+        with suppress(DataError):
+            if file_sha256(store.path(each)) == each.sha256:
+                return each
     return None
 
 

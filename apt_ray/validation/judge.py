@@ -160,15 +160,7 @@ def encode_judge(
     """
     spec.check_source("judge", len(images), encoder.fingerprint)
     pixels = encoder.preprocess(images)
-    shown = show(
-        encoder.encode_in_batches(pixels),
-        pixels,
-        encoder,
-        copies=spec.reference_copies,
-        rotations=spec.reference_rotations,
-        size=spec.reference_size,
-        seed=spec.seed,
-    )
+    shown = show(encoder.encode_in_batches(pixels), pixels, encoder, spec)
     g = torch.Generator().manual_seed(_SEED + spec.seed)
     source = to_pixels(images, _PERTURBED_SIZE)
     is_single = len(images) == 1

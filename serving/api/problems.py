@@ -1,6 +1,5 @@
 """Errors as a caller sees them: `application/problem+json` (RFC 9457) with a remedy."""
 
-import logging
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
@@ -18,10 +17,9 @@ from apt_ray.errors import (
     RegistryUnavailableError,
     UnsupportedImageError,
 )
+from serving.logs import logger
 
 MEDIA_TYPE = "application/problem+json"
-
-logger = logging.getLogger("ray.serve")
 
 
 class Problem(BaseModel):

@@ -7,7 +7,6 @@ registry or waits for a lock.
 """
 
 import asyncio
-import logging
 import math
 import threading
 import time
@@ -48,6 +47,7 @@ from serving.controller.activity import Counts
 from serving.controller.drift import DriftReport, DriftReset
 from serving.controller.orders import Order, StoredVersion
 from serving.controller.shadow import ShadowOrder, ShadowReport
+from serving.logs import logger
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
 from serving.replica.beside import Beside
@@ -60,8 +60,6 @@ from serving.replica.pictures import bounded, gray_png
 from serving.replica.served import ServedCategory, build, self_test
 from serving.replica.shadow import Answered, Shadow
 from serving.settings import Batching
-
-logger = logging.getLogger("ray.serve")
 
 # Decoding is memory-bound: more threads than this gain nothing and multiply the pixels in flight.
 _DECODERS = 2

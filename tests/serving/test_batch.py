@@ -26,7 +26,7 @@ from apt_ray.features.protocol import Backbone
 from apt_ray.files import location, put
 from apt_ray.images import read_image
 from serving.batch import main
-from serving.bulk.inputs import find_inputs, to_table
+from serving.bulk.inputs import Input, find_inputs, to_table
 from serving.bulk.pipeline import Asked, Resources, cut, inspect_all
 from serving.bulk.results import Output
 from serving.bulk.stages import TO_DO, Attempts, Batch, Decoder, Model, Verdicts, Writer
@@ -85,6 +85,19 @@ def two(prompt_set: PromptSet) -> dict[str, Version]:
     for name in ("bottle", "cable"):
         registry.register(prompt_set.with_category(name), pictures={}, trials=[])
     return versions_of(["bottle", "cable"], registry=registry)
+
+
+def batch_of(
+    inputs: list[Input], versions: dict[str, Version], output: Path, attempts: type[Attempts]
+) -> Batch:
+    """What the stages of a batch know."""
+    return Batch(
+        inputs=ray.put(to_table(inputs)),
+        verdicts={name: Verdicts.of(version) for name, version in versions.items()},
+        output=Output.at(str(output)),
+        overlays="none",
+        attempts=ray.remote(num_cpus=0)(attempts).remote(),
+    )
 
 
 def test_a_batch_says_what_the_detector_says_and_goes_on(
@@ -167,13 +180,7 @@ def test_what_kills_its_process_again_and_again_is_given_up(
     """Each beginning counts, whether it ended or not; here the processes live on."""
     versions = two(prompt_set)
     inputs = find_inputs([str(images)], category="bottle")
-    batch = Batch(
-        inputs=ray.put(to_table(inputs)),
-        verdicts={name: Verdicts.of(version) for name, version in versions.items()},
-        output=Output.at(str(tmp_path / "out")),
-        overlays="none",
-        attempts=ray.remote(num_cpus=0)(Attempts).remote(),
-    )
+    batch = batch_of(inputs, versions, tmp_path / "out", Attempts)
     ((start, stop, size),) = cut(inputs, versions, 10)
     block = pa.table([[start], [stop], [size]], schema=TO_DO)
     for _ in range(4):
@@ -257,13 +264,7 @@ def test_a_stage_keeps_nothing_of_the_blocks_that_it_gave_on(
 ) -> None:
     versions = two(prompt_set)
     inputs = find_inputs([str(many)], category="bottle")
-    batch = Batch(
-        inputs=ray.put(to_table(inputs)),
-        verdicts={name: Verdicts.of(version) for name, version in versions.items()},
-        output=Output.at(str(tmp_path / "out")),
-        overlays="none",
-        attempts=ray.remote(num_cpus=0)(Patient).remote(),
-    )
+    batch = batch_of(inputs, versions, tmp_path / "out", Patient)
     ((start, stop, size),) = cut(inputs, versions, 100)
     block = pa.table([[start], [stop], [size]], schema=TO_DO)
     decoder = Decoder(batch)
