@@ -7,8 +7,8 @@ Both take turns, so that whatever else the machine does hits both.
 
 `--memory N` inspects N generated images instead, with random weights of a small architecture, for
 what is decided of them does not matter here: it adds up the proportional set sizes of all processes
-(shared pages are counted once) each second, and draws them into docs/batch-memory.png. SIGINT ends
-it early, with what it has.
+(shared pages are counted once) each second, and draws them into docs/batch-memory.png. Where it
+is ended early, it tells what it has.
 """
 
 import argparse
@@ -159,20 +159,16 @@ def _memory(options: argparse.Namespace, folder: Path) -> None:
     )
     samples: list[tuple[float, float, int]] = []
     started = time.monotonic()
-    is_whole = True
     try:
         while batch.poll() is None:
             blocks = len(list((folder / "out").glob("inspections/*.parquet")))
             samples.append((time.monotonic() - started, _held(batch.pid), blocks))
             time.sleep(1)
     except KeyboardInterrupt:
-        is_whole = False
         batch.terminate()
         batch.wait()
-    if is_whole and batch.returncode:
-        sys.exit(batch.returncode)
     blocks = samples[-1][2]
-    images = options.memory if is_whole else _BLOCK_IMAGES * blocks
+    images = _BLOCK_IMAGES * blocks if batch.returncode else options.memory
     steady = [(at, held) for at, held, rows in samples if rows >= 0.1 * blocks]
     half = len(steady) // 2
     early, late = (
@@ -182,6 +178,7 @@ def _memory(options: argparse.Namespace, folder: Path) -> None:
     _plot(samples, images, options.plot)
     row = compared("memory, second half of the batch against the first", late, early, "GB")
     write_rows([row], options.json)
+    sys.exit(batch.returncode)
 
 
 def _generate(folder: Path, number: int) -> None:

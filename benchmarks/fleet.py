@@ -3,7 +3,6 @@
 import base64
 import http.client
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
-from apt_ray.config import BackboneSpec, FitSettings
+from apt_ray.config import FitSettings
 from apt_ray.data.folders import find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.detection.detector import Detector
@@ -27,6 +26,7 @@ from apt_ray.devtools.local_stack import HOST, LocalStack, Server, command_envir
 from apt_ray.features.clip import load_backbone
 from apt_ray.images import decode_image
 from apt_ray.prompts.fit import fit
+from benchmarks.common import random_weights
 
 CATEGORY = "washer"
 _SERVES_OWN_PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
@@ -36,12 +36,11 @@ def prepare(folder: Path, backbone: str) -> tuple[PromptSet, bytes]:
     """A prompt set of 4 shots after a few steps, and an image to inspect."""
     write_samples(folder / "samples")
     category = next(c for c in find_categories(folder / "samples") if c.name == CATEGORY)
-    spec = BackboneSpec() if backbone == "builtin" else _random_weights(folder, backbone)
     prompt_set = fit(
         CATEGORY,
         category.support_set(4, seed=0),
         FitSettings(steps=2),
-        backbone=load_backbone(spec),
+        backbone=load_backbone(random_weights(backbone, folder)),
     )
     return prompt_set, category.test[0].path.read_bytes()
 
@@ -175,26 +174,38 @@ class _Connection:
     def __init__(self, url: str) -> None:
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
 
-    def _post(self, path: str, body: bytes, content_type: str) -> int:
+    def _ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> int:
         """The status of the answer, whose body is read."""
-        headers = {"Content-Type": content_type}
         try:
-            self._connection.request("POST", path, body, headers)
+            self._connection.request(method, path, body, headers)
             response = self._connection.getresponse()
         except (http.client.HTTPException, ConnectionError):
             self._connection.close()  # the server has closed it meanwhile: as good as a fresh one
-            self._connection.request("POST", path, body, headers)
+            self._connection.request(method, path, body, headers)
             response = self._connection.getresponse()
         response.read()
         return response.status
+
+    def _post(self, path: str, body: bytes, content_type: str, **headers: str) -> int:
+        return self._ask("POST", path, body, **{"Content-Type": content_type}, **headers)
 
 
 class Client(_Connection):
     """A caller of the fleet."""
 
-    def inspect(self, data: bytes, category: str = CATEGORY) -> int:
+    def inspect(self, data: bytes, category: str = CATEGORY, request_id: str | None = None) -> int:
         """Have an image inspected; the status of the answer."""
-        return self._post(f"/v1/{category}/inspect", data, "image/png")
+        headers = {} if request_id is None else {"X-Request-ID": request_id}
+        return self._post(f"/v1/{category}/inspect", data, "image/png", **headers)
+
+    def get(self, path: str) -> int:
+        """The status of the answer."""
+        return self._ask("GET", path)
+
+    def say(self, label: str, category: str, request_id: str) -> int:
+        """Give feedback on what was inspected; the status of the answer."""
+        body = json.dumps({"request_id": request_id, "label": label}).encode()
+        return self._post(f"/v1/{category}/feedback", body, "application/json")
 
 
 class ModelClient(_Connection):
@@ -248,13 +259,3 @@ def echo() -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-
-
-def _random_weights(folder: Path, name: str) -> BackboneSpec:
-    """A published architecture without its weights: its speed is that of the real one."""
-    from apt_ray.features.torchvision_guard import import_open_clip
-
-    path = folder / f"{name}.pt"
-    if not path.exists():
-        torch.save(import_open_clip().create_model(name).state_dict(), path)
-    return BackboneSpec(name=name, pretrained=os.fspath(path), quick_gelu=False)

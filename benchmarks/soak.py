@@ -1,8 +1,9 @@
 """A fleet that runs for an hour: `python -m benchmarks.soak [--minutes 60] [--plot docs/soak.png]`.
 
-One pool serves three sample categories at a steady rate, with history, drift and a candidate on
-every image. Each minute: latencies, memory of each process, bytes of each store; at the end whether
-each bound held.
+One pool serves three sample categories at a steady rate, with history, drift, a candidate on every
+image and feedback on one in fifty, until the store of what people say takes no more. Of five
+requests three are images; two are what pages and monitoring ask. Each minute: latencies of the
+inspections, memory of each process, bytes of each store; at the end whether each bound held.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +25,7 @@ from urllib.request import Request
 import psutil
 from matplotlib.figure import Figure
 
-from apt_ray.config import FitSettings
+from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.detection.prompt_set import PromptSet
@@ -37,6 +38,15 @@ from apt_ray.tables import markdown
 from benchmarks.fleet import Client, RunningFleet, fleet
 
 _IMAGES, _DISAGREEMENTS = 200, 50  # that a category may keep
+_SAID = 400  # that the store of feedback may hold of a category; one caller has half of it
+_LOOKS = {
+    3: "/v1/{}/history?limit=50",
+    8: "/fleet/status",
+    13: "/v1/{}/shadow",
+    18: "/v1/{}/feedback",
+}
+_LOOKS |= dict.fromkeys((4, 9, 14, 19), "/v1/{}")  # which of twenty requests ask for what
+_SAID_EVERY, _SAID_LATER = 50, 100  # of one image in so many, so many images later
 _IMAGE_BYTES = 150_000  # of one of them, by the documents
 _SQLITE_BYTES = 8 * 2**20  # of a category's file beside its images: its journal, and free pages
 _VERSIONS = 3  # of a category in the cache
@@ -83,14 +93,17 @@ class Minute:
     """What one minute came to.
 
     Attributes:
-        statuses: status -> answers; 0 where none came.
-        ms: p50, p95 and p99 of the answers.
+        statuses: status -> inspections; 0 where no answer came.
+        looks, said: the same of pages and of feedback.
+        ms: p50, p95 and p99 of the inspections.
         pss: process -> bytes of memory, shared pages by their share.
         stores: store -> bytes.
     """
 
     number: int
     statuses: dict[int, int]
+    looks: dict[int, int]
+    said: dict[int, int]
     ms: tuple[float, float, float]
     pss: dict[str, int]
     stores: dict[str, int]
@@ -101,13 +114,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=int, default=60)
     parser.add_argument("--rate", type=float, default=20, help="requests a second")
+    parser.add_argument("--threads", type=int, default=1, help="of the replica")
+    parser.add_argument(
+        "--reference-encoder", metavar="NAME", help="'backbone' inspects without the trunk"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (PNG)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="apt-soak-") as name:
         folder = Path(name)
-        champions, candidates, images = _prepare(folder)
+        spec = BackboneSpec(reference_encoder=options.reference_encoder)
+        champions, candidates, images = _prepare(folder, spec)
         names = tuple(champions)
         settings = {
             "categories": {name: {} for name in names},
@@ -116,8 +134,15 @@ def main() -> None:
             "registry": {"cache": str(folder / "cache")},
             "history": {"images": _IMAGES, "folder": str(folder / "history")},
             "shadow": {"share": 1, "images": _DISAGREEMENTS},
+            "feedback": {
+                "images": _SAID,
+                "per_day": 10 * _SAID,
+                "folder": str(folder / "feedback"),
+            },
         }
-        with fleet(folder / "fleet", champions, threads=1, settings=settings) as running:
+        with fleet(
+            folder / "fleet", champions, threads=options.threads, settings=settings
+        ) as running:
             registry = open_registry(running.tracking_uri)
             for each in candidates.values():
                 registry.register(each, pictures={}, trials=[])
@@ -153,17 +178,22 @@ def _stores(
             folder=folder / "history",
             most_bytes=images * _IMAGE_BYTES + categories * _SQLITE_BYTES,
         ),
+        Store(
+            name="feedback",
+            folder=folder / "feedback",
+            most_bytes=categories * _SAID // 2 * _IMAGE_BYTES,
+        ),
         Store(name="cache", folder=folder / "cache", most_bytes=versions + 2**20),
         Store(name="Ray's logs", folder=running.ray_folder),
     ]
 
 
 def _prepare(
-    folder: Path,
+    folder: Path, spec: BackboneSpec
 ) -> tuple[dict[str, PromptSet], dict[str, PromptSet], dict[str, list[bytes]]]:
     """For each category a champion, a candidate from other images, and images to inspect."""
     samples = find_categories(write_samples(folder / "samples", test_good=40)[0].parent)
-    backbone, rng = load_backbone(), random.Random(0)
+    backbone, rng = load_backbone(spec), random.Random(0)
     champions, candidates, images = {}, {}, {}
     for category in samples:
         champions[category.name], candidates[category.name] = (
@@ -185,7 +215,10 @@ def _prepare(
 
 
 class Line:
-    """Cameras: images of all categories in turn at a steady rate, while the block runs."""
+    """Cameras: images of all categories in turn at a steady rate, while the block runs.
+
+    Of one image in fifty somebody says later that it was good, whatever it is.
+    """
 
     def __init__(self, url: str, images: Mapping[str, Sequence[bytes]], rate: float) -> None:
         self._url = url
@@ -197,6 +230,9 @@ class Line:
         self._clock = threading.Thread(target=self._run)
         self._own = threading.local()
         self._answers: list[tuple[int, float]] = []
+        self._looks: list[int] = []
+        self._said: list[int] = []
+        self._answered: deque[tuple[str, str]] = deque(maxlen=_SAID_LATER)
 
     def __enter__(self) -> "Line":
         self._began = time.perf_counter()
@@ -212,42 +248,68 @@ class Line:
         """Return so many seconds after the first image."""
         time.sleep(max(0.0, self._began + seconds - time.perf_counter()))
 
-    def taken(self) -> list[tuple[int, float]]:
-        """(status, milliseconds) of the answers since this was last asked."""
-        taken, self._answers = self._answers, []
+    def taken(self) -> tuple[list[tuple[int, float]], list[int], list[int]]:
+        """(status, milliseconds) of the inspections since this was last asked, and the statuses of
+        pages and of feedback."""
+        taken = self._answers, self._looks, self._said
+        self._answers, self._looks, self._said = [], [], []
         return taken
 
     def _run(self) -> None:
         due = time.perf_counter()
-        while not self._ending.wait(max(0.0, due - time.perf_counter())):
+        for number in itertools.count():
+            if self._ending.wait(max(0.0, due - time.perf_counter())):
+                return
             due += self._interval
-            self._senders.submit(self._send, *next(self._turns))
+            look = _LOOKS.get(number % 20)
+            if look is None:
+                self._senders.submit(self._inspect, number, *next(self._turns))
+            else:
+                self._senders.submit(self._look, look.format(next(self._turns)[0]))
 
-    def _send(self, category: str, data: bytes) -> None:
+    @property
+    def _client(self) -> Client:
+        """The connection of the thread that asks."""
         if not hasattr(self._own, "client"):
             self._own.client = Client(self._url)
-        sent = time.perf_counter()
-        try:
-            status = self._own.client.inspect(data, category)
-        except OSError:
-            status = 0
+        return self._own.client
+
+    def _inspect(self, number: int, category: str, data: bytes) -> None:
+        sent, request_id = time.perf_counter(), f"soak-{number}"
+        status = self._status(lambda: self._client.inspect(data, category, request_id))
         self._answers.append((status, 1000 * (time.perf_counter() - sent)))
+        self._answered.append((category, request_id))
+        if number % _SAID_EVERY == 0:
+            said = self._answered[0]
+            self._said.append(self._status(lambda: self._client.say("confirmed_good", *said)))
+
+    def _look(self, path: str) -> None:
+        self._looks.append(self._status(lambda: self._client.get(path)))
+
+    @staticmethod
+    def _status(ask: Callable[[], int]) -> int:
+        try:
+            return ask()
+        except OSError:
+            return 0
 
 
 def _minute(number: int, load: Line, running: RunningFleet, stores: Sequence[Store]) -> Minute:
     """Wait for a minute, and say what it came to."""
     load.wait(60 * number)
-    answers = load.taken()
+    answers, looks, said = load.taken()
     cuts = statistics.quantiles([ms for _, ms in answers], n=100)
     minute = Minute(
         number=number,
         statuses=dict(Counter(status for status, _ in answers)),
+        looks=dict(Counter(looks)),
+        said=dict(Counter(said)),
         ms=(cuts[49], cuts[94], cuts[98]),
         pss=_memory(running),
         stores={store.name: store.bytes for store in stores},
     )
     parts = [
-        f"minute {number}: {minute.statuses}",
+        f"minute {number}: {minute.statuses}, pages {minute.looks}, feedback {minute.said}",
         "p50/p95/p99 " + "/".join(f"{value:.0f}" for value in minute.ms) + " ms",
         *(f"{name} {size / 2**20:.0f} MiB" for name, size in minute.pss.items()),
         *(f"{name} {size / 1e6:.1f} MB" for name, size in minute.stores.items()),
@@ -288,10 +350,14 @@ def _bounds(minutes: Sequence[Minute], stores: Sequence[Store]) -> list[Bound]:
         return statistics.fmean(map(value, some))
 
     failed = sum(
-        count for each in minutes for status, count in each.statuses.items() if status != 200
+        count
+        for each in minutes
+        for statuses in (each.statuses, each.looks)
+        for status, count in statuses.items()
+        if status != 200
     )
     bounds = [
-        Bound(name="requests without an answer of 200", found=failed, most=0, unit=""),
+        Bound(name="images and pages without an answer of 200", found=failed, most=0, unit=""),
         Bound(
             name="p95, last quarter",
             found=mean(last, lambda each: each.ms[1]),
