@@ -7,7 +7,7 @@ Both take turns, so that whatever else the machine does hits both.
 
 `--memory N` inspects N generated images instead, with random weights of a small architecture, for
 what is decided of them does not matter here: it adds up the proportional set sizes of all processes
-(shared pages are counted once) each second, and draws them into docs/batch-memory.png. Where it
+(shared pages are counted once) again and again, and draws them into docs/batch-memory.png. Where it
 is ended early, it tells what it has.
 """
 
@@ -42,6 +42,7 @@ from benchmarks.rows import compared, write_rows
 _CATEGORY = "washer"
 _POOL = 200
 _BLOCK_IMAGES = 256
+_WATCH_S = 5  # to read what all processes hold costs a quarter of a second
 _PLOT = Path(__file__).parents[1] / "docs" / "batch-memory.png"
 
 
@@ -163,7 +164,7 @@ def _memory(options: argparse.Namespace, folder: Path) -> None:
         while batch.poll() is None:
             blocks = len(list((folder / "out").glob("inspections/*.parquet")))
             samples.append((time.monotonic() - started, _held(batch.pid), blocks))
-            time.sleep(1)
+            time.sleep(_WATCH_S)
     except KeyboardInterrupt:
         batch.terminate()
         batch.wait()
