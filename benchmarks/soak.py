@@ -38,7 +38,7 @@ from apt_ray.tables import markdown
 from benchmarks.fleet import Client, RunningFleet, fleet
 
 _IMAGES, _DISAGREEMENTS = 200, 50  # that a category may keep
-_SAID = 400  # that the store of feedback may hold of a category; one caller has half of it
+_SAID = 400  # that the store of feedback may hold of a category
 _LOOKS = {
     3: "/v1/{}/history?limit=50",
     8: "/fleet/status",
@@ -181,7 +181,7 @@ def _stores(
         Store(
             name="feedback",
             folder=folder / "feedback",
-            most_bytes=categories * _SAID // 2 * _IMAGE_BYTES,
+            most_bytes=categories * _SAID * _IMAGE_BYTES,
         ),
         Store(name="cache", folder=folder / "cache", most_bytes=versions + 2**20),
         Store(name="Ray's logs", folder=running.ray_folder),
