@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -107,6 +107,12 @@ class _Result:
         return self.served.detector.prompt_set.threshold.rejects(self.score)
 
 
+class Load(Protocol):
+    """Loads a backbone; raises as `load_backbone`."""
+
+    def __call__(self, spec: BackboneSpec, *, device: str) -> FrozenCLIP: ...
+
+
 class Inspector:
     """Serves the categories of one pool from memory.
 
@@ -120,6 +126,7 @@ class Inspector:
             no others.
         history: keeps what was inspected; None where nothing does.
         drift: watches what was inspected; None where nothing does.
+        load: loads the backbones; what a process has loaded already need not be loaded again.
     """
 
     def __init__(
@@ -133,6 +140,7 @@ class Inspector:
         beside: Beside | None = None,
         history: History | None = None,
         drift: DriftWatches | None = None,
+        load: Load = load_backbone,
     ) -> None:
         self._limits = limits
         self._beside = beside
@@ -141,6 +149,7 @@ class Inspector:
         self._meter = meter
         self._history = history
         self._drift = drift
+        self._load = load
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._last_hour = LastHour()
@@ -517,7 +526,7 @@ class Inspector:
             return backbone
 
     def _loaded(self, spec: BackboneSpec) -> FrozenCLIP:
-        backbone = load_backbone(spec, device=self._device)
+        backbone = self._load(spec, device=self._device)
         if self._device == "cpu" and self._batching.runtime != "torch":
             try:
                 compile_encoders(backbone, threads=self._batching.threads)
