@@ -11,12 +11,12 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
-from weakref import WeakValueDictionary
+from typing import Any, Literal, Protocol
+from weakref import WeakMethod, WeakValueDictionary
 
 import torch
 from PIL import Image
@@ -169,7 +169,7 @@ class Inspector:
         # A CPU's thread is filled by one image, and more of them no longer fit its cache.
         largest = batching.max_batch_size if device == "cuda" else batching.threads
         self._batcher: Batcher[_Job, _Result] = Batcher(
-            self._run,
+            _lent(self._run),
             executor=self._model,
             max_batch_size=min(batching.max_batch_size, largest),
         )
@@ -177,9 +177,9 @@ class Inspector:
         if beside is not None:
             self._shadow = Shadow(
                 beside,
-                prepare=self._prepare,
+                prepare=_lent(self._prepare),
                 when_idle=self._batcher.when_idle,
-                pixels=self._pixels,
+                pixels=_lent(self._pixels),
                 meter=meter,
             )
 
@@ -535,6 +535,21 @@ class Inspector:
                     raise
                 logger.warning("PyTorch encodes images: %s", error)
         return backbone
+
+
+def _lent(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method for a part of its object, which does not hold the object by it.
+
+    Else the two would hold each other, with hundreds of megabytes, until garbage is collected.
+    """
+    held = WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        lent = held()
+        assert lent is not None
+        return lent(*arguments)
+
+    return call
 
 
 @torch.inference_mode()

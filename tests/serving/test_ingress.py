@@ -1,12 +1,15 @@
 import asyncio
 import base64
 import dataclasses
+import gc
 import hashlib
 import io
 import sys
 import threading
-from collections.abc import AsyncIterator
-from typing import Any
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -25,7 +28,9 @@ from serving.api.access import Access
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Picture
 from serving.api.problems import ProblemError
+from serving.controller.cache import Cache
 from serving.controller.orders import Order, StoredVersion
+from serving.replica.beside import Beside
 from serving.replica.inspector import Inspector
 from serving.replica.served import decide
 from serving.settings import Auth, Batching, Decision, HttpLimits, RegionOfInterest
@@ -623,6 +628,41 @@ def test_a_damaged_version_never_replaces_the_one_that_serves(
         with pytest.raises(AptError, match=says):
             serving.load("blister", Order(version=8), stored)
     assert asyncio.run(ask_for(serving, png())).report.version == 7
+
+
+@pytest.fixture
+def _no_collections() -> Iterator[None]:
+    """What is let go is let go by counts of references alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def threads_of_engines() -> set[threading.Thread]:
+    own = ("decode", "model", "shadow")
+    return {thread for thread in threading.enumerate() if thread.name.startswith(own)}
+
+
+@pytest.mark.usefixtures("_no_collections")
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_an_engine_that_nobody_holds_is_let_go_with_its_backbone_and_threads(
+    prompt_set: PromptSet, runtime: Literal["torch", "openvino"]
+) -> None:
+    before = threads_of_engines()
+    engine = Inspector(
+        limits=LIMITS.image,
+        batching=Batching(runtime=runtime),
+        beside=Beside(None, Cache("/nonexistent", "registry")),  # type: ignore[arg-type]
+    )
+    asyncio.run(ask_for(loaded(engine, prompt_set), png()))
+    backbone = engine._served["blister"].detector.backbone
+    held = weakref.ref(engine), weakref.ref(backbone)
+    del engine, backbone
+    deadline = time.monotonic() + 20  # a thread lets go of its last work after it has answered
+    while held[0]() or held[1]() or threads_of_engines() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_new_version_takes_over_between_two_batches_without_a_lost_image(
