@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from apt_ray.anomalies.bank import SupportBank, encode_support
-from apt_ray.config import FitSettings
+from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.data.folders import Category, find_categories
 from apt_ray.data.samples.factory import write_samples
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import free_ports, launch_mlflow
-from apt_ray.features.clip import FrozenCLIP, load_backbone
+from apt_ray.features.clip import FrozenCLIP
 from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
 from apt_ray.validation.judge import Judge, encode_judge
+from tests.backbones import shared_backbone
 from tests.fakes import bank_spec, judge_spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +82,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def backbone() -> FrozenCLIP:
     """The built-in backbone."""
-    return load_backbone()
+    return shared_backbone(BackboneSpec(), device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from apt_ray.devtools.local_stack import command_environment
+from apt_ray.registry import open_registry
+from tests.registry.registering import make_prompt_set
 
 _NAMELESS = """
 import os, pwd
@@ -58,17 +60,22 @@ assert Cache("~/.cache/apt-ray/fleet", "registry").get("nut", 1) is None
 
 @pytest.mark.parametrize("program", ["apt_ray.cli.main", "serving.fleet", "tuning.search"])
 def test_a_uid_without_a_name_reaches_the_registry(program: str, mlflow_server: str) -> None:
-    arguments = {
-        "apt_ray.cli.main": ["registry", "prune"],
-        "serving.fleet": ["prune"],
-        "tuning.search": ["--register-pending"],
+    open_registry(mlflow_server).register(make_prompt_set("nameless"), pictures={}, trials=[])
+    arguments, said = {
+        "apt_ray.cli.main": (["registry", "history", "nameless"], "first"),
+        "serving.fleet": (["history", "nameless"], "first"),
+        "tuning.search": (
+            ["--register-pending"],
+            "0 versions registered; none waits in /nonexistent/.local/state/apt-ray/pending",
+        ),
     }[program]
-    run(
+    lines = run(
         f"""
 from {program} import main
 assert main({[*arguments, "--mlflow", mlflow_server]!r}) == 0
 """
     )
+    assert said in lines[-1]
 
 
 @pytest.mark.parametrize("given", [{}, {"no_proxy": "factory"}, {"NO_PROXY": "*"}])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -252,10 +252,15 @@ def conclude(
     )
 
 
-@lru_cache(maxsize=2)
+_PROBED: WeakKeyDictionary[Backbone, ImageFeatures] = WeakKeyDictionary()
+
+
 def _probe_features(backbone: Backbone) -> ImageFeatures:
     """Encoded once: a replica of a long tail tests hundreds of prompt sets."""
-    return backbone.encode_images(backbone.preprocess([probe_image((backbone.input_size,) * 2)]))
+    if backbone not in _PROBED:
+        image = probe_image((backbone.input_size,) * 2)
+        _PROBED[backbone] = backbone.encode_images(backbone.preprocess([image]))
+    return _PROBED[backbone]
 
 
 def probe_image(size: tuple[int, int]) -> Image.Image:

@@ -86,12 +86,15 @@ def _compile(backbone: FrozenCLIP, pixels_13HW: torch.Tensor, threads: int):  # 
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
+    encoders = _Encoders(backbone)
     with quiet(), torch.no_grad():
-        traced = torch.jit.trace(_Encoders(backbone), pixels_13HW, check_trace=False)
+        traced = torch.jit.trace(encoders, pixels_13HW, check_trace=False)
         # `openvino.convert_model` does the same, and reports to its makers.
         decoder = TorchScriptPythonDecoder(traced, example_input=(pixels_13HW,))
         frontend = FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
+    # What has traced a module holds it in a circle until garbage is collected: not the weights.
+    del encoders._backbone
     # One image at a time: with its number fixed OpenVINO lays out memory beforehand, and several at
     # once are no faster on CPUs.
     model.reshape(openvino.PartialShape(list(pixels_13HW.shape)))

@@ -11,12 +11,12 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
-from weakref import WeakValueDictionary
+from typing import Any, Literal, Protocol
+from weakref import WeakMethod, WeakValueDictionary
 
 import torch
 from PIL import Image
@@ -107,6 +107,12 @@ class _Result:
         return self.served.detector.prompt_set.threshold.rejects(self.score)
 
 
+class Load(Protocol):
+    """Loads a backbone; raises as `load_backbone`."""
+
+    def __call__(self, spec: BackboneSpec, *, device: str) -> FrozenCLIP: ...
+
+
 class Inspector:
     """Serves the categories of one pool from memory.
 
@@ -120,6 +126,7 @@ class Inspector:
             no others.
         history: keeps what was inspected; None where nothing does.
         drift: watches what was inspected; None where nothing does.
+        load: loads the backbones; what a process has loaded already need not be loaded again.
     """
 
     def __init__(
@@ -133,6 +140,7 @@ class Inspector:
         beside: Beside | None = None,
         history: History | None = None,
         drift: DriftWatches | None = None,
+        load: Load = load_backbone,
     ) -> None:
         self._limits = limits
         self._beside = beside
@@ -141,6 +149,7 @@ class Inspector:
         self._meter = meter
         self._history = history
         self._drift = drift
+        self._load = load
         self._served: dict[str, ServedCategory] = {}
         self._backbones: WeakValueDictionary[str, Backbone] = WeakValueDictionary()
         self._last_hour = LastHour()
@@ -160,7 +169,7 @@ class Inspector:
         # A CPU's thread is filled by one image, and more of them no longer fit its cache.
         largest = batching.max_batch_size if device == "cuda" else batching.threads
         self._batcher: Batcher[_Job, _Result] = Batcher(
-            self._run,
+            _lent(self._run),
             executor=self._model,
             max_batch_size=min(batching.max_batch_size, largest),
         )
@@ -168,9 +177,9 @@ class Inspector:
         if beside is not None:
             self._shadow = Shadow(
                 beside,
-                prepare=self._prepare,
+                prepare=_lent(self._prepare),
                 when_idle=self._batcher.when_idle,
-                pixels=self._pixels,
+                pixels=_lent(self._pixels),
                 meter=meter,
             )
 
@@ -517,7 +526,7 @@ class Inspector:
             return backbone
 
     def _loaded(self, spec: BackboneSpec) -> FrozenCLIP:
-        backbone = load_backbone(spec, device=self._device)
+        backbone = self._load(spec, device=self._device)
         if self._device == "cpu" and self._batching.runtime != "torch":
             try:
                 compile_encoders(backbone, threads=self._batching.threads)
@@ -526,6 +535,21 @@ class Inspector:
                     raise
                 logger.warning("PyTorch encodes images: %s", error)
         return backbone
+
+
+def _lent(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method for a part of its object, which does not hold the object by it.
+
+    Else the two would hold each other, with hundreds of megabytes, until garbage is collected.
+    """
+    held = WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        lent = held()
+        assert lent is not None
+        return lent(*arguments)
+
+    return call
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mlflow import MlflowClient
 
 from apt_ray.config import BackboneSpec, FitSettings
 from apt_ray.detection.calibration import calibrate
@@ -12,6 +13,7 @@ from apt_ray.detection.prompt_set import PromptSet, Provenance
 from apt_ray.detection.reference import ReferenceMemory
 from apt_ray.detection.rule import Scale, Scales
 from apt_ray.registry import RegisteredVersion, Registry
+from apt_ray.registry.mlflow.names import TRIALS_EXPERIMENT
 
 
 def make_prompt_set(category: str, *, seed: int = 0) -> PromptSet:
@@ -63,3 +65,12 @@ def register(
     held_out: tuple[Path, ...] = (),
 ) -> RegisteredVersion:
     return registry.register(prompt_set, pictures={}, trials=[], support=support, held_out=held_out)
+
+
+def logged_trials(uri: str, search: str) -> list[str]:
+    """The trials of a search that MLflow holds, one entry for each run."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(TRIALS_EXPERIMENT)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], f"tags.search = '{search}'")
+    return sorted(run.data.tags["trial"] for run in runs)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from apt_ray.registry import (
 )
 from apt_ray.registry.mlflow.names import model_name
 from tests.registry.fake import FakeRegistry
-from tests.registry.registering import make_prompt_set
+from tests.registry.registering import logged_trials, make_prompt_set
 
 SetAlias = Callable[[str, str, int], None]
 
@@ -266,13 +267,18 @@ def test_the_number_of_a_deleted_version_is_not_given_again(registry: Registry) 
     assert registry.aliases()["gone"] == {CHAMPION: 1, CANDIDATE: 4}
 
 
-def test_trials_may_be_logged_again(registry: Registry) -> None:
-    trial = LoggedTrial(
+def test_a_trial_that_is_logged_again_is_kept_once(registry: Registry) -> None:
+    first = LoggedTrial(
         category="logged",
         number=0,
         settings={"noise_strength": 0.3},
         metrics={"validation": ((10, 0.5), (20, 0.75))},
         status="finished",
     )
-    for _ in range(2):
-        registry.log_trials("search", [trial])
+    for trials in ([first], [first, replace(first, number=1)]):
+        registry.log_trials("logged twice", trials)
+    if isinstance(registry, FakeRegistry):
+        kept = [f"{category}/{number}" for _, category, number in registry.trials]
+    else:
+        kept = logged_trials(registry.address, "logged twice")
+    assert kept == ["logged/0", "logged/1"]

@@ -17,16 +17,16 @@ from apt_ray.detection.prompt_set import PromptSet
 from serving.api.access import Access
 from serving.api.ingress import create_api
 from serving.controller.orders import Order, StoredVersion
-from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, HttpLimits
+from serving.settings import Auth, HttpLimits
 from tests.mutations import mutated, png_that_claims
+from tests.serving.engines import torch_inspector
 
 LIMITS = HttpLimits(max_bytes=2_000_000, max_pixels=4_000_000, timeout_s=20)
 
 
 @pytest.fixture(scope="module")
 def api(prompt_set: PromptSet) -> FastAPI:
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"))
+    inspector = torch_inspector(limits=LIMITS.image)
     stored = StoredVersion(category="nut", version=1, run_id="", data=prompt_set.to_bytes())
     inspector.load("nut", Order(version=1), stored)
     return create_api(inspector, http=LIMITS, access=Access(Auth()))

@@ -18,9 +18,9 @@ from serving.controller.cache import Cache
 from serving.controller.controller import Controller
 from serving.controller.orders import Order, Plan, StoredVersion
 from serving.replica.beside import Beside
-from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, Decision, HttpLimits
+from serving.settings import Auth, Decision, HttpLimits
 from tests.registry.fake import FakeRegistry
+from tests.serving.engines import torch_inspector
 from tests.serving.test_controller import Line, started
 from tests.serving.test_ingress import png
 
@@ -70,9 +70,7 @@ class Bench:
         self.controller, self.line = controller, CountingLine(controller)
         cache = Cache(str(self.folder / "replica"), "registry")
         self.history = KeptVersions()
-        self.inspector = Inspector(
-            limits=HttpLimits().image,
-            batching=Batching(runtime="torch"),
+        self.inspector = torch_inspector(
             beside=Beside(self.line, cache),
             history=self.history,  # type: ignore[arg-type]
         )

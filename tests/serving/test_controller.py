@@ -29,9 +29,10 @@ from serving.deploy.deployment import describe_status
 from serving.replica.drift import DriftWatches
 from serving.replica.follower import Follower
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, CategoryEntry, HttpLimits
+from serving.settings import Auth, CategoryEntry
 from tests.registry.fake import FakeRegistry
 from tests.registry.registering import make_prompt_set
+from tests.serving.engines import torch_inspector
 
 _TASKS: list[asyncio.Task[None]] = []
 PLAN = Plan.parse({"revision": 1, "pools": {"tail": {"nut": {}, "bolt": {"version": 4}}}})
@@ -310,9 +311,7 @@ class Line:
 def replica(
     line: Line, folder: Path, name: str = "r", *, drift: DriftWatches | None = None
 ) -> tuple[Follower, Inspector, Access]:
-    inspector = Inspector(
-        limits=HttpLimits().image, batching=Batching(runtime="torch"), shared=True, drift=drift
-    )
+    inspector = torch_inspector(shared=True, drift=drift)
     access = Access(Auth())
     follower = Follower(
         "tail",

@@ -9,8 +9,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from apt_ray.detection.prompt_set import PromptSet
 from serving.api.pools import Answering
 from serving.controller.orders import Order, StoredVersion
-from serving.replica.inspector import Inspector
-from serving.settings import Batching
+from tests.serving.engines import torch_inspector
 from tests.serving.test_root import AUTH, LIMITS, KnownController, root_of
 
 pytestmark = pytest.mark.slow
@@ -20,7 +19,7 @@ TOKEN = {"Authorization": "Bearer all"}
 
 @pytest.fixture(scope="module")
 def description(prompt_set: PromptSet) -> BaseSchema:
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True)
+    inspector = torch_inspector(limits=LIMITS.image, shared=True)
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     inspector.load("blister", Order(version=7), stored)
     controller = KnownController()

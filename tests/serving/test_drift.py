@@ -19,8 +19,9 @@ from serving.controller.orders import Order, ReplicaReport, StoredVersion
 from serving.deploy.deployment import describe_status
 from serving.replica.drift import DriftWatches
 from serving.replica.inspector import Inspector
-from serving.settings import Batching, Fleet, HttpLimits
+from serving.settings import Fleet
 from tests.registry.fake import FakeRegistry
+from tests.serving.engines import torch_inspector
 from tests.serving.test_controller import Line, replica, started, stocked
 from tests.serving.test_root import AUTH
 from tests.serving.test_thresholds import operating, problem
@@ -139,12 +140,7 @@ def textured(light: float, rng: np.random.Generator) -> bytes:
 @pytest.fixture
 def watching(prompt_set: PromptSet) -> tuple[Inspector, Callable[[int], None]]:
     """A replica that watches, and what lets it serve a version."""
-    inspector = Inspector(
-        limits=HttpLimits().image,
-        batching=Batching(runtime="torch"),
-        shared=True,
-        drift=DriftWatches(SETTINGS),
-    )
+    inspector = torch_inspector(shared=True, drift=DriftWatches(SETTINGS))
     data = prompt_set.with_category("nut").to_bytes()
 
     def serve(version: int) -> None:

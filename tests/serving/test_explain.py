@@ -19,7 +19,8 @@ from serving.controller.cache import Cache
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.beside import Beside
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, Decision
+from serving.settings import Auth, Decision
+from tests.serving.engines import torch_inspector
 from tests.serving.test_root import LIMITS, KnownController, ask, root_of
 
 
@@ -28,7 +29,7 @@ def inspector_of(prompt_set: PromptSet, folder: Path, *, threshold: float) -> In
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     cache.put(stored)
     beside = Beside(KnownController(), cache)  # type: ignore[arg-type]
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), beside=beside)
+    inspector = torch_inspector(limits=LIMITS.image, beside=beside)
     inspector.load("blister", Order(version=7, decision=Decision(threshold=threshold)), stored)
     return inspector
 

@@ -22,10 +22,10 @@ from serving.api.ingress import create_api
 from serving.api.pools import Answering
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.history import History
-from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, Decision, FeedbackSettings, HistorySettings
+from serving.settings import Auth, Decision, FeedbackSettings, HistorySettings
 from tests.disks import full_disk
 from tests.registry.fake import FakeRegistry
+from tests.serving.engines import torch_inspector
 from tests.serving.test_history import png
 from tests.serving.test_moves import Desk
 from tests.serving.test_root import LIMITS, ask, root_of, token
@@ -52,9 +52,7 @@ def keeping(tmp_path: Path, prompt_set: PromptSet) -> Keeping:
 
     def start(*, threshold: float = 0, auth: Auth = AUTH, **settings: Any) -> FastAPI:
         history = History(HistorySettings(images=100, folder=str(tmp_path / "history")), "registry")
-        inspector = Inspector(
-            limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True, history=history
-        )
+        inspector = torch_inspector(limits=LIMITS.image, shared=True, history=history)
         stored = StoredVersion(
             category="blister", version=7, run_id="r", data=prompt_set.to_bytes()
         )
@@ -258,7 +256,7 @@ def test_a_flood_a_full_store_and_a_full_disk_are_refused(keeping: Keeping) -> N
 
 
 def test_without_a_store_there_is_no_feedback(keeping: Keeping, prompt_set: PromptSet) -> None:
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"))
+    inspector = torch_inspector(limits=LIMITS.image)
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     inspector.load("blister", Order(version=7), stored)
     api = create_api(inspector, http=LIMITS, access=Access(Auth()))

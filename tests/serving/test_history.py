@@ -36,8 +36,9 @@ from serving.api.problems import ProblemError
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.history import History
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, Decision, HistorySettings
+from serving.settings import Auth, Decision, HistorySettings
 from tests.disks import full_disk
+from tests.serving.engines import torch_inspector
 from tests.serving.test_root import AUTH, LIMITS, ask, root_of
 
 Keeping = Callable[..., tuple[FastAPI, Inspector, History]]
@@ -63,9 +64,7 @@ def keeping(tmp_path: Path, prompt_set: PromptSet) -> Keeping:
         folder = str(tmp_path / "history")
         values = HistorySettings.parse({"images": 100, "folder": folder, **settings})
         history = History(values, "registry", meter=meter)  # type: ignore[arg-type]
-        inspector = Inspector(
-            limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True, history=history
-        )
+        inspector = torch_inspector(limits=LIMITS.image, shared=True, history=history)
         stored = StoredVersion(
             category="blister", version=7, run_id="r", data=prompt_set.to_bytes()
         )

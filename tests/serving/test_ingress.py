@@ -1,12 +1,15 @@
 import asyncio
 import base64
 import dataclasses
+import gc
 import hashlib
 import io
 import sys
 import threading
-from collections.abc import AsyncIterator
-from typing import Any
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -25,15 +28,18 @@ from serving.api.access import Access
 from serving.api.ingress import create_api
 from serving.api.messages import CategoryReport, Inspected, InspectionRequest, Picture
 from serving.api.problems import ProblemError
+from serving.controller.cache import Cache
 from serving.controller.orders import Order, StoredVersion
+from serving.replica.beside import Beside
 from serving.replica.inspector import Inspector
 from serving.replica.served import decide
 from serving.settings import Auth, Batching, Decision, HttpLimits, RegionOfInterest
+from tests.serving.engines import torch_inspector
 
 LIMITS = HttpLimits(max_bytes=200_000, max_pixels=100_000, timeout_s=20)
 TOKEN = {"name": "line-3", "sha256": hashlib.sha256(b"secret").hexdigest()}
 AUTH = Auth.parse({"tokens": [TOKEN, {"name": "line-4", "sha256": "0" * 64}]})
-DEFAULT_BATCHING = Batching(runtime="torch")  # spares a compilation each
+DEFAULT_BATCHING = Batching()
 OPEN = Access(Auth())
 
 
@@ -50,7 +56,10 @@ def with_threshold(prompt_set: PromptSet, value: float) -> PromptSet:
 def inspector(
     backbone: FrozenCLIP, prompt_set: PromptSet, batching: Batching = DEFAULT_BATCHING
 ) -> Inspector:
-    inspecting = Inspector(limits=LIMITS.image, batching=batching)
+    return loaded(torch_inspector(limits=LIMITS.image, batching=batching), prompt_set)
+
+
+def loaded(inspecting: Inspector, prompt_set: PromptSet) -> Inspector:
     stored = StoredVersion(category="blister", version=7, run_id="run", data=prompt_set.to_bytes())
     inspecting.load("blister", Order(version=7), stored)
     return inspecting
@@ -310,8 +319,9 @@ def test_images_that_wait_together_are_inspected_together(
         found = await asyncio.gather(*(ask_for(inspecting, data) for data in images))
         return [(each.report.anomaly_score, each.report.timings_ms.inspect) for each in found]
 
-    alone = inspector(backbone, prompt_set, Batching(max_batch_size=1))
-    batched = inspector(backbone, prompt_set, Batching(max_batch_size=4, threads=4))
+    alone = inspector(backbone, prompt_set, Batching(max_batch_size=1, max_wait_s=60))
+    batching = Batching(max_batch_size=4, threads=4, max_wait_s=60)
+    batched = inspector(backbone, prompt_set, batching)
     scores, durations = zip(*asyncio.run(together(batched)), strict=True)
     expected, _ = zip(*asyncio.run(together(alone)), strict=True)
     assert scores == pytest.approx(expected, abs=1e-5)
@@ -330,23 +340,23 @@ def test_another_runtime_answers_the_same(
 
     expected = asyncio.run(scores(inspector(backbone, prompt_set)))
     batching = Batching(runtime="openvino", threads=2)
-    assert asyncio.run(scores(inspector(backbone, prompt_set, batching))) == pytest.approx(
-        expected, abs=1e-4
-    )
+    compiled = loaded(Inspector(limits=LIMITS.image, batching=batching), prompt_set)
+    assert asyncio.run(scores(compiled)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_runtime_that_is_not_there_is_done_without_unless_it_is_named(
-    backbone: FrozenCLIP,
-    prompt_set: PromptSet,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    prompt_set: PromptSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # imports of it raise ModuleNotFoundError
-    answered = asyncio.run(ask_for(inspector(backbone, prompt_set, Batching()), png()))
+    any_runtime, named = (
+        Inspector(limits=LIMITS.image, batching=batching)
+        for batching in (Batching(), Batching(runtime="openvino"))
+    )
+    answered = asyncio.run(ask_for(loaded(any_runtime, prompt_set), png()))
     assert 0 <= answered.report.anomaly_score <= 1
     assert "PyTorch encodes images: " in caplog.text
     with pytest.raises(MissingDependencyError, match="edge"):
-        inspector(backbone, prompt_set, Batching(runtime="openvino"))
+        loaded(named, prompt_set)
 
 
 def test_a_short_burst_waits_and_a_flood_is_refused(
@@ -484,7 +494,7 @@ def test_a_request_has_one_name_whatever_its_caller_calls_it(api: FastAPI) -> No
 def test_a_caller_that_went_away_costs_no_forward_pass(
     backbone: FrozenCLIP, prompt_set: PromptSet
 ) -> None:
-    busy = inspector(backbone, prompt_set, Batching(max_batch_size=1))
+    busy = inspector(backbone, prompt_set, Batching(max_batch_size=1, max_wait_s=60))
     forwards = []
     run = busy._batcher._run
     busy._batcher._run = lambda jobs: forwards.append(len(jobs)) or run(jobs)  # type: ignore[func-returns-value]
@@ -540,7 +550,7 @@ def test_one_flooded_category_leaves_the_others_their_turn(
     backbone: FrozenCLIP, prompt_set: PromptSet
 ) -> None:
     batching = Batching(max_batch_size=2, threads=2, max_wait_s=1)
-    shared = Inspector(limits=LIMITS.image, batching=batching, shared=True)
+    shared = torch_inspector(limits=LIMITS.image, batching=batching, shared=True)
     for name in ("blister", "nut"):
         stored = StoredVersion(
             category=name, version=1, run_id="", data=prompt_set.with_category(name).to_bytes()
@@ -580,7 +590,7 @@ def test_a_region_of_interest_leaves_only_what_lies_in_it(
     stored = StoredVersion(category="blister", version=1, run_id="", data=prompt_set.to_bytes())
     scores = {}
     for name, box in (("all", (0, 0, 1, 1)), ("left", (0, 0, 0.5, 1)), ("right", (0.5, 0, 0.5, 1))):
-        inspecting = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"))
+        inspecting = torch_inspector(limits=LIMITS.image)
         order = Order(
             version=1,
             decision=Decision(threshold=0.0),
@@ -618,6 +628,41 @@ def test_a_damaged_version_never_replaces_the_one_that_serves(
         with pytest.raises(AptError, match=says):
             serving.load("blister", Order(version=8), stored)
     assert asyncio.run(ask_for(serving, png())).report.version == 7
+
+
+@pytest.fixture
+def _no_collections() -> Iterator[None]:
+    """What is let go is let go by counts of references alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def threads_of_engines() -> set[threading.Thread]:
+    own = ("decode", "model", "shadow")
+    return {thread for thread in threading.enumerate() if thread.name.startswith(own)}
+
+
+@pytest.mark.usefixtures("_no_collections")
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_an_engine_that_nobody_holds_is_let_go_with_its_backbone_and_threads(
+    prompt_set: PromptSet, runtime: Literal["torch", "openvino"]
+) -> None:
+    before = threads_of_engines()
+    engine = Inspector(
+        limits=LIMITS.image,
+        batching=Batching(runtime=runtime),
+        beside=Beside(None, Cache("/nonexistent", "registry")),  # type: ignore[arg-type]
+    )
+    asyncio.run(ask_for(loaded(engine, prompt_set), png()))
+    backbone = engine._served["blister"].detector.backbone
+    held = weakref.ref(engine), weakref.ref(backbone)
+    del engine, backbone
+    deadline = time.monotonic() + 20  # a thread lets go of its last work after it has answered
+    while held[0]() or held[1]() or threads_of_engines() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_new_version_takes_over_between_two_batches_without_a_lost_image(

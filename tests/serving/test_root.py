@@ -31,7 +31,8 @@ from serving.api.tuning import Tuning
 from serving.controller.cache import Cache
 from serving.controller.orders import CategoryStatus, FleetStatus, Order, Routes, StoredVersion
 from serving.replica.inspector import Inspector
-from serving.settings import Auth, Batching, HttpLimits
+from serving.settings import Auth, HttpLimits
+from tests.serving.engines import torch_inspector
 
 LIMITS = HttpLimits(max_bytes=200_000, max_pixels=100_000, timeout_s=20)
 SECRET = "the webhook's secret"
@@ -88,7 +89,7 @@ class KnownController:
 @pytest.fixture(scope="module")
 def tail(prompt_set: PromptSet) -> Inspector:
     """The engine of a pool that serves one category."""
-    inspector = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True)
+    inspector = torch_inspector(limits=LIMITS.image, shared=True)
     stored = StoredVersion(category="blister", version=7, run_id="r", data=prompt_set.to_bytes())
     inspector.load("blister", Order(version=7), stored)
     return inspector

@@ -50,8 +50,9 @@ from serving.replica.history import History
 from serving.replica.inspector import Inspector
 from serving.replica.served import ServedCategory, build
 from serving.replica.shadow import Answered, Shadow
-from serving.settings import Auth, Batching, CategoryShadow, Fleet, HistorySettings, HttpLimits
+from serving.settings import Auth, CategoryShadow, Fleet, HistorySettings
 from tests.registry.fake import FakeRegistry
+from tests.serving.engines import torch_inspector
 from tests.serving.test_beside import CountingLine
 from tests.serving.test_ingress import png
 from tests.serving.test_root import LIMITS
@@ -121,9 +122,7 @@ class Floor:
             disagreements=disagreements,
         )
         cache = Cache(str(self.folder / name), "registry")
-        inspector = Inspector(
-            limits=HttpLimits().image,
-            batching=Batching(runtime="torch"),
+        inspector = torch_inspector(
             shared=True,
             beside=Beside(self.line, cache),
             history=self.history,

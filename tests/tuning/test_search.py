@@ -26,9 +26,8 @@ from apt_ray.devtools.local_stack import (
     launch_mlflow,
 )
 from apt_ray.registry import CANDIDATE, CHAMPION, open_registry
-from apt_ray.registry.mlflow.names import TRIALS_EXPERIMENT
 from tests.nodes import three_nodes
-from tests.registry.registering import register, spoilt
+from tests.registry.registering import logged_trials, register, spoilt
 from tests.servers import BUCKET, moto, upload
 from tests.serving.fleets import ray_workers
 from tuning.records import SearchStore, TrialRecord
@@ -139,15 +138,6 @@ def running(stack: LocalStack, tmp_path: Path) -> Iterator[RunningSearch]:
     if search.process.poll() is None:
         search.process.kill()
         search.process.wait()
-
-
-def logged_trials(uri: str, search: str) -> list[str]:
-    """The trials of a search that MLflow holds, one entry for each run."""
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name(TRIALS_EXPERIMENT)
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], f"tags.search = '{search}'")
-    return sorted(run.data.tags["trial"] for run in runs)
 
 
 def assert_every_trial_once(search: RunningSearch, uri: str, category: str, trials: int) -> None:

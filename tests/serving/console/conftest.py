@@ -10,7 +10,6 @@ from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
 from serving.controller.orders import Order, StoredVersion
 from serving.replica.inspector import Inspector
-from serving.settings import Batching
 from tests.registry.fake import FakeRegistry
 from tests.serving.console.browser import chromium
 from tests.serving.console.fleets import (
@@ -21,11 +20,12 @@ from tests.serving.console.fleets import (
     ready,
     served,
 )
+from tests.serving.engines import torch_inspector
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium, for one module: see `chromium`."""
+    """Headless Chromium, for the tests of this folder alone: see `chromium`."""
     with chromium() as found:
         yield found
 
@@ -33,7 +33,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="package")
 def inspector(prompt_set: PromptSet, category: Category) -> Inspector:
     """The engine of a pool that serves the sample category."""
-    inspecting = Inspector(limits=LIMITS.image, batching=Batching(runtime="torch"), shared=True)
+    inspecting = torch_inspector(limits=LIMITS.image, shared=True)
     stored = StoredVersion(
         category=category.name, version=7, run_id="r", data=prompt_set.to_bytes()
     )

@@ -42,6 +42,7 @@ from serving.settings import (
     HistorySettings,
     HttpLimits,
 )
+from tests.serving.engines import torch_inspector
 
 LIMITS = HttpLimits()
 
@@ -203,7 +204,7 @@ class WholeFleet:
         tasks = [asyncio.create_task(controller.poll_forever())]
         access = Access(Auth())
         history = History(self._kept, "memory") if self._kept.images else None
-        inspector = Inspector(
+        inspector = torch_inspector(
             limits=LIMITS.image,
             batching=Batching(threads=2),
             shared=True,
