@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -14,10 +13,11 @@ from tqdm import tqdm
 
 from apt_ray.cli.flags import add_flags, count, given, number
 from apt_ray.errors import SettingsError
-from apt_ray.files import keep, write_json, write_whole, writing
+from apt_ray.files import write_whole, writing
 from apt_ray.text import printable
 
 if TYPE_CHECKING:
+    from apt_ray.cli.common import WriteJson
     from apt_ray.detection.detector import Detector
     from apt_ray.export.exported import ExportedDetector
     from apt_ray.validation.report.timeline import Trace
@@ -88,9 +88,11 @@ def is_given(options: argparse.Namespace) -> bool:
 
 
 def run(
-    options: argparse.Namespace, load: Callable[[Path, str], Detector | ExportedDetector]
+    options: argparse.Namespace,
+    load: Callable[[Path, str], Detector | ExportedDetector],
+    write: WriteJson,
 ) -> int:
-    """Inspect a video; returns the exit status."""
+    """Inspect a video, and `write` what it came to; returns the exit status."""
     from apt_ray.video.settings import WatchSettings
     from apt_ray.video.watch import watch_frames
 
@@ -115,15 +117,15 @@ def run(
             summary = watch.summary
             if kept is not None:
                 kept.draw(ended)
-            if options.json is not None:
-                found = {
+            write(
+                {
                     "video": printable(path),
                     "category": detector.category,
                     "levels": watch.levels.model_dump(),
                     "summary": summary.model_dump(),
                     "events": [event.model_dump() for event in ended],
                 }
-                keep(options.json, partial(write_json, value=found))
+            )
             print(
                 f"{summary.frames} frames in {summary.seconds:g} s: {summary.anomalies} anomalies;"
                 f" {summary.inspected} inspected, {summary.unchanged} unchanged, {summary.no_part}"
