@@ -14,7 +14,7 @@ from tqdm import tqdm
 from apt_ray.cli import stream
 from apt_ray.cli.common import WriteJson, add_command, add_json, writing_json
 from apt_ray.errors import DataError, ImageError, SettingsError, WriteError
-from apt_ray.files import check_writable, writing
+from apt_ray.files import check_writable, is_within, writing
 from apt_ray.text import printable
 
 if TYPE_CHECKING:
@@ -134,19 +134,17 @@ def _images(paths: Sequence[Path], out: Path | None) -> list[Path]:
     """Files, and those below folders except in `out`: overlays of an earlier run are no images."""
     from apt_ray.data.folders import images_below
 
-    drawn = None if out is None else Path(os.path.abspath(out))
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        if drawn == Path(os.path.abspath(path)):
-            raise DataError(f"overlays in {path} would lie among its images: give another --out")
-        found += [
-            image
-            for image in images_below(path)
-            if drawn is None or drawn not in Path(os.path.abspath(image)).parents
-        ]
+        if out is not None and os.path.realpath(out) == os.path.realpath(_folder(path)):
+            raise DataError(
+                f"overlays in {out} would lie among images and be taken for some: give another"
+                f" --out"
+            )
+        images = images_below(path) if path.is_dir() else [path]
+        if out is not None and is_within(out, path):
+            images = [image for image in images if not is_within(image.parent, out)]
+        found += images
     if not found:
         raise DataError(f"no image in {', '.join(map(str, paths))}: give files or other folders")
     return list(dict.fromkeys(found))

@@ -312,8 +312,11 @@ def test_overlays_are_no_images_of_the_next_run(
         assert main(["inspect", set_file, str(day), "--out", str(day / "overlays")]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 1
     assert [path.name for path in (day / "overlays").iterdir()] == ["1.png.png"]
-    assert main(["inspect", set_file, str(day), "--out", str(day)]) == 1
-    assert "would lie among its images: give another --out" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(day)
+    for out in (day, tmp_path / "link"):
+        for given in (day, day / "1.png"):
+            assert main(["inspect", set_file, str(given), "--out", str(out)]) == 1
+            assert "would lie among images" in capsys.readouterr().err
 
 
 def test_json_on_standard_output_is_alone_there(

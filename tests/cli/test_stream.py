@@ -82,6 +82,33 @@ def test_a_pipe_is_a_stream(alarmed: str, images: list[Image.Image], tmp_path: P
     assert b"ffmpeg" in ran.stderr
 
 
+def test_flags_of_a_video_are_refused_where_there_is_none(
+    alarmed: str, images: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = save(images[:2], tmp_path / "frames")
+    for flags in (
+        ["--event-frames", "3"],
+        ["--no-gate", "--every", "2"],
+        ["--part", "whole"],
+        ["--batch", "1"],
+    ):
+        assert inspect(alarmed, frames, *flags) == 1
+        said = capsys.readouterr()
+        assert (said.out, all(flag in said.err for flag in flags if flag[:1] == "-")) == ("", True)
+        assert "give --fps" in said.err
+
+
+def test_overlays_are_no_frames_of_the_next_run(
+    alarmed: str, images: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = save(images[:2], tmp_path / "frames")
+    (tmp_path / "link").symlink_to(frames)
+    for out in (frames, frames / "out", tmp_path / "link"):
+        assert inspect(alarmed, frames, "--fps", 10, "--out", out) == 1
+        assert "would lie among the frames" in capsys.readouterr().err
+    assert len(list(frames.iterdir())) == 2
+
+
 def test_an_animation_is_a_stream_by_its_name_or_by_its_rate(
     alarmed: str, images: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
