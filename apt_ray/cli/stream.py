@@ -251,7 +251,7 @@ def _frames(options: argparse.Namespace, detector: Detector | ExportedDetector) 
     else:
         frames = read_frames(path, detector.reading, fps=options.fps)
     every: Every = options.every or Every()
-    return (frame for frame in frames if every.takes(frame.index, frame.time_s))
+    return (frame for frame in frames if every.takes(frame.index, frame.time_s) or frame.is_cut_off)
 
 
 def _watch(detector: Detector | ExportedDetector, settings: WatchSettings, part: str) -> Watch:

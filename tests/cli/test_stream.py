@@ -82,6 +82,23 @@ def test_a_pipe_is_a_stream(alarmed: str, images: list[Image.Image], tmp_path: P
     assert b"ffmpeg" in ran.stderr
 
 
+def test_a_frame_that_the_end_of_a_pipe_cuts_off_is_told(
+    alarmed: str, images: list[Image.Image]
+) -> None:
+    piped = b"".join(encode_jpeg(image, side=SIZE, quality=95) for image in images[:4])
+    command = [sys.executable, "-m", "apt_ray", "inspect", alarmed, "-", "--json", "-"]
+    command += ["--every", "2", "--part", "any"]  # also of a frame that is passed over
+    ran = subprocess.run(command, input=piped[:-100], capture_output=True, check=False)
+    assert ran.returncode == 0
+    summary = json.loads(ran.stdout)["summary"]  # the JSON alone
+    assert (summary["frames"], summary["damaged"], summary["is_cut_off"]) == (3, 1, True)
+    assert b"frame 3 is cut off: the stream ended within it" in ran.stderr
+    assert b"warning: the stream ended within a frame" in ran.stderr
+    ran = subprocess.run(command, input=piped, capture_output=True, check=False)
+    assert not json.loads(ran.stdout)["summary"]["is_cut_off"]
+    assert b"warning" not in ran.stderr
+
+
 def test_flags_of_a_video_are_refused_where_there_is_none(
     alarmed: str, images: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
