@@ -27,6 +27,7 @@ from apt_ray.config import FitSettings
 from apt_ray.errors import AptError
 from apt_ray.files import check_writable, keep, write_json
 from apt_ray.tables import align
+from apt_ray.text import printable
 
 if TYPE_CHECKING:
     from apt_ray.data.folders import Defect
@@ -194,7 +195,7 @@ def print_confirmation(confirmation: Confirmation, defects: Sequence[Defect]) ->
     prompt_set = confirmation.prompt_set
     rows = [
         (
-            str(defect.path),
+            printable(defect.path),
             f"{score:.3f}",
             "rejected" if prompt_set.threshold.rejects(score) else "passes",
             defect.kind,
