@@ -66,6 +66,15 @@ def absolute(path: AnyPath) -> Location:
     return path if isinstance(path, S3Path) else Path(os.path.abspath(expanded(path)))
 
 
+def is_within(path: AnyPath, folder: AnyPath) -> bool:
+    """Whether a path is that of the folder or lies in it, wherever links lead."""
+    path, folder = (
+        each if isinstance(each, S3Path) else Path(os.path.realpath(each))
+        for each in map(absolute, (path, folder))
+    )
+    return type(path) is type(folder) and path.parts[: len(folder.parts)] == folder.parts
+
+
 def visible(folder: AnyPath) -> list[Location]:
     """What is in the folder, sorted, without hidden files and what systems and servers leave there,
     such as a NAS's `@eaDir`; nothing if there is no such folder. DataError if it cannot be listed.

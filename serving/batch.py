@@ -61,6 +61,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     output = Output.at(options.output)
     output.check_writable()
+    output.check_apart(options.input)
     category = options.category
     if options.prompt_set:
         from serving.bulk.versions import category_of

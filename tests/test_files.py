@@ -22,6 +22,7 @@ from apt_ray.files import (
     Location,
     S3Path,
     files_below,
+    is_within,
     location,
     open_file,
     put,
@@ -549,3 +550,16 @@ def _wait_for(port: int) -> None:
         except OSError:
             time.sleep(0.05)
     pytest.fail(f"nothing listens on port {port}")
+
+
+def test_what_lies_within_a_folder_is_told_wherever_links_lead(tmp_path: Path) -> None:
+    (tmp_path / "day").mkdir()
+    (tmp_path / "link").symlink_to("day")
+    for path in ("day", "day/out", "link", "link/out", "day/../day/out"):
+        assert is_within(tmp_path / path, tmp_path / "day")
+        assert is_within(tmp_path / path, tmp_path / "link")
+    for path in ("day2", "", "day/../out"):
+        assert not is_within(tmp_path / path, tmp_path / "day")
+    assert is_within("s3://line/day/out", "s3://line/day")
+    assert not is_within("s3://line/day2", "s3://line/day")
+    assert not is_within(tmp_path / "line" / "day", "s3://line/day")

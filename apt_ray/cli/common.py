@@ -7,27 +7,37 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tqdm import tqdm
 
 from apt_ray.cli.flags import add_backbone_flags, add_flags, given, given_backbone
 from apt_ray.config import FitSettings
 from apt_ray.errors import AptError
+from apt_ray.files import check_writable, keep, write_json
 from apt_ray.tables import align
+from apt_ray.text import printable
 
 if TYPE_CHECKING:
     from apt_ray.data.folders import Defect
     from apt_ray.features.protocol import Backbone
     from apt_ray.prompts.confirm import Confirmation
+
+WriteJson: TypeAlias = Callable[[object], None]
+"""Writes the one value that `--json` asks for."""
+
+_STANDARD_OUTPUT = Path("-")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -106,6 +116,36 @@ def add_command(
     return command
 
 
+def add_json(command: argparse.ArgumentParser, text: str, **options: Any) -> None:
+    """Add `--json FILE`; `writing_json` writes it."""
+    command.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"{text}; - is standard output, and all else goes to standard error",
+        **options,
+    )
+
+
+@contextmanager
+def writing_json(file: Path | None) -> Iterator[WriteJson]:
+    """What writes a value where `--json` says: to a file, to standard output, or, without it,
+    nowhere. WriteError now, before any work, if the file cannot be written.
+
+    Where it is standard output, the value alone stands there: whatever else is printed within the
+    block goes to standard error.
+    """
+    if file is None:
+        yield lambda value: None
+    elif file == _STANDARD_OUTPUT:
+        output = sys.stdout
+        with redirect_stdout(sys.stderr):
+            yield lambda value: print(json.dumps(value, indent=2), file=output, flush=True)
+    else:
+        check_writable(file)
+        yield lambda value: keep(file, partial(write_json, value=value))
+
+
 def add_settings(command: argparse.ArgumentParser) -> None:
     """Add a flag for each setting of a fit; `settings` reads them."""
     group = command.add_argument_group("settings of the fit", "the defaults need no tuning")
@@ -155,7 +195,7 @@ def print_confirmation(confirmation: Confirmation, defects: Sequence[Defect]) ->
     prompt_set = confirmation.prompt_set
     rows = [
         (
-            str(defect.path),
+            printable(defect.path),
             f"{score:.3f}",
             "rejected" if prompt_set.threshold.rejects(score) else "passes",
             defect.kind,

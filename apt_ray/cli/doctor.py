@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_ray.cli.common import add_command
+from apt_ray.cli.common import WriteJson, add_command, add_json, writing_json
 from apt_ray.cli.flags import number
 from apt_ray.errors import SettingsError
-from apt_ray.files import check_writable, write_whole
+from apt_ray.files import check_writable
 from apt_ray.text import printable
 
 if TYPE_CHECKING:
@@ -60,13 +59,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     doctor.add_argument(
         "--only", metavar="CHECK,...", help="make these checks alone, such as ray,mlflow"
     )
-    doctor.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write the findings as JSON, to a file or in the place of the table",
-    )
+    add_json(doctor, "write the findings as JSON", nargs="?", const=Path("-"))
     doctor.add_argument(
         "--bundle",
         type=Path,
@@ -89,6 +82,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(options: argparse.Namespace) -> int:
+    with writing_json(options.json) as write:
+        return _diagnose(options, write)
+
+
+def _diagnose(options: argparse.Namespace, write: WriteJson) -> int:
     from apt_ray.doctor import CHECKS, Setup, diagnose
 
     only = [name.strip() for name in (options.only or "").split(",") if name.strip()]
@@ -97,7 +95,6 @@ def _run(options: argparse.Namespace) -> int:
             f"there is no check {', '.join(unknown)}: choose among {', '.join(CHECKS)}"
         )
     check_writable(options.bundle)
-    check_writable(None if options.json in (None, "-") else Path(options.json))
     setup = Setup(
         mlflow=options.mlflow,
         fleet=options.fleet,
@@ -107,16 +104,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     findings = diagnose(setup, only)
     broken = any(finding.level == "error" for finding in findings)
-    if options.json is not None:
-        text = json.dumps(
-            {"ok": not broken, "findings": [asdict(finding) for finding in findings]}, indent=2
-        )
-        if options.json == "-":
-            print(text)
-        else:
-            write_whole(options.json, text + "\n")
-    if options.json != "-":
-        _show(findings)
+    write({"ok": not broken, "findings": [asdict(finding) for finding in findings]})
+    _show(findings)
     if options.bundle is not None:
         from apt_ray.doctor.bundle import write_bundle
 

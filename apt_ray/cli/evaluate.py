@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from apt_ray.cli.common import (
+    WriteJson,
     add_backbone,
     add_command,
+    add_json,
     add_settings,
     backbone,
     settings,
+    writing_json,
 )
 from apt_ray.cli.flags import count, seeds
 from apt_ray.errors import AptError, WriteError
-from apt_ray.files import check_writable, keep, location, write_json
+from apt_ray.files import check_writable, keep, location
 
 if TYPE_CHECKING:
     from apt_ray.features.protocol import Backbone
@@ -63,7 +66,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="let N defective images of each kind, which are not tested, teach the kinds of"
         " defects, and print what the others are called",
     )
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every result as JSON")
+    add_json(evaluate, "write every result as JSON")
     evaluate.add_argument(
         "--scores",
         type=Path,
@@ -81,8 +84,12 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _run(options: argparse.Namespace) -> int:
-    for file in (options.json, options.scores):
-        check_writable(file)
+    with writing_json(options.json) as write:
+        return _evaluate(options, write)
+
+
+def _evaluate(options: argparse.Namespace, write_json: WriteJson) -> int:
+    check_writable(options.scores)
     check_writable(options.report, is_folder=True)
     from apt_ray.data.distinct import describe_copies
     from apt_ray.data.folders import find_categories
@@ -129,12 +136,17 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"error: {error}", file=sys.stderr)
     finally:
         # Also when it is interrupted: whole categories took their time.
-        failed |= not _write(options, results, loaded)
+        failed |= not _write(options, results, loaded, write_json)
         _print(results)
     return 1 if failed else 0
 
 
-def _write(options: argparse.Namespace, results: list[Result], loaded: Backbone) -> bool:
+def _write(
+    options: argparse.Namespace,
+    results: list[Result],
+    loaded: Backbone,
+    write_json: WriteJson,
+) -> bool:
     """Write the files that were asked for; whether all could be, each where it should."""
     from apt_ray.validation.intervals import save_scores
 
@@ -146,16 +158,17 @@ def _write(options: argparse.Namespace, results: list[Result], loaded: Backbone)
 
     rows = [result.as_dict() for result in results]
     scores = [result.scores for result in results]
-    writers: list[tuple[Path | None, Callable[[Path], None]]] = [
-        (options.json, partial(write_json, value=rows)),
-        (options.scores if results else None, partial(save_scores, scores=scores)),
-        (options.report if results else None, report),
-    ]
+    writers: list[Callable[[], None]] = []
+    if results and options.scores is not None:
+        writers.append(partial(keep, options.scores, partial(save_scores, scores=scores)))
+    if results and options.report is not None:
+        writers.append(partial(keep, options.report, report))
+    # The last, for who reads it may go away.
+    writers.append(partial(write_json, rows))
     is_whole = True
-    for path, write in writers:
+    for write in writers:
         try:
-            if path is not None:
-                keep(path, write)
+            write()
         except WriteError as error:
             is_whole = False
             print(f"error: {error}", file=sys.stderr)

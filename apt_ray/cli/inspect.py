@@ -6,16 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from apt_ray.cli import stream
-from apt_ray.cli.common import add_command
+from apt_ray.cli.common import WriteJson, add_command, add_json, writing_json
 from apt_ray.errors import DataError, ImageError, SettingsError, WriteError
-from apt_ray.files import check_writable, keep, write_json, writing
+from apt_ray.files import check_writable, is_within, writing
 from apt_ray.text import printable
 
 if TYPE_CHECKING:
@@ -39,16 +38,20 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="folder for overlay images: NAME.png for each NAME, as they lie; of a video its"
         " events, scores, timeline, and overlays of the worst frames",
     )
-    inspect.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add_json(inspect, "write the results as JSON")
     inspect.add_argument("--device", default="cpu", help="torch device (cpu)")
     stream.add_flags_to(inspect)
 
 
 def _run(options: argparse.Namespace) -> int:
     check_writable(options.out, is_folder=True)
-    check_writable(options.json)
-    if stream.is_given(options):
-        return stream.run(options, load)
+    with writing_json(options.json) as write:
+        if stream.is_given(options):
+            return stream.run(options, load, write)
+        return _inspect_images(options, write)
+
+
+def _inspect_images(options: argparse.Namespace, write: WriteJson) -> int:
     paths = _images(options.images, options.out)
     detector = load(options.prompt_set, options.device)
     # Below the folder that all have in common no two have one name.
@@ -62,8 +65,7 @@ def _run(options: argparse.Namespace) -> int:
             sys.stdout.flush()
     finally:
         # Also when it is interrupted, or nobody reads any further.
-        if options.json is not None:
-            keep(options.json, partial(write_json, value=rows))
+        write(rows)
     failed = sum(row["error"] is not None for row in rows)
     if failed:
         print(f"error: {failed} of {len(rows)} images: see what is said of them", file=sys.stderr)
@@ -132,19 +134,17 @@ def _images(paths: Sequence[Path], out: Path | None) -> list[Path]:
     """Files, and those below folders except in `out`: overlays of an earlier run are no images."""
     from apt_ray.data.folders import images_below
 
-    drawn = None if out is None else Path(os.path.abspath(out))
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        if drawn == Path(os.path.abspath(path)):
-            raise DataError(f"overlays in {path} would lie among its images: give another --out")
-        found += [
-            image
-            for image in images_below(path)
-            if drawn is None or drawn not in Path(os.path.abspath(image)).parents
-        ]
+        if out is not None and os.path.realpath(out) == os.path.realpath(_folder(path)):
+            raise DataError(
+                f"overlays in {out} would lie among images and be taken for some: give another"
+                f" --out"
+            )
+        images = images_below(path) if path.is_dir() else [path]
+        if out is not None and is_within(out, path):
+            images = [image for image in images if not is_within(image.parent, out)]
+        found += images
     if not found:
         raise DataError(f"no image in {', '.join(map(str, paths))}: give files or other folders")
     return list(dict.fromkeys(found))

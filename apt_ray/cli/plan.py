@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
-from apt_ray.cli.common import add_backbone, add_command, backbone
+from apt_ray.cli.common import add_backbone, add_command, add_json, backbone, writing_json
 from apt_ray.cli.flags import number
-from apt_ray.files import check_writable, keep, write_json
 from apt_ray.sizing import (
     BUSY,
     FleetDemand,
@@ -58,13 +55,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     speeds.add_argument("--image-ms", type=real, help="milliseconds of a replica for an image")
     add_backbone(plan)
-    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON; - prints")
+    add_json(plan, "write the plan as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
-    prints = str(options.json) == "-"
-    if not prints:
-        check_writable(options.json)
     demand = FleetDemand(
         categories=options.categories,
         rps=options.rps,
@@ -78,23 +72,21 @@ def _run(options: argparse.Namespace) -> int:
     wanted = SearchDemand(
         categories=options.categories, trials=options.trials, cpus=options.search_cpus
     )
-    speeds = _measured(options) if options.measure else Speeds()
-    if options.image_ms is not None:
-        speeds = replace(speeds, name="as given", image_s=options.image_ms / 1000)
-    fleet, search = plan_fleet(demand, speeds), plan_search(wanted, speeds)
-    value = {
-        "speeds": asdict(speeds),
-        "fleet": {"demand": asdict(demand), "plan": asdict(fleet)},
-        "search": {"demand": asdict(wanted), "plan": asdict(search)},
-    }
-    if prints:
-        print(json.dumps(value, indent=1))
-        return 0
-    print(_table(demand, fleet, wanted, search, speeds))
-    for warning in fleet.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if options.json is not None:
-        keep(options.json, partial(write_json, value=value))
+    with writing_json(options.json) as write:
+        speeds = _measured(options) if options.measure else Speeds()
+        if options.image_ms is not None:
+            speeds = replace(speeds, name="as given", image_s=options.image_ms / 1000)
+        fleet, search = plan_fleet(demand, speeds), plan_search(wanted, speeds)
+        print(_table(demand, fleet, wanted, search, speeds))
+        for warning in fleet.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        write(
+            {
+                "speeds": asdict(speeds),
+                "fleet": {"demand": asdict(demand), "plan": asdict(fleet)},
+                "search": {"demand": asdict(wanted), "plan": asdict(search)},
+            }
+        )
     return 0
 
 

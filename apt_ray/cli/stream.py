@@ -6,18 +6,18 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
 from apt_ray.cli.flags import add_flags, count, given, number
-from apt_ray.errors import SettingsError
-from apt_ray.files import keep, write_json, write_whole, writing
+from apt_ray.errors import DataError, SettingsError
+from apt_ray.files import is_within, write_whole, writing
 from apt_ray.text import printable
 
 if TYPE_CHECKING:
+    from apt_ray.cli.common import WriteJson
     from apt_ray.detection.detector import Detector
     from apt_ray.export.exported import ExportedDetector
     from apt_ray.validation.report.timeline import Trace
@@ -52,7 +52,6 @@ def add_flags_to(inspect: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--part",
         choices=("whole", "any"),
-        default="whole",
         help="whole: where the good pictures show a part on a ground, inspect the frames that show"
         " one as whole as they do; any: inspect all frames (whole)",
     )
@@ -72,12 +71,18 @@ def _every(text: str) -> Every:
 
 
 def is_given(options: argparse.Namespace) -> bool:
-    """Whether the command is to inspect a video. SettingsError if it is one among others."""
+    """Whether the command is to inspect a video. SettingsError if it is one among others, or if
+    there is none and flags of a video are given."""
     from apt_ray.video.frames import is_stream
 
     paths: list[Path] = options.images
     named = [path for path in paths if path == _PIPE or (is_stream(path) and not path.is_dir())]
     if not named and options.fps is None:
+        if flags := _given_flags(options):
+            raise SettingsError(
+                f"without --fps {printable(paths[0])} is inspected image by image, and"
+                f" {', '.join(flags)} would do nothing: give --fps for a video, or leave them out"
+            )
         return False
     if len(paths) > 1:
         raise SettingsError(
@@ -87,17 +92,37 @@ def is_given(options: argparse.Namespace) -> bool:
     return True
 
 
+def _given_flags(options: argparse.Namespace) -> list[str]:
+    """The flags of a video that were given."""
+    from apt_ray.video.settings import WatchSettings
+
+    of_settings = (f"watch_{name}" for name in WatchSettings.model_fields)
+    values = {name: getattr(options, name) for name in ("every", "part", "batch", *of_settings)}
+    return [
+        f"--{'no-' if value is False else ''}{name.removeprefix('watch_').replace('_', '-')}"
+        for name, value in values.items()
+        if value is not None
+    ]
+
+
 def run(
-    options: argparse.Namespace, load: Callable[[Path, str], Detector | ExportedDetector]
+    options: argparse.Namespace,
+    load: Callable[[Path, str], Detector | ExportedDetector],
+    write: WriteJson,
 ) -> int:
-    """Inspect a video; returns the exit status."""
+    """Inspect a video, and `write` what it came to; returns the exit status."""
     from apt_ray.video.settings import WatchSettings
     from apt_ray.video.watch import watch_frames
 
+    (path,) = options.images
+    if options.out is not None and path.is_dir() and is_within(options.out, path):
+        raise DataError(
+            f"overlays in {options.out} would lie among the frames in {path} and be taken for some:"
+            f" give another --out"
+        )
     settings = given(options, WatchSettings, prefix="watch_")
     detector = load(options.prompt_set, options.device)
-    watch = _watch(detector, settings, options.part)
-    (path,) = options.images
+    watch = _watch(detector, settings, options.part or "whole")
     is_pipe = path == _PIPE
     batch = options.batch or (1 if is_pipe else _BATCH)
     ended: list[Event] = []
@@ -115,15 +140,15 @@ def run(
             summary = watch.summary
             if kept is not None:
                 kept.draw(ended)
-            if options.json is not None:
-                found = {
+            write(
+                {
                     "video": printable(path),
                     "category": detector.category,
                     "levels": watch.levels.model_dump(),
                     "summary": summary.model_dump(),
                     "events": [event.model_dump() for event in ended],
                 }
-                keep(options.json, partial(write_json, value=found))
+            )
             print(
                 f"{summary.frames} frames in {summary.seconds:g} s: {summary.anomalies} anomalies;"
                 f" {summary.inspected} inspected, {summary.unchanged} unchanged, {summary.no_part}"
@@ -226,7 +251,7 @@ def _frames(options: argparse.Namespace, detector: Detector | ExportedDetector) 
     else:
         frames = read_frames(path, detector.reading, fps=options.fps)
     every: Every = options.every or Every()
-    return (frame for frame in frames if every.takes(frame.index, frame.time_s))
+    return (frame for frame in frames if every.takes(frame.index, frame.time_s) or frame.is_cut_off)
 
 
 def _watch(detector: Detector | ExportedDetector, settings: WatchSettings, part: str) -> Watch:

@@ -2,6 +2,7 @@
 
     <folder>/<category>/<id>.json     what one caller says of one request
     <folder>/<category>/<id>.jpg      its image, beside it (.png, .bmp, .tif, .webp if it came so)
+    <folder>/<category>/<id>.withdrawn  empty, for a day: it was said, and still counts as such
 
 An id is `20261129T142530123456Z-false_alarm-<request>-<caller>`: when, what, and the first digits
 of the digests of the request's id and of the caller's name. All that is counted and compared stands
@@ -16,7 +17,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Literal, get_args
@@ -52,7 +53,10 @@ _ID = re.compile(
 )
 _AT = "%Y%m%dT%H%M%S%fZ"
 _SUFFIXES = ("jpg", "png", "bmp", "tif", "webp")
+_WITHDRAWN = "withdrawn"
 _DAY_S = 86400.0
+# For so long a caller who has said enough is refused without a look at the folder.
+_REFUSED_S = 60.0
 # An image without its file is of a caller that writes just now, or of one that was killed.
 _ORPHANED_S = 3600.0
 _LARGEST_SHARE = 0.5
@@ -164,7 +168,7 @@ class FeedbackStore:
         folder: where it lies; on several nodes one that all of them reach.
         images, mib, days: of a category at most; what is older is removed when the category is
             looked at next.
-        per_day: what one caller may say of a category within 24 hours.
+        per_day: what one caller may say of a category within 24 hours, withdrawn or not.
         clock: seconds since 1970.
 
     Raises:
@@ -186,6 +190,30 @@ class FeedbackStore:
         self._per_day = per_day
         self._clock = clock
         self._giving = threading.Lock()
+        self._refused: dict[tuple[str, str], _Refused] = {}
+
+    def check(self, category: str, by: str, requests: Collection[str], *, size: int = 0) -> None:
+        """Raise what `give` would, before there is work for it.
+
+        Who was refused a moment ago is so again without a look at the folder.
+
+        Args:
+            by: who wants to say something.
+            requests: the names that the request may have.
+            size: bytes of the image, as far as they are known.
+        """
+        caller, named = _caller(by), {_digest(request, 16) for request in requests}
+        refused, now = self._refused.get((category, caller)), self._clock()
+        if refused and now < refused.until and named.isdisjoint(refused.requests):
+            raise refused.error(now)
+        kept = self._listing(category)
+        # What takes the place of something else is for `give` to judge.
+        if not any(
+            entry.truth and entry.caller == caller and entry.request in named
+            for entry in kept.entries
+        ):
+            self._check_quota(category, by, kept)
+            self._check_room(category, kept, size, new=True)
 
     def give(self, said: Feedback, image: bytes, suffix: str) -> Feedback:
         """Keep what a caller says of an image, in place of what the same said of it before.
@@ -215,7 +243,7 @@ class FeedbackStore:
                 if there is not None and _content(there) == _content(said):
                     return there
             if not mine:
-                self._check_quota(said, kept)
+                self._check_quota(said.category, said.by, kept)
             self._check_room(said.category, kept, len(image), new=not mine)
             given = self._write(said, image, suffix, self._clock())
             for entry in mine:
@@ -299,8 +327,12 @@ class FeedbackStore:
 
     def withdraw(self, category: str, identifier: str) -> None:
         """Remove one of them with its image; nothing happens if it is not there."""
-        if Entry.of(identifier) is not None:
-            self._remove(category, identifier)
+        entry = Entry.of(identifier)
+        if entry is None or f"{identifier}.json" not in sizes(self.folder / category):
+            return
+        self._remove(category, identifier)
+        if entry.truth and self._clock() - entry.at < _DAY_S:
+            put(self.folder / category / f"{identifier}.{_WITHDRAWN}", b"", private=True)
 
     # ---- the files
 
@@ -310,41 +342,51 @@ class FeedbackStore:
         now = self._clock()
         images: dict[str, str] = {}
         entries: list[Entry] = []
+        withdrawn: list[Entry] = []
         for name in found:
             stem, _, suffix = name.rpartition(".")
             entry = Entry.of(stem)
-            if entry is None or suffix not in (*_SUFFIXES, "json"):
+            if entry is None or suffix not in (*_SUFFIXES, "json", _WITHDRAWN):
                 continue  # a person's own
             age_s = now - entry.at
-            is_orphan = suffix != "json" and f"{stem}.json" not in found and age_s > _ORPHANED_S
-            if is_orphan or age_s > self._days * _DAY_S:
+            is_alone = suffix in _SUFFIXES and f"{stem}.json" not in found
+            days = 1 if suffix == _WITHDRAWN else self._days
+            if age_s > days * _DAY_S or (is_alone and age_s > _ORPHANED_S):
                 remove(self.folder / category / name)
             elif suffix == "json":
                 entries.append(entry)
+            elif suffix == _WITHDRAWN:
+                withdrawn.append(entry)
             else:
                 images[stem] = name
         return _Listing(
             entries=_latest(entries),
+            withdrawn=withdrawn,
             images=images,
             size=sum(found[name] for name in images.values()),
         )
 
-    def _check_quota(self, said: Feedback, kept: "_Listing") -> None:
-        caller, now = _caller(said.by), self._clock()
+    def _check_quota(self, category: str, by: str, kept: "_Listing") -> None:
+        caller, now = _caller(by), self._clock()
         theirs = [entry for entry in kept.entries if entry.caller == caller and entry.truth]
-        lately = [entry.at for entry in theirs if now - entry.at < _DAY_S]
-        who = said.by or "whoever has no token"
+        gone = [entry for entry in kept.withdrawn if entry.caller == caller]
+        lately = [entry.at for entry in (*theirs, *gone) if now - entry.at < _DAY_S]
+        who = by or "whoever has no token"
         if len(lately) >= self._per_day:
-            raise FeedbackQuotaError(
-                f"{who} has said something of {len(lately)} images of {said.category} within 24"
-                " hours, as many as one may",
-                retry_after_s=max(1, round(min(lately) + _DAY_S - now)),
+            free_at = min(lately) + _DAY_S
+            refused = self._refused[category, caller] = _Refused(
+                why=f"{who} has said something of {len(lately)} images of {category} within 24"
+                " hours, as many as one may, withdrawn or not",
+                free_at=free_at,
+                until=min(free_at, now + _REFUSED_S),
+                requests=frozenset(entry.request for entry in theirs),
             )
+            raise refused.error(now)
         # Whatever one caller does, there is room for the others.
-        if said.by and len(theirs) >= max(1, int(_LARGEST_SHARE * self._images)):
+        if by and len(theirs) >= max(1, int(_LARGEST_SHARE * self._images)):
             raise FeedbackQuotaError(
-                f"{who} has said something of {len(theirs)} images of {said.category} that are"
-                f" kept, and half of {self._images} is one caller's at most",
+                f"{who} has said something of {len(theirs)} images of {category} that are kept, and"
+                f" half of {self._images} is one caller's at most",
                 retry_after_s=round(_DAY_S),
             )
 
@@ -378,11 +420,15 @@ class FeedbackStore:
         return given
 
     def _read(self, category: str, identifier: str) -> Feedback | None:
-        """None if it was removed meanwhile, or if somebody has spoilt it."""
+        """None if it is not there, or if somebody has spoilt it."""
+        name = f"{identifier}.json"
         try:
-            data = read_file(self.folder / category / f"{identifier}.json")
-            return Feedback.model_validate_json(data)
-        except (DataError, ValidationError):
+            return Feedback.model_validate_json(read_file(self.folder / category / name))
+        except ValidationError:
+            return None
+        except DataError:
+            if name in sizes(self.folder / category):
+                raise
             return None
 
     def _remove(self, category: str, identifier: str) -> None:
@@ -392,16 +438,37 @@ class FeedbackStore:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Refused:
+    """A caller who has said enough of a category.
+
+    Attributes:
+        free_at: when one may say something again, seconds since 1970.
+        until: when the folder is looked at again, likewise.
+        requests: digests of those of which something was said, and may be said anew.
+    """
+
+    why: str
+    free_at: float
+    until: float
+    requests: frozenset[str]
+
+    def error(self, now: float) -> FeedbackQuotaError:
+        return FeedbackQuotaError(self.why, retry_after_s=max(1, round(self.free_at - now)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Listing:
     """What lies there of a category.
 
     Attributes:
         entries: in the order of their ids, the oldest first.
+        withdrawn: of the last day.
         images: id -> file.
         size: bytes of all images.
     """
 
     entries: list[Entry]
+    withdrawn: list[Entry]
     images: dict[str, str]
     size: int
 

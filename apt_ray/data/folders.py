@@ -27,10 +27,18 @@ from apt_ray.images import IMAGE_SUFFIXES, find_reading, is_image_file, read_ima
 from apt_ray.text import printable
 
 GOOD = "good"
+LONGEST_KIND = 64
+"""Characters of the name of a kind of defect."""
+
 _NORMAL = frozenset({GOOD, "ok", "normal"})
 _MASKS = frozenset({"ground_truth", "groundtruth", "masks", "mask", "gt"})
 _MARK = re.compile(r"[ ._-]+(masks?|gt|ground[ _-]?truth|label)$", re.IGNORECASE)
 _NAME = re.compile(CATEGORY_NAME)
+_IMAGES = "PNG, JPEG, BMP, TIFF or WebP files"
+_EXPECTED = (
+    "give a folder that holds one of images for each kind of defect, or that of one product with"
+    " test images"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +91,7 @@ class Defect:
     """An image of a confirmed defect.
 
     Attributes:
-        kind: the name of its folder; empty where it lies in none.
+        kind: the name of its folder, see `kind_problem`; empty where it lies in none.
         mask: as in `LabelledImage`.
         boxes: (x, y, width, height) in pixels of the image; empty where there are none.
     """
@@ -228,6 +236,23 @@ def find_categories(root: AnyPath, names: Sequence[str] = ()) -> list[Category]:
     ]
 
 
+def kind_problem(name: str) -> str:
+    """Why a name cannot be that of a kind of defect; empty if it can.
+
+    It is the name of a folder, and people read it: it has up to 64 characters that can be printed,
+    and none of the names of folders that hold no defects.
+    """
+    if not 0 < len(name) <= LONGEST_KIND:
+        return f"it has {len(name)} characters: give it 1 to {LONGEST_KIND}"
+    if not name.isprintable():
+        return f"{printable(name)} has characters that cannot be printed: leave them out"
+    if name != name.strip() or "/" in name or "\\" in name:
+        return f"{name!r} has a blank at an end, or / or \\: leave them out"
+    if name.casefold() in _NORMAL | _MASKS:
+        return f"{name} is the name of a folder without defects: give another"
+    return ""
+
+
 def find_defects(root: AnyPath) -> list[Defect]:
     """The images of confirmed defects in a folder, those of a kind in a folder of its name; or the
     defective images of a category, in whatever layout.
@@ -239,21 +264,34 @@ def find_defects(root: AnyPath) -> list[Defect]:
         raise DataError(f"{root} is not a folder: give one with images of confirmed defects")
     folder = _Folder(root)
     places = _places(folder)
-    if places is not None and places.test is not None:
+    if places is not None:
         home, masks = places.test, places.masks
     else:
         home, masks = folder, folder.child(_MASKS)
+        if product := next((each for each in folder.folders if _places(each) is not None), None):
+            raise DataError(
+                f"{root} holds products, such as {product.name}, and not kinds of defects:"
+                f" {_EXPECTED}, such as {product.path}"
+            )
+    if home is None:
+        raise DataError(f"{root} is a product without test images: {_EXPECTED}")
     images = {
         kind: kind.images
         for kind in (home, *home.folders)
         if not kind.is_normal and kind.name.casefold() not in _MASKS
     }
+    for kind, paths in images.items():
+        if not paths and kind is not home:
+            raise DataError(
+                f"{kind.path} is a kind of defect without images (found: {kind.contents}): put"
+                f" {_IMAGES} directly into it, or take it away"
+            )
     mask_of = {} if masks is None else _match(masks, images)
     boxes_of = _read_boxes(root)
     found = [
         Defect(
             path=path,
-            kind="" if kind is home else printable(kind.name),
+            kind="" if kind is home else kind.name,
             mask=mask_of.get(path),
             boxes=boxes_of.pop(_below(root, path), ()),
         )
@@ -262,8 +300,8 @@ def find_defects(root: AnyPath) -> list[Defect]:
     ]
     if not found:
         raise DataError(
-            f"{root} holds no image of a defect: put PNG, JPEG, BMP, TIFF or WebP files into it, or"
-            f" into a folder for each kind of defect"
+            f"{root} holds no image of a defect (found: {folder.contents}): put {_IMAGES} into a"
+            f" folder for each kind of defect, such as {root / 'scratch'}"
         )
     if boxes_of:
         raise DataError(
@@ -325,6 +363,12 @@ class _Folder:
     @cached_property
     def _listed(self) -> list[Location]:
         return visible(self.path)
+
+    @property
+    def contents(self) -> str:
+        """What is in it, for a message."""
+        names = [printable(path.name) for path in self._listed]
+        return ", ".join(names[:3] + ["..."] * (len(names) > 3)) or "nothing"
 
     @cached_property
     def folders(self) -> tuple["_Folder", ...]:
@@ -441,8 +485,8 @@ def _read_category(folder: _Folder) -> Category:
         good, test = _read_images(folder, places)
     if not good:
         raise DataError(
-            f"category {folder.name} has no normal image: put PNG, JPEG, BMP, TIFF or WebP files "
-            f"into {normal}, or remove the folder {folder.path}"
+            f"category {folder.name} has no normal image: put {_IMAGES} into {normal},"
+            f" or remove the folder {folder.path}"
         )
     return Category(name=folder.name, root=folder.path, good=good, test=tuple(test))
 

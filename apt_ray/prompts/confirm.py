@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from apt_ray.data.distinct import pixel_digest
-from apt_ray.data.folders import Defect
+from apt_ray.data.folders import Defect, kind_problem
 from apt_ray.detection.detector import Detector
 from apt_ray.detection.kinds import Kinds, is_same, look
 from apt_ray.detection.prompt_set import PromptSet
@@ -22,6 +22,7 @@ from apt_ray.errors import DataError
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import cover, read_image, read_mask
 from apt_ray.levels import FORMER, Reading
+from apt_ray.text import printable
 
 _FAINTEST = 1e-6
 
@@ -77,8 +78,8 @@ def confirm(prompt_set: PromptSet, defects: Sequence[Defect], backbone: Backbone
 def read_defects(defects: Sequence[Defect], reading: Reading = FORMER) -> list[Image.Image]:
     """Their images, if `confirm` would take them.
 
-    Raises DataError or ImageError for an image that cannot be read, or is of no kind, or of two,
-    and for a mask or box that is not its own.
+    Raises DataError or ImageError for an image that cannot be read, is of no kind, of two, or of
+    one that `kind_problem` refuses, and for a mask or box that is not its own.
     """
     kinds: dict[str, Defect] = {}
     images = []
@@ -87,6 +88,10 @@ def read_defects(defects: Sequence[Defect], reading: Reading = FORMER) -> list[I
             raise DataError(
                 f"{defect.path} is of no kind: move it into a folder that is named like its kind of"
                 f" defect"
+            )
+        if problem := kind_problem(defect.kind):
+            raise DataError(
+                f"the kind of {printable(defect.path)} cannot have that name: {problem}"
             )
         image = read_image(defect.path, reading)
         _where(defect, image.size)

@@ -52,17 +52,19 @@ def format_confusion(named: Sequence[Named]) -> str:
 def _confusion(category: str, group: Sequence[Named]) -> str:
     counts = Counter(pair for one in group for pair in one.pairs)
     kinds = sorted({kind for one in group for kind in one.kinds})
+    # Columns bear numbers: names of many kinds, or long ones, would fit on no screen.
     rows = [
         (
-            printable(true),
+            f"{number} {printable(true)}",
             *(str(counts[true, said]) for said in kinds),
             f"{100 * fmean(one.right(true) for one in group):.0f} %",
         )
-        for true in kinds
+        for number, true in enumerate(kinds, 1)
     ]
+    columns = map(str, range(1, len(kinds) + 1))
     mean = fmean(one.balanced_accuracy for one in group)
     return (
         f"{category}: kinds by {group[0].examples} confirmed defects of each, rows as they are,"
         f" columns as they are named; {mean:.1%} right in the mean of the kinds, by chance"
-        f" {1 / len(kinds):.1%}\n\n" + markdown(("", *map(printable, kinds), "right"), rows)
+        f" {1 / len(kinds):.1%}\n\n" + markdown(("", *columns, "right"), rows)
     )

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from apt_ray.data.folders import images_below
-from apt_ray.errors import DataError, MissingDependencyError, SettingsError
+from apt_ray.errors import DataError, ImageError, MissingDependencyError, SettingsError
 from apt_ray.files import StrPath
 from apt_ray.images import decode_image, read_image, with_ground
 from apt_ray.levels import Reading
@@ -38,11 +38,13 @@ class Frame:
         index: its number in the stream, from 0; those that are passed over count.
         time_s: seconds from the first frame.
         load: gives the frame as an RGB image; raises ImageError or DataError if it is damaged.
+        is_cut_off: whether the stream ended within it; `load` raises then.
     """
 
     index: int
     time_s: float
     load: Callable[[], Image.Image]
+    is_cut_off: bool = False
 
 
 class Every:
@@ -110,7 +112,8 @@ def read_frames(path: StrPath, reading: Reading, *, fps: float | None = None) ->
 def frames_of_pipe(
     pipe: BinaryIO, reading: Reading, *, fps: float | None = None
 ) -> Iterator[Frame]:
-    """The JPEG and PNG files that come through a pipe, one behind the other.
+    """The JPEG and PNG files that come through a pipe, one behind the other; one that its end cuts
+    off is the last.
 
     Args:
         pipe: is read as far as it has something.
@@ -121,15 +124,25 @@ def frames_of_pipe(
         ImageError: What comes is no stream of images.
     """
     splitter = ImageSplitter(max_bytes=_MOST_BYTES)
-    index, started = 0, time.monotonic()
+    index, started = 0, 0.0
+
+    def time_s() -> float:
+        nonlocal started
+        now = time.monotonic()
+        started = started or now  # with the first frame
+        return index / fps if fps else now - started
+
     read: Callable[[int], bytes] = getattr(pipe, "read1", pipe.read)
     while data := read(_CHUNK):
         for file in splitter.feed(data):
-            time_s = index / fps if fps else time.monotonic() - started
-            if index == 0 and not fps:
-                started, time_s = time.monotonic(), 0.0
-            yield Frame(index=index, time_s=time_s, load=_decoding(file, reading, index))
+            yield Frame(index=index, time_s=time_s(), load=_decoding(file, reading, index))
             index += 1
+    if splitter.has_part:
+        yield Frame(index=index, time_s=time_s(), load=partial(_cut_off, index), is_cut_off=True)
+
+
+def _cut_off(index: int) -> Image.Image:
+    raise ImageError(f"frame {index} is cut off: the stream ended within it")
 
 
 def _decoding(file: bytes, reading: Reading, index: int) -> Callable[[], Image.Image]:

@@ -41,14 +41,22 @@ class WatchSummary(Settings):
     anomalies: int
     frozen: int
     jumps: int
+    is_cut_off: bool = Field(
+        description="Whether it ended within a frame, which is among the damaged ones."
+    )
 
     @property
     def advice(self) -> str:
         """What is wrong with the stream as a whole, and the remedy; empty if nothing is."""
-        if self.frames and self.no_part == self.frames:
+        if self.no_part and self.no_part + self.damaged == self.frames:
             return (
                 "no frame showed a whole part as the good pictures do, so nothing was inspected:"
                 " learn from pictures of this camera, or have every frame inspected (--part any)"
+            )
+        if self.is_cut_off:
+            return (
+                "the stream ended within a frame, which was not inspected: look at what sends it,"
+                " unless that was meant"
             )
         return ""
 
@@ -60,11 +68,13 @@ class Look:
     Attributes:
         verdict: what it costs.
         is_frozen, is_jump: what the feed does.
+        is_cut_off: whether the stream ended within it.
     """
 
     verdict: Verdict
     is_frozen: bool = False
     is_jump: bool = False
+    is_cut_off: bool = False
 
 
 class Watch:
@@ -97,6 +107,7 @@ class Watch:
         self._counts = dict.fromkeys(("inspect", "unchanged", "no part", "damaged"), 0)
         self._kinds = dict.fromkeys(("anomaly", "frozen", "jump"), 0)
         self._seconds = 0.0
+        self._is_cut_off = False
 
     @classmethod
     def of(
@@ -159,6 +170,7 @@ class Watch:
         """
         self._counts[look.verdict] += 1
         self._seconds = time_s
+        self._is_cut_off |= look.is_cut_off
         if look.verdict == "unchanged":
             score, regions, evidence = self._last.score, self._last.regions, self._last.evidence
         seen = Seen(
@@ -201,6 +213,7 @@ class Watch:
             anomalies=self._kinds["anomaly"],
             frozen=self._kinds["frozen"],
             jumps=self._kinds["jump"],
+            is_cut_off=self._is_cut_off,
         )
 
     def _counted(self, events: list[Event]) -> list[Event]:
@@ -291,7 +304,8 @@ def watch_frames(
                 image = loaded
                 images.append(loaded)
         except (ImageError, DataError) as failure:
-            look, error = Look(verdict="damaged"), str(failure)
+            look = Look(verdict="damaged", is_cut_off=frame.is_cut_off)
+            error = str(failure)
         waiting.append((frame, look, image, error))
         if not images or len(images) >= batch or len(waiting) >= _MOST_WAITING:
             yield from judged()

@@ -73,7 +73,7 @@ async def read_message(request: Request, limits: HttpLimits, field: str) -> tupl
         return values[field], files
     if media_type not in ("application/json", *_UNNAMED_TYPES):
         raise problems.unsupported(f"the body is {media_type}, neither JSON nor a form")
-    data = await _read_in_time(request, _MESSAGE_BYTES, limits)
+    data = await _read_in_time(request, _MESSAGE_BYTES, limits, what="message")
     return data.decode("utf-8", "replace"), []
 
 
@@ -96,21 +96,25 @@ async def _disconnect(request: Request) -> None:
         continue
 
 
-async def _read_in_time(request: Request, limit: int, limits: HttpLimits) -> bytes:
+async def _read_in_time(
+    request: Request, limit: int, limits: HttpLimits, *, what: str = "image"
+) -> bytes:
     try:
-        return await asyncio.wait_for(_read_body(request, limit), limits.timeout_s)
+        return await asyncio.wait_for(_read_body(request, limit, what), limits.timeout_s)
     except asyncio.TimeoutError:
         raise ProblemError(
             HTTPStatus.REQUEST_TIMEOUT,
             "Request timeout",
-            f"the image did not arrive within {limits.timeout_s:g} s",
+            f"the {what} did not arrive within {limits.timeout_s:g} s",
             "Send a smaller image, or use a faster connection.",
             headers={"Connection": "close"},
         ) from None
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    too_large = problems.too_large(f"the body has more than the {limit:,} bytes accepted")
+async def _read_body(request: Request, limit: int, what: str) -> bytes:
+    too_large = problems.too_large(
+        f"the body has more than the {limit:,} bytes accepted", what=what
+    )
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:_DIGITS]) > limit:
         raise too_large

@@ -5,14 +5,15 @@ It only collects. What is made of it an operator decides, see `serving/api/moves
 
 import asyncio
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,8 +23,9 @@ from pydantic import (
 )
 
 from apt_ray.config import CATEGORY_NAME
-from apt_ray.data.feedback import LABELS, Box, Feedback, FeedbackStore, Kept, Label
-from apt_ray.errors import DataError, FeedbackError, FeedbackQuotaError, WriteError
+from apt_ray.data.feedback import LABELS, Box, Entry, Feedback, FeedbackStore, Kept, Label
+from apt_ray.data.folders import LONGEST_KIND, kind_problem
+from apt_ray.errors import DataError, FeedbackError, FeedbackQuotaError, ImageError, WriteError
 from apt_ray.files import read_file
 from apt_ray.images import ImageLimits, decode_image
 from apt_ray.levels import FORMER
@@ -33,7 +35,7 @@ from serving.api.bodies import BINARY, MULTIPART, read_message
 from serving.api.history import HistoryService, Picked, Wanted
 from serving.api.messages import CategoryReport, Service
 from serving.api.problems import COMMON_PROBLEMS, ProblemError, problem_responses
-from serving.logs import audit
+from serving.logs import audit, logger
 from serving.settings import HttpLimits
 
 MOST_LISTED = 200
@@ -42,8 +44,6 @@ _MOST_BOXES = 50
 _FIELD = "feedback"
 _SUFFIXES = {"PNG": "png", "JPEG": "jpg", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp"}
 _TYPES = {"png": "png", "jpg": "jpeg", "bmp": "bmp", "tif": "tiff", "webp": "webp"}
-# One line; in the dialect of regular expressions that OpenAPI has.
-_ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 _OF_REJECTED: dict[Label, bool] = {
     "false_alarm": True,
     "confirmed_defect": True,
@@ -56,8 +56,39 @@ _INSTEAD: dict[Label, Label] = {
     "missed_defect": "confirmed_defect",
     "confirmed_defect": "missed_defect",
 }
+_SEND = (
+    "Send the JSON alone, as application/json; or a whole multipart form with it in the field"
+    f" `{_FIELD}` and one undamaged PNG, JPEG, BMP, TIFF or WebP file in `image`, as `curl -F"
+    f" {_FIELD}='{{...}}' -F image=@part.png` does."
+)
+_REMEDIES = {
+    HTTPStatus.BAD_REQUEST: _SEND,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: _SEND,
+    HTTPStatus.REQUEST_TIMEOUT: "Send a smaller image, or none where the fleet has it, or use a"
+    " faster connection.",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "Send shorter JSON, and one image at most: a smaller or"
+    " more compressed one, or raise max_bytes or max_pixels in the fleet file.",
+}
+
+
+def _checked_kind(name: str) -> str:
+    if name and (problem := kind_problem(name)):
+        raise ValueError(problem)
+    return name
+
+
+def _checked_id(identifier: str) -> str:
+    if Entry.of(identifier) is None:
+        raise ValueError("this is no id of feedback: take one of the list")
+    return identifier
+
 
 Found = TypeVar("Found")
+Kind = Annotated[
+    str,
+    AfterValidator(_checked_kind),
+    WithJsonSchema({"type": "string", "maxLength": LONGEST_KIND}),
+]
 Id = Annotated[str, Path(alias="id", max_length=128, description="As it stands in the list.")]
 Category = Annotated[str, Path(pattern=f"^{CATEGORY_NAME}$")]
 
@@ -77,8 +108,10 @@ class FeedbackRequest(BaseModel):
         description="`false_alarm`: a good part that was rejected; `missed_defect`: a defect that"
         " passed; `confirmed_defect` and `confirmed_good`: the verdict was right."
     )
-    kind: str = Field(
-        default="", max_length=64, pattern=_ONE_LINE, description="Such as scratch, or glare."
+    kind: Kind = Field(
+        default="",
+        description="Such as scratch, or glare: printable, without a blank at its ends, and not a"
+        " name that says that there is no defect, such as good.",
     )
     boxes: list[Box] = Field(
         default=[],
@@ -112,7 +145,7 @@ class FeedbackList(BaseModel):
 class SampleRequest(BaseModel):
     """How many inspections are to be drawn at random."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     images: int = Field(ge=1, le=MOST_DRAWN)
 
@@ -223,6 +256,8 @@ def add_feedback(
     ) -> FeedbackReport:
         kept, about = await opened(category)
         said, files = await _read(request, http)
+        # Before the image is looked for, or looked at.
+        await _in_thread(_check, kept, category, caller.name, said, files)
         found = await history.pick(category, Wanted(request_id=said.request_id))
         if found:
             picked = _one_of(found, said)
@@ -232,7 +267,8 @@ def add_feedback(
             image, suffix = await _in_thread(_image_of, kept, drawn)
         elif files:
             image = files[0]
-            size, suffix = await _in_thread(_checked, image, http.image)
+            with _explained():
+                size, suffix = await _in_thread(_checked, image, http.image)
             known = Feedback(
                 category=category,
                 request_id=said.request_id,
@@ -278,7 +314,7 @@ def add_feedback(
     async def list_feedback(
         category: Category,
         before: Annotated[
-            str | None,
+            Annotated[str, AfterValidator(_checked_id)] | None,
             WithJsonSchema({"type": "string"}),
             Query(max_length=128, description="Only those with a lower id, which are older."),
         ] = None,
@@ -417,13 +453,36 @@ def samples_of(store: FeedbackStore, category: str) -> list[SampleReport]:
 
 
 async def _read(request: Request, http: HttpLimits) -> tuple[FeedbackRequest, list[bytes]]:
-    text, files = await read_message(request, http, _FIELD)
-    if len(files) > 1:
-        raise problems.too_many_images(1)
+    with _explained():
+        text, files = await read_message(request, http, _FIELD)
+        if len(files) > 1:
+            raise problems.too_many_images(1)
     try:
-        return FeedbackRequest.model_validate_json(text), files
+        return FeedbackRequest.model_validate_json(text, strict=True), files
     except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False)) from None
+        raise problems.invalid(
+            problems.described(error.errors()),
+            "Correct what is named: the JSON has the fields request_id and label, and may have"
+            " kind, boxes, note and inspection, as /docs describes them.",
+        ) from None
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What is wrong with a body, with the remedies for feedback."""
+    try:
+        yield
+    except (ImageError, ProblemError) as error:
+        found = problems.of_image(error) if isinstance(error, ImageError) else error
+        remedy = _REMEDIES.get(HTTPStatus(found.problem.status), found.problem.remedy)
+        told = found.problem.model_copy(update={"remedy": remedy})
+        raise ProblemError.of(told, found.headers) from None
+
+
+def _check(
+    store: FeedbackStore, category: str, by: str, said: FeedbackRequest, files: list[bytes]
+) -> None:
+    store.check(category, by, _names(said), size=sum(map(len, files)))
 
 
 def _one_of(found: list[Picked], said: FeedbackRequest) -> Picked:
@@ -473,12 +532,18 @@ def _one_name(request_id: str, inspection: int) -> str:
     return f"{request_id}#{inspection}"
 
 
+def _names(said: FeedbackRequest) -> list[str]:
+    """Under which what is said may be kept."""
+    found = [said.request_id]
+    if said.inspection is not None:
+        found.append(_one_name(said.request_id, said.inspection))
+    return found
+
+
 def _drawn(store: FeedbackStore, category: str, said: FeedbackRequest) -> Feedback | None:
     """The image that is meant, if it is in a sample: the history may have lost it since."""
-    found = store.drawn(category, said.request_id)
-    if found is None and said.inspection is not None:
-        found = store.drawn(category, _one_name(said.request_id, said.inspection))
-    return found
+    found = (store.drawn(category, name) for name in _names(said))
+    return next(filter(None, found), None)
 
 
 def _check_verdict(said: FeedbackRequest, known: Feedback) -> None:
@@ -553,8 +618,8 @@ async def _in_thread(work: Callable[..., Found], *args: object) -> Found:
             HTTPStatus.TOO_MANY_REQUESTS,
             "Feedback quota",
             str(error),
-            "Withdraw some of it, or wait; how much one caller may say stands under feedback in the"
-            " fleet file.",
+            "Wait; or, where too much is kept, withdraw some of it. How much one caller may say"
+            " stands under feedback in the fleet file.",
             headers={"Retry-After": str(error.retry_after_s)},
         ) from None
     except FeedbackError as error:
@@ -564,14 +629,14 @@ async def _in_thread(work: Callable[..., Found], *args: object) -> Found:
             str(error),
             "Have it used and withdrawn, or raise images or mib under feedback in the fleet file.",
         ) from None
-    except WriteError as error:
+    except (DataError, WriteError) as error:
+        # Where it lies is no caller's business.
+        logger.error("feedback cannot be read or kept: %s", error)
         raise ProblemError(
-            HTTPStatus.INSUFFICIENT_STORAGE,
-            "Not kept",
-            str(error),
-            "Make room, or name another folder under feedback in the fleet file.",
-        ) from None
-    except DataError as error:
-        raise problems.busy(
-            str(error), if_it_lasts="look at the folder under feedback in the fleet file"
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "Feedback unavailable",
+            "what the fleet keeps of feedback cannot be read or written",
+            "Ask again later. If it lasts, the fleet's logs say why: whoever runs it mends"
+            " permissions, room or S3, or names another folder under feedback in the fleet file.",
+            headers={"Retry-After": "10"},
         ) from None

@@ -1,6 +1,6 @@
 """Errors as a caller sees them: `application/problem+json` (RFC 9457) with a remedy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -200,10 +200,10 @@ def of_image(error: ImageError) -> ProblemError:
     return not_an_image(str(error))
 
 
-def too_large(detail: str) -> ProblemError:
+def too_large(detail: str, *, what: str = "image") -> ProblemError:
     return ProblemError(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        "Image too large",
+        f"{what.capitalize()} too large",
         detail,
         "Send a smaller or more compressed image, or raise max_bytes or max_pixels in the fleet"
         " file.",
@@ -242,13 +242,19 @@ def not_an_image(detail: str) -> ProblemError:
     )
 
 
-def invalid(detail: str) -> ProblemError:
-    return ProblemError(
-        HTTPStatus.UNPROCESSABLE_ENTITY,
-        "Invalid request",
-        detail,
-        "Correct the named parameters; /docs lists what is accepted.",
-    )
+def invalid(
+    detail: str, remedy: str = "Correct the named parameters; /docs lists what is accepted."
+) -> ProblemError:
+    return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "Invalid request", detail, remedy)
+
+
+def described(errors: Iterable[Mapping[str, Any]]) -> str:
+    """What Pydantic finds wrong, each with its place."""
+    found = []
+    for each in errors:
+        place, what = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+        found.append(f"{place}: {what}" if place else what)
+    return "; ".join(found)
 
 
 def no_stream(detail: str) -> ProblemError:
@@ -313,10 +319,7 @@ def install(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def wrong_parameters(_: Request, error: RequestValidationError) -> JSONResponse:
-        detail = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
-        )
-        return invalid(detail).response
+        return invalid(described(error.errors())).response
 
     @api.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> JSONResponse:

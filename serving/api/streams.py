@@ -62,6 +62,7 @@ class _Frame:
     index: int
     time_s: float
     file: bytes
+    is_cut_off: bool
 
 
 def add_streams(api: FastAPI, service: Service, *, http: HttpLimits, access: Access) -> None:
@@ -81,9 +82,9 @@ def add_streams(api: FastAPI, service: Service, *, http: HttpLimits, access: Acc
         description="The body is JPEG or PNG files one behind the other, as `ffmpeg -f image2pipe`"
         " writes them, or `multipart/x-mixed-replace`, as cameras send it; it may go on for as long"
         " as `http.streams.max_s` in the fleet file says. The answer begins with the first frame: a"
-        " line of JSON for each event that begins or is over, and a summary at the end. Frames that"
-        " did not change, or show no whole part, are not inspected. They count in no history and no"
-        " drift.",
+        " line of JSON for each event that begins or is over, and a summary at the end, which also"
+        " says whether the body ended within a frame. Frames that did not change, or show no whole"
+        " part, are not inspected. They count in no history and no drift.",
         dependencies=[Depends(require(access, INSPECT))],
         response_class=_Described,
         response_model=StreamLine,
@@ -246,8 +247,10 @@ class _Frames:
             async for chunk in self._request.stream():
                 for file in self._splitter.feed(chunk):
                     self._take(file)
-            if self._splitter.has_part:
+            if self._splitter.has_part and not self._count:
                 self._failure = problems.no_stream("the body ends within an image")
+            elif self._splitter.has_part:
+                self._take(b"", is_cut_off=True)
             self._has_ended = True
         except ImageTooLargeError as error:
             self._failure = problems.too_large(str(error))
@@ -270,15 +273,15 @@ class _Frames:
         assert self._reading is not None, "start it first"
         return self._reading
 
-    def _take(self, file: bytes) -> None:
+    def _take(self, file: bytes, *, is_cut_off: bool = False) -> None:
         now, index = time.monotonic(), self._count
         if index == 0:
             self._started_at = now
         self._count += 1
         time_s = index / self._fps if self._fps else now - self._started_at
-        if not self._every.takes(index, time_s):
+        if not (self._every.takes(index, time_s) or is_cut_off):
             return
-        self._ahead.append(_Frame(index=index, time_s=time_s, file=file))
+        self._ahead.append(_Frame(index=index, time_s=time_s, file=file, is_cut_off=is_cut_off))
         self._bytes += len(file)
         while self._bytes > self._most_bytes and len(self._ahead) > 1:
             if not self._live:
@@ -336,7 +339,7 @@ class _Stream:
         """The events that begin or end with a frame."""
         inspected: Inspected | None = None
         try:
-            look = await asyncio.to_thread(self._look, frame.file)
+            look = await asyncio.to_thread(self._look, frame)
             if look.verdict == "inspect":
                 inspected = await self._inspect(frame, end)
         except ImageError:
@@ -356,8 +359,10 @@ class _Stream:
             self._watch.use(_levels(self._about))
         return events
 
-    def _look(self, file: bytes) -> Look:
-        return self._watch.look(decode_image(file, limits=self._http.image, source="a frame"))
+    def _look(self, frame: _Frame) -> Look:
+        if frame.is_cut_off:
+            return Look(verdict="damaged", is_cut_off=True)
+        return self._watch.look(decode_image(frame.file, limits=self._http.image, source="a frame"))
 
     async def _inspect(self, frame: _Frame, end: float) -> Inspected:
         """Inspect a frame; one that finds the replicas busy waits, and those behind it."""

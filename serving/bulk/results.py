@@ -30,6 +30,7 @@ from apt_ray.files import (
     absolute,
     check_writable,
     files_below,
+    is_within,
     open_file,
     put,
     read_file,
@@ -208,6 +209,15 @@ class Output:
         folder = self.folder
         if not isinstance(folder, S3Path):
             check_writable(folder, is_folder=True)
+
+    def check_apart(self, places: Iterable[str]) -> None:
+        """DataError if it lies in a folder that is inspected: the next run would read it, too."""
+        for place in places:
+            if is_within(self.folder, place):
+                raise DataError(
+                    f"what is written to {self.folder} would lie in {place} and be taken for images"
+                    f" by the next run: name another --output"
+                )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Raises WriteError."""

@@ -312,8 +312,35 @@ def test_overlays_are_no_images_of_the_next_run(
         assert main(["inspect", set_file, str(day), "--out", str(day / "overlays")]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 1
     assert [path.name for path in (day / "overlays").iterdir()] == ["1.png.png"]
-    assert main(["inspect", set_file, str(day), "--out", str(day)]) == 1
-    assert "would lie among its images: give another --out" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(day)
+    for out in (day, tmp_path / "link"):
+        for given in (day, day / "1.png"):
+            assert main(["inspect", set_file, str(given), "--out", str(out)]) == 1
+            assert "would lie among images" in capsys.readouterr().err
+
+
+def test_json_on_standard_output_is_alone_there(
+    category: Category,
+    set_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image, scores = str(category.good[0]), str(tmp_path / "scores.npz")
+    few = ["--shots", "1", "--seeds", "0", "--steps", "1"]
+    for arguments, text in (
+        (["inspect", set_file, image], image),
+        (["evaluate", "--data", str(category.root), *few, "--scores", scores], "| image AUROC |"),
+        (["compare", scores, scores], "| image AUROC |"),
+        (["plan"], "replicas"),
+        (["doctor", "--only", "home"], "home"),
+    ):
+        assert main([*arguments, "--json", "-"]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)
+        assert text in said.err
+    assert not (tmp_path / "-").exists()
 
 
 def test_a_reader_that_goes_away_ends_a_command_without_a_word(

@@ -82,6 +82,50 @@ def test_a_pipe_is_a_stream(alarmed: str, images: list[Image.Image], tmp_path: P
     assert b"ffmpeg" in ran.stderr
 
 
+def test_a_frame_that_the_end_of_a_pipe_cuts_off_is_told(
+    alarmed: str, images: list[Image.Image]
+) -> None:
+    piped = b"".join(encode_jpeg(image, side=SIZE, quality=95) for image in images[:4])
+    command = [sys.executable, "-m", "apt_ray", "inspect", alarmed, "-", "--json", "-"]
+    command += ["--every", "2", "--part", "any"]  # also of a frame that is passed over
+    ran = subprocess.run(command, input=piped[:-100], capture_output=True, check=False)
+    assert ran.returncode == 0
+    summary = json.loads(ran.stdout)["summary"]  # the JSON alone
+    assert (summary["frames"], summary["damaged"], summary["is_cut_off"]) == (3, 1, True)
+    assert b"frame 3 is cut off: the stream ended within it" in ran.stderr
+    assert b"warning: the stream ended within a frame" in ran.stderr
+    ran = subprocess.run(command, input=piped, capture_output=True, check=False)
+    assert not json.loads(ran.stdout)["summary"]["is_cut_off"]
+    assert b"warning" not in ran.stderr
+
+
+def test_flags_of_a_video_are_refused_where_there_is_none(
+    alarmed: str, images: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = save(images[:2], tmp_path / "frames")
+    for flags in (
+        ["--event-frames", "3"],
+        ["--no-gate", "--every", "2"],
+        ["--part", "whole"],
+        ["--batch", "1"],
+    ):
+        assert inspect(alarmed, frames, *flags) == 1
+        said = capsys.readouterr()
+        assert (said.out, all(flag in said.err for flag in flags if flag[:1] == "-")) == ("", True)
+        assert "give --fps" in said.err
+
+
+def test_overlays_are_no_frames_of_the_next_run(
+    alarmed: str, images: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = save(images[:2], tmp_path / "frames")
+    (tmp_path / "link").symlink_to(frames)
+    for out in (frames, frames / "out", tmp_path / "link"):
+        assert inspect(alarmed, frames, "--fps", 10, "--out", out) == 1
+        assert "would lie among the frames" in capsys.readouterr().err
+    assert len(list(frames.iterdir())) == 2
+
+
 def test_an_animation_is_a_stream_by_its_name_or_by_its_rate(
     alarmed: str, images: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,7 +89,8 @@ def test_an_image_and_what_is_said_of_it_lie_side_by_side(folder: AnyPath) -> No
     assert again.find("bolt", given.id) is None
     again.withdraw("nut", given.id)
     again.withdraw("nut", given.id)
-    assert sizes(store.folder / "nut") == {}
+    assert sizes(store.folder / "nut") == {f"{given.id}.withdrawn": 0}
+    assert again.page("nut") == []
 
 
 def test_the_same_said_again_changes_nothing_and_another_takes_its_place(folder: AnyPath) -> None:
@@ -140,6 +141,62 @@ def test_one_caller_cannot_take_all(tmp_path: Path) -> None:
         give(store, "5")
 
 
+def test_what_is_withdrawn_counts_for_its_day(folder: AnyPath) -> None:
+    clock = Clock()
+    store = FeedbackStore(folder, images=8, per_day=3, clock=clock)
+    screw = {"category": "screw"}  # of which no other test says anything
+
+    def withdrawn() -> set[str]:
+        found = sizes(store.folder / "screw")
+        return {name.removesuffix(".withdrawn") for name in found if name.endswith(".withdrawn")}
+
+    given = [give(store, str(number), **screw).id for number in range(3)]
+    for each in given:
+        store.withdraw("screw", each)
+    assert store.page("screw") == []
+    assert withdrawn() == set(given)
+    for one in (store, FeedbackStore(folder, images=8, per_day=3, clock=clock)):
+        with pytest.raises(FeedbackQuotaError, match="withdrawn or not"):
+            give(one, "3", **screw)
+    # Of another who draws a sample, and takes it back, nothing counts.
+    drawn = give(store, "4", label="sampled", by="line-4", **screw)
+    store.withdraw("screw", drawn.id)
+    assert withdrawn() == set(given)
+    clock.now += DAY_S
+    give(store, "3", **screw)
+    assert withdrawn() == set()
+
+
+def test_who_was_refused_is_so_again_without_a_look_at_the_folder(tmp_path: Path) -> None:
+    clock = Clock()
+    store = FeedbackStore(tmp_path / "kept", images=8, per_day=2, clock=clock)
+    store.check("nut", "line-3", ["0"])
+    given = [give(store, str(number)) for number in range(2)]
+    with pytest.raises(FeedbackQuotaError):
+        store.check("nut", "line-3", ["2"])
+    # Whoever would look at it now, would fail.
+    (tmp_path / "kept").rename(tmp_path / "away")
+    (tmp_path / "kept").write_text("no folder")
+    with pytest.raises(FeedbackQuotaError, match="within 24 hours") as refused:
+        store.check("nut", "line-3", ["3", "3#1"])
+    assert DAY_S - 10 < refused.value.retry_after_s <= DAY_S
+    for by, request in (("line-4", "3"), ("line-3", "1")):
+        with pytest.raises(DataError, match="cannot list"):
+            store.check("nut", by, [request])
+    clock.now += 61
+    with pytest.raises(DataError, match="cannot list"):
+        store.check("nut", "line-3", ["3"])
+    (tmp_path / "kept").unlink()
+    (tmp_path / "away").rename(tmp_path / "kept")
+    store.check("nut", "line-3", ["1"])  # in the place of what was said
+    store.withdraw("nut", given[1].id)
+    with pytest.raises(FeedbackQuotaError):
+        store.check("nut", "line-3", ["1"])
+    full = FeedbackStore(tmp_path / "kept", mib=1)
+    with pytest.raises(FeedbackError, match="may be filled"):
+        full.check("nut", "line-4", ["3"], size=2**21)
+
+
 def test_no_more_is_kept_than_is_allowed(tmp_path: Path) -> None:
     clock = Clock()
     store = FeedbackStore(tmp_path, images=3, mib=1, days=7, clock=clock)
@@ -188,6 +245,13 @@ def test_a_full_or_closed_disk_is_named(tmp_path: Path) -> None:
     with full_disk(1000), pytest.raises(WriteError, match="make room"):
         give(store, "part-7", image=bytes(5000))
     assert store.page("nut") == []
+    given = give(store, "part-7")
+    # What is there and cannot be read is not what was never said.
+    spoilt = tmp_path / "kept" / "nut" / f"{given.id}.json"
+    spoilt.unlink()
+    spoilt.symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match="cannot read"):
+        store.find("nut", given.id)
     (tmp_path / "kept" / "bolt").write_text("no folder")
     with pytest.raises(DataError, match="cannot list"):
         store.page("bolt")

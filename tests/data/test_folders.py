@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apt_ray.data.folders import Category, find_categories, find_defects, support_hash
+from apt_ray.data.folders import (
+    Category,
+    find_categories,
+    find_defects,
+    kind_problem,
+    support_hash,
+)
 from apt_ray.errors import DataError
 from apt_ray.images import read_image
 
@@ -499,7 +505,6 @@ def test_confirmed_defects_are_read_by_kind(tmp_path: Path) -> None:
         "pit/a.png",
         "good/a.png",
         "ground_truth/scratch/a_mask.png",
-        "masks_of_mine/readme.txt",
     )
     (tmp_path / "boxes.csv").write_text(
         "image,x,y,width,height\npit/a.png, 1, 2, 3, 4\npit/a.png,5,6,7,8\nsome.png,0,0,9,9\n"
@@ -539,7 +544,55 @@ def test_boxes_that_say_nothing_are_refused(tmp_path: Path, boxes: str, said: st
 
 def test_a_folder_without_defects_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "good/a.png")
-    with pytest.raises(DataError, match="holds no image of a defect"):
+    with pytest.raises(DataError, match=r"holds no image of a defect \(found: good\)"):
         find_defects(tmp_path)
     with pytest.raises(DataError, match="is not a folder"):
         find_defects(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [([], "nothing"), (["day1/a.png", "day2/a.png"], "day1, day2"), (["a.heic"], "a.heic")],
+)
+def test_a_kind_without_images_is_refused(tmp_path: Path, files: Sequence[str], found: str) -> None:
+    touch(tmp_path, "pit/a.png", *(f"scratch/{file}" for file in files))
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    said = rf"{tmp_path}/scratch is a kind of defect without images \(found: {found}\): put PNG"
+    with pytest.raises(DataError, match=said):
+        find_defects(tmp_path)
+
+
+def test_products_are_no_kinds(mvtec: Path) -> None:
+    said = rf"holds products, such as bolt, .*for each kind of defect, .*such as {mvtec}/bolt"
+    with pytest.raises(DataError, match=said):
+        find_defects(mvtec)
+    shutil.rmtree(mvtec / "nut" / "test")
+    with pytest.raises(DataError, match="nut is a product without test images: give a folder"):
+        find_defects(mvtec / "nut")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("scratch", ""),
+        ("Kratzer, groß", ""),
+        ("x" * 64, ""),
+        ("", "0 characters"),
+        ("x" * 65, "65 characters"),
+        (" scratch", "a blank at an end"),
+        ("scratch ", "a blank at an end"),
+        ("a/b", "or /"),
+        ("a\\b", "or /"),
+        ("a\nb", r"a\nb has characters that cannot be printed"),
+        ("\u202ehctarcs", r"\u202ehctarcs has characters"),
+        ("\u200b", "cannot be printed"),
+        ("\udcff", "cannot be printed"),
+        ("good", "without defects"),
+        ("OK", "without defects"),
+        ("ground_truth", "without defects"),
+    ],
+)
+def test_a_kind_is_named_so_that_people_can_read_it(name: str, problem: str) -> None:
+    found = kind_problem(name)
+    assert problem in found
+    assert bool(problem) == bool(found)

@@ -83,6 +83,8 @@ def test_a_defect_of_no_kind_and_a_box_elsewhere_are_refused(
         confirm(prompt_set, twice, backbone)
     with pytest.raises(DataError, match="is of no kind: move it into a folder"):
         confirm(prompt_set, [replace(defects[0], kind="")], backbone)
+    with pytest.raises(DataError, match=r"cannot have that name: \\u202etip has characters"):
+        confirm(prompt_set, [replace(defects[0], kind="\u202etip")], backbone)
     for box in ((-1, 0, 5, 5), (0, 0, 0, 5), (0, 0, 100_000, 5)):
         with pytest.raises(DataError, match="does not lie in"):
             confirm(prompt_set, [replace(defects[0], mask=None, boxes=(box,))], backbone)

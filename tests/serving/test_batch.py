@@ -208,6 +208,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(
     place, output = ["--input", str(images)], ["--output", str(tmp_path / "out")]
     wrong = {
         "a file is where a folder should be": [*place, "--output", str(tmp_path / "file"), *rest],
+        "would lie in ": [*place, "--output", str(images / "out"), *rest],
         "there is no ": ["--input", str(tmp_path / "absent"), *output, *rest],
         "cannot read ": [*place, *output, "--prompt-set", str(tmp_path / "absent")],
         "--version y: no image is of this category": [

@@ -65,7 +65,8 @@ def keeping(tmp_path: Path, prompt_set: PromptSet) -> Keeping:
 
 
 def by(api: FastAPI, name: str, method: str, path: str, **request: Any) -> httpx.Response:
-    return ask(api, method, path, headers={"Authorization": f"Bearer {name}"}, **request)
+    headers = {"Authorization": f"Bearer {name}"} | request.pop("headers", {})
+    return ask(api, method, path, headers=headers, **request)
 
 
 def inspect(api: FastAPI, *names: str) -> None:
@@ -193,21 +194,31 @@ def test_rubbish_is_refused_with_the_remedy(keeping: Keeping) -> None:
     inspect(api, "part-7")
     good = {"request_id": "part-7", "label": "false_alarm"}
     outside = {"x": 0, "y": 0, "width": 41, "height": 30}
+    two = [("image", (f"{number}.png", png())) for number in range(2)]
+    wrong = "Unsupported media type"
     cases: list[tuple[str, str, dict[str, Any], int, str]] = [
         ("line", PLACE, {"json": good | {"label": "good"}}, 422, "Invalid request"),
         ("line", PLACE, {"json": good | {"label": "sampled"}}, 422, "Invalid request"),
         ("line", PLACE, {"json": good | {"by": "boss"}}, 422, "Invalid request"),
         ("line", PLACE, {"json": {"label": "false_alarm"}}, 422, "Invalid request"),
         ("line", PLACE, {"json": good | {"request_id": "a b"}}, 422, "Invalid request"),
-        ("line", PLACE, {"json": good | {"kind": "a\nb"}}, 422, "Invalid request"),
+        *(
+            ("line", PLACE, {"json": good | {"kind": kind}}, 422, "Invalid request")
+            for kind in ("a\nb", " a", "a ", "\u202ea", "x" * 65, "good", "OK", "a/b", 7)
+        ),
+        ("line", PLACE, {"json": good | {"inspection": "1"}}, 422, "Invalid request"),
+        ("line", PLACE, {"json": good | {"inspection": True}}, 422, "Invalid request"),
+        ("line", PLACE, {"json": good | {"boxes": [outside | {"x": "0"}]}}, 422, "Invalid request"),
         ("line", PLACE, {"json": good | {"boxes": [outside] * 51}}, 422, "Invalid request"),
         ("line", PLACE, {"json": good | {"boxes": [outside]}}, 422, "Box outside the image"),
         ("line", PLACE, {"json": good | {"label": "missed_defect"}}, 409, "Other verdict"),
         ("line", PLACE, {"content": b"\xff{"}, 422, "Invalid request"),
-        ("line", PLACE, {"content": b" " * 70_000}, 413, "Image too large"),
+        ("line", PLACE, {"content": b" " * 70_000}, 413, "Message too large"),
+        ("line", PLACE, {"content": b"BM", "headers": {"Content-Type": "image/png"}}, 415, wrong),
+        ("line", PLACE, form("new", "false_alarm", b"BM") | {"files": two}, 413, "Too many images"),
         ("line", PLACE, {"files": {"image": ("x.png", png())}}, 400, "Bad form"),
         ("line", PLACE, form("new", "false_alarm", b"junk"), 400, "Not an image"),
-        ("line", PLACE, form("new", "false_alarm", b"GIF89a"), 415, "Unsupported media type"),
+        ("line", PLACE, form("new", "false_alarm", b"GIF89a"), 415, wrong),
         ("line", PLACE, form("new", "false_alarm", bytes(300_000)), 413, "Image too large"),
         ("line", "/v1/nut/feedback", {"json": good}, 404, "Unknown category"),
         ("washer", PLACE, {"json": good}, 403, "Forbidden"),
@@ -215,6 +226,8 @@ def test_rubbish_is_refused_with_the_remedy(keeping: Keeping) -> None:
         ("boss", PLACE, {"json": good}, 403, "Forbidden"),
         ("nobody", PLACE, {"json": good}, 401, "Unauthorized"),
         ("boss", f"{PLACE}/samples", {"json": {"images": 0}}, 422, "Invalid request"),
+        ("boss", f"{PLACE}/samples", {"json": {"images": "1"}}, 422, "Invalid request"),
+        ("boss", f"{PLACE}/samples", {"json": {"images": True}}, 422, "Invalid request"),
         ("boss", f"{PLACE}/samples", {"json": {"images": 50}}, 409, "Too few inspections"),
         ("line", f"{PLACE}/samples", {"json": {"images": 1}}, 403, "Forbidden"),
     ]
@@ -224,19 +237,27 @@ def test_rubbish_is_refused_with_the_remedy(keeping: Keeping) -> None:
             request,
             answer.text,
         )
-        assert answer.json()["remedy"]
+        remedy = answer.json()["remedy"]
+        assert remedy
+        if path == PLACE and status in (400, 413, 415):
+            assert "JSON" in remedy  # not what is to be sent for an inspection
     for path, status in (
         (f"{PLACE}/17/image", 404),
         (f"{PLACE}/..%2F..%2Fx/image", 404),
         (f"{PLACE}?limit=0", 422),
         (f"{PLACE}?label=good", 422),
+        (f"{PLACE}?before=", 422),
+        (f"{PLACE}?before=yesterday", 422),
+        (f"{PLACE}?before=20261329T142530123456Z-false_alarm-{'0' * 16}-{'0' * 8}", 422),
     ):
         assert by(api, "line", "GET", path).status_code == status, path
     assert by(api, "inspector", "GET", PLACE).status_code == 403
     assert by(api, "line", "GET", PLACE).json()["feedback"] == []
 
 
-def test_a_flood_a_full_store_and_a_full_disk_are_refused(keeping: Keeping) -> None:
+def test_a_flood_a_full_store_and_a_full_disk_are_refused(
+    keeping: Keeping, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     api = keeping(images=6, per_day=2)
     store = keeping(images=6, per_day=2)
     inspect(api, *(f"part-{number}" for number in range(5)))
@@ -245,14 +266,50 @@ def test_a_flood_a_full_store_and_a_full_disk_are_refused(keeping: Keeping) -> N
     flood = say(store, "part-2", "false_alarm")
     assert (flood.status_code, flood.json()["title"]) == (429, "Feedback quota")
     assert int(flood.headers["retry-after"]) > 3600
+    # Nothing that comes along is looked at.
+    junk = by(store, "line", "POST", PLACE, **form("new", "false_alarm", b"junk"))
+    assert junk.json()["title"] == "Feedback quota"
+    (told, _) = by(api, "line", "GET", PLACE).json()["feedback"]
+    assert by(api, "line", "DELETE", f"{PLACE}/{told['id']}").status_code == 204
+    assert say(api, "part-2", "false_alarm").json()["title"] == "Feedback quota"
     noise = io.BytesIO()
     Image.effect_noise((300, 300), 80).save(noise, "PNG")
     with full_disk(50_000):
         full = by(api, "blister", "POST", PLACE, **form("new", "false_alarm", noise.getvalue()))
-    assert (full.status_code, full.json()["title"]) == (507, "Not kept")
-    small = keeping(images=2)
-    full = say(small, "part-2", "false_alarm", "blister")
-    assert (full.status_code, full.json()["title"]) == (507, "Feedback full")
+    assert (full.status_code, full.json()["title"]) == (503, "Feedback unavailable")
+    assert str(tmp_path) not in full.text
+    assert f"cannot write {tmp_path}" in caplog.text
+    small = keeping(images=1)
+    for sent in (
+        {"json": {"request_id": "part-2", "label": "false_alarm"}},
+        form("new", "false_alarm", b"junk"),
+    ):
+        full = by(small, "blister", "POST", PLACE, **sent)
+        assert (full.status_code, full.json()["title"]) == (507, "Feedback full")
+
+
+def test_a_store_that_is_broken_is_named_and_not_where_it_lies(
+    keeping: Keeping, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = keeping()
+    inspect(api, "part-7", "part-8")
+    place = f"{PLACE}/{say(api, 'part-7', 'false_alarm').json()['id']}"
+    (tmp_path / "feedback").rename(tmp_path / "away")
+    (tmp_path / "feedback").write_text("no folder")
+    for answer in (
+        say(api, "part-8", "false_alarm"),
+        by(api, "line", "GET", PLACE),
+        by(api, "line", "GET", f"{PLACE}/samples"),
+        by(api, "line", "GET", f"{place}/image"),
+        by(api, "line", "DELETE", place),
+        by(api, "boss", "POST", f"{PLACE}/samples", json={"images": 1}),
+    ):
+        told = answer.json()
+        assert (answer.status_code, told["title"]) == (503, "Feedback unavailable"), told
+        assert "the fleet's logs say why" in told["remedy"]
+        assert int(answer.headers["retry-after"]) > 0
+        assert str(tmp_path) not in answer.text
+    assert f"cannot list {tmp_path}/feedback/blister: Not a directory" in caplog.text
 
 
 def test_without_a_store_there_is_no_feedback(keeping: Keeping, prompt_set: PromptSet) -> None:

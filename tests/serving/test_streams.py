@@ -265,6 +265,23 @@ def test_a_damaged_frame_is_counted_and_ends_nothing(serving: Serving) -> None:
     assert (summary["frames"], summary["damaged"], summary["anomalies"]) == (9, 1, 1)
 
 
+def test_a_frame_that_the_end_of_the_body_cuts_off_is_told_and_ends_nothing(
+    serving: Serving,
+) -> None:
+    service, url = serving()
+    body = b"".join(stream(LEVELS))
+    for every in ("1", "5"):
+        answer = httpx.post(f"{url}/v1/washer/stream?every={every}", content=body[:-50])
+        lines = [json.loads(line) for line in answer.text.splitlines()]
+        assert not any("problem" in line for line in lines)
+        summary = lines[-1]["summary"]
+        assert (summary["damaged"], summary["is_cut_off"]) == (1, True)
+        assert summary["frames"] == (9 if every == "1" else 3)
+    assert len(service.asked) == 8 + 2
+    answer = httpx.post(f"{url}/v1/washer/stream", content=body)
+    assert json.loads(answer.text.splitlines()[-1])["summary"]["is_cut_off"] is False
+
+
 def test_a_frame_that_finds_the_replicas_busy_waits(serving: Serving) -> None:
     service, url = serving()
     service.busy = 1

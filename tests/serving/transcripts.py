@@ -8,6 +8,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import httpx
 from fastapi import FastAPI
 
 from apt_ray.data.feedback import Feedback, FeedbackStore
-from apt_ray.errors import FeedbackError, FeedbackQuotaError
+from apt_ray.errors import DataError, FeedbackError, FeedbackQuotaError
 from apt_ray.images import decode_image
 from serving.api import problems
 from serving.api.access import Access
@@ -118,7 +119,7 @@ class _Kept(NoHistory):
         return KeptInspections(node="node-1", inspections=[])
 
     async def pick(self, category: str, wanted: Wanted) -> list[Picked]:
-        if wanted.request_id not in ("part-7", "part-8", "part-9"):
+        if wanted.request_id != "part-7":
             return []
         inspection = KeptInspection(
             id=1,
@@ -149,14 +150,17 @@ class _Feedback(FeedbackStore):
     def drawn(self, category: str, request_id: str) -> Feedback | None:
         return None
 
-    def give(self, said: Feedback, image: bytes, suffix: str) -> Feedback:
-        if said.request_id == "part-8":
+    def check(self, category: str, by: str, requests: Collection[str], *, size: int = 0) -> None:
+        if "part-8" in requests:
             raise FeedbackQuotaError(
-                f"line-3 has said something of 200 images of {said.category} within 24 hours, as"
-                " many as one may",
+                f"line-3 has said something of 200 images of {category} within 24 hours, as many as"
+                " one may, withdrawn or not",
                 retry_after_s=5400,
             )
-        raise FeedbackError(f"1000 images of {said.category} are kept, and 1000 may be")
+        if "part-9" in requests:
+            raise FeedbackError(f"1000 images of {category} are kept, and 1000 may be")
+        if "part-10" in requests:
+            raise DataError("cannot list /srv/feedback/bottle: Permission denied")
 
 
 def _api(*, tokens: bool) -> FastAPI:
@@ -184,6 +188,23 @@ def _feedback(title: str, **said: object) -> tuple[str, str, str, bytes, dict[st
     """A case of what is said of a part."""
     body = json.dumps(_SAID | said)
     return title, f"--json {shlex.quote(body)}", "bottle/feedback", body.encode(), _JSON, False
+
+
+def _with_image(
+    title: str, name: str, image: bytes
+) -> tuple[str, str, str, bytes, dict[str, str], bool]:
+    """A case of what is said of a part whose image comes along."""
+    said = json.dumps(_SAID | {"request_id": "part-1"})
+    body = (
+        (
+            f'--x\r\nContent-Disposition: form-data; name="feedback"\r\n\r\n{said}\r\n--x\r\n'
+            f'Content-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
+        ).encode()
+        + image
+        + b"\r\n--x--"
+    )
+    options = f"-F feedback={shlex.quote(said)} -F image=@{name}"
+    return title, options, "bottle/feedback", body, _FORM, False
 
 
 _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
@@ -300,6 +321,27 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
         {"Content-Type": "application/json"},
         False,
     ),
+    (
+        "feedback that is neither JSON nor a form",
+        "-H 'Content-Type: image/png' --data-binary @part.png",
+        "bottle/feedback",
+        b"BM",
+        {"Content-Type": "image/png"},
+        False,
+    ),
+    (
+        "feedback that is too long",
+        "--json @diary.json",
+        "bottle/feedback",
+        b" " * 70_000,
+        _JSON,
+        False,
+    ),
+    _with_image("feedback with an image that is too large", "huge.png", _LARGE),
+    _with_image("feedback with another kind of file", "part.gif", _GIF),
+    _with_image("feedback with a damaged image", "half.png", b"\x89PNG\r\n\x1a\n"),
+    _feedback("feedback with a number as a text", inspection="1"),
+    _feedback("feedback of a kind that is none", kind="good"),
     _feedback("feedback on a request that is not known", request_id="part-1"),
     _feedback(
         "feedback with a box outside the image",
@@ -308,6 +350,7 @@ _CASES: list[tuple[str, str, str, bytes, dict[str, str], bool]] = [
     _feedback("feedback that is of another verdict", label="missed_defect"),
     _feedback("feedback of a caller who has said enough", request_id="part-8"),
     _feedback("feedback for which there is no room", request_id="part-9"),
+    _feedback("feedback while its folder cannot be read", request_id="part-10"),
     ("a fault of the fleet's own", "--data-binary @part.png", "broken/inspect", b"BM", {}, False),
 ]
 

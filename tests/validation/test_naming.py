@@ -18,5 +18,13 @@ def test_the_table_says_what_is_taken_for_what() -> None:
         [named(0, ("pit", "pit"), ("crack", "pit")), named(1, ("pit", "pit"), ("crack", "crack"))]
     )
     assert "75.0% right in the mean of the kinds, by chance 50.0%" in said
-    assert "| crack | 1 | 1 | 50 % |" in said
-    assert "| pit | 0 | 2 | 100 % |" in said
+    assert "| 1 crack | 1 | 1 | 50 % |" in said
+    assert "| 2 pit | 0 | 2 | 100 % |" in said
+
+
+def test_long_names_make_no_line_that_fits_on_no_screen() -> None:
+    kinds = [f"{number}{'x' * 63}" for number in range(10)]
+    said = format_confusion([named(0, *((kind, kind) for kind in kinds))])
+    _, _, *table = said.splitlines()
+    assert len(table) == 12
+    assert max(map(len, table)) < 64 + 10 * 4 + 20

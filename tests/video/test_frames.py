@@ -59,6 +59,17 @@ def test_a_pipe_gives_frames_and_says_which_are_damaged() -> None:
     assert times[0] == 0.0 <= times[1]
 
 
+def test_a_frame_that_the_end_cuts_off_is_the_last_one(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    for level in (0, 200):
+        gray(level).save(buffer, "JPEG")
+    (tmp_path / "belt.mjpeg").write_bytes(buffer.getvalue()[:-20])
+    whole, cut = read_frames(tmp_path / "belt.mjpeg", UNTOLD, fps=10)
+    assert (whole.is_cut_off, cut.is_cut_off, cut.index, cut.time_s) == (False, True, 1, 0.1)
+    with pytest.raises(ImageError, match="frame 1 is cut off: the stream ended within it"):
+        cut.load()
+
+
 def test_motion_jpeg_is_read_from_a_file(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     for level in (0, 200):

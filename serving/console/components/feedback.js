@@ -38,6 +38,6 @@ export function FeedbackList({ category, feedback }) {
 function Said({ category, said }) {
   const [element, image] = useWhenSeen((signal) => feedbackImage(category, said.id, signal), [said.id]);
   return html`<tr ref=${element}><td><img src=${useObjectUrl(image)} alt="" height="48" /></td>
-    <td>${words(said.label)} ${said.kind} ${said.is_disputed && html`<span class="tag warn">disputed</span>`}${said.is_used && html`<span class="tag good">used</span>`}</td>
-    <td>${said.by}<span class="hint">${when(said.at)}</span></td><td>${score(said.score)}</td><td>${said.note}</td></tr>`;
+    <td class="told">${words(said.label)} <bdi>${said.kind}</bdi> ${said.is_disputed && html`<span class="tag warn">disputed</span>`}${said.is_used && html`<span class="tag good">used</span>`}</td>
+    <td>${said.by}<span class="hint">${when(said.at)}</span></td><td>${score(said.score)}</td><td class="told"><bdi>${said.note}</bdi></td></tr>`;
 }

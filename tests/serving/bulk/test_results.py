@@ -54,6 +54,16 @@ def test_what_has_a_row_is_finished_and_counted(tmp_path: Path) -> None:
     assert tallies["cable"].rejected == 1
 
 
+def test_what_is_written_lies_apart_from_what_is_read(tmp_path: Path) -> None:
+    output = Output.at(str(tmp_path / "line" / "out"))
+    output.check_apart([str(tmp_path / "line" / "images"), str(tmp_path / "line" / "out2")])
+    for place in (tmp_path / "line", tmp_path / "line" / "out"):
+        with pytest.raises(DataError, match="taken for images by the next run: name another"):
+            output.check_apart([str(place)])
+    with pytest.raises(DataError, match="next run"):
+        Output.at("s3://line/images/out").check_apart(["s3://line/images"])
+
+
 def test_errors_are_forgotten_and_nothing_else(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path))
     output.write("one", to_rows([row("/a.png", 0.1), row("/b.png", None)]))

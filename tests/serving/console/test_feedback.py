@@ -51,7 +51,7 @@ def test_a_false_alarm_is_reported_and_accepted(
         enter(tab, f"/c/{category.name}/history", "line")
         tab.locator(".card").first.click()
         dialog = tab.get_by_role("dialog")
-        dialog.get_by_label("Note").fill("glare")
+        dialog.get_by_label("Note").fill("glare" + 200 * "e")
         dialog.get_by_role("button", name="Was good").click()
         expect(dialog.get_by_text(re.compile("Marked good by line"))).to_be_visible()
 
@@ -61,6 +61,7 @@ def test_a_false_alarm_is_reported_and_accepted(
         expect(told).to_contain_text("false alarm")
         expect(told).to_contain_text("glare")
         expect(told.locator("img")).to_be_visible()
+        assert told.evaluate("table => table.scrollWidth <= table.clientWidth")
         tab.get_by_role("button", name="Accept false alarms").click()
         reason = tab.get_by_role("dialog")
         reason.get_by_label("Reason").fill("glare of the new lamp")
