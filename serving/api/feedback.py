@@ -5,6 +5,7 @@ It only collects. What is made of it an operator decides, see `serving/api/moves
 
 import asyncio
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -41,6 +42,7 @@ from serving.settings import HttpLimits
 MOST_LISTED = 200
 MOST_DRAWN = 200
 _MOST_BOXES = 50
+_KEPT_WITHIN_S = 2.0
 _FIELD = "feedback"
 _SUFFIXES = {"PNG": "png", "JPEG": "jpg", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp"}
 _TYPES = {"png": "png", "jpg": "jpeg", "bmp": "bmp", "tif": "tiff", "webp": "webp"}
@@ -258,11 +260,15 @@ def add_feedback(
         said, files = await _read(request, http)
         # Before the image is looked for, or looked at.
         await _in_thread(_check, kept, category, caller.name, said, files)
-        found = await history.pick(category, Wanted(request_id=said.request_id))
+        wanted = Wanted(request_id=said.request_id)
+        found = await history.pick(category, wanted)
+        drawn = None if found else await _in_thread(_drawn, kept, category, said)
+        if not (found or drawn or files):
+            found = await _when_kept(history, category, wanted)
         if found:
             picked = _one_of(found, said)
             known, image, suffix = _known(category, picked), picked.jpeg, "jpg"
-        elif drawn := await _in_thread(_drawn, kept, category, said):
+        elif drawn:
             known = drawn.model_copy(update={"sample": "", "sample_size": 0})
             image, suffix = await _in_thread(_image_of, kept, drawn)
         elif files:
@@ -449,6 +455,14 @@ def samples_of(store: FeedbackStore, category: str) -> list[SampleReport]:
                 is_whole=not left and len(entries) == drawn,
             )
         )
+    return found
+
+
+async def _when_kept(history: HistoryService, category: str, wanted: Wanted) -> list[Picked]:
+    """What is wanted, if it is kept within a moment: the history writes after the answer."""
+    until = time.monotonic() + _KEPT_WITHIN_S
+    while not (found := await history.pick(category, wanted)) and time.monotonic() < until:
+        await asyncio.sleep(_KEPT_WITHIN_S / 20)
     return found
 
 

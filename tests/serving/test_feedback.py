@@ -16,6 +16,7 @@ from PIL import Image
 from apt_ray.data.feedback import Feedback
 from apt_ray.data.folders import Category
 from apt_ray.detection.prompt_set import PromptSet
+from apt_ray.images import encode_jpeg
 from apt_ray.registry import CANDIDATE, CHAMPION
 from serving.api.access import Access
 from serving.api.ingress import create_api
@@ -132,6 +133,20 @@ def test_a_caller_says_what_a_part_was_and_takes_it_back(keeping: Keeping) -> No
     assert by(api, "line", "DELETE", f"{PLACE}/{told['id']}").status_code == 204
     assert by(api, "boss", "DELETE", f"{PLACE}/{told['id']}").status_code == 404
     assert by(api, "line", "GET", PLACE).json()["feedback"] == []
+
+
+def test_what_the_history_is_still_writing_is_waited_for(
+    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(image: Image.Image, *, side: int) -> bytes:
+        time.sleep(0.3)
+        return encode_jpeg(image, side=side)
+
+    monkeypatch.setattr("serving.replica.history.encode_jpeg", slowly)
+    api = keeping()
+    headers = {"Authorization": "Bearer line", "X-Request-ID": "part-7"}
+    ask(api, "POST", "/v1/blister/inspect", content=png(), headers=headers)
+    assert say(api, "part-7", "false_alarm").status_code == 200
 
 
 def test_callers_who_disagree_are_seen(keeping: Keeping) -> None:
