@@ -108,7 +108,7 @@ def is_same(look_D: torch.Tensor, other_D: torch.Tensor) -> bool:
 def look(features: ImageFeatures, maps_BSS: torch.Tensor) -> torch.Tensor:
     """`(B, D)` what the most anomalous part of each image looks like, of unit length: the mean over
     its places, each layer weighing the same."""
-    there_BSS = torch.stack([_around_peak(map_SS) for map_SS in maps_BSS])
+    there_BSS = torch.stack([around_peak(map_SS) for map_SS in maps_BSS])
     parts = []
     for layer in sorted(features.layers):
         tokens_BMD = features.layers[layer]
@@ -118,8 +118,9 @@ def look(features: ImageFeatures, maps_BSS: torch.Tensor) -> torch.Tensor:
     return F.normalize(torch.cat(parts, dim=-1), dim=-1)
 
 
-def _around_peak(map_SS: torch.Tensor) -> torch.Tensor:
-    """1 in the connected part around a map's highest place that is not much lower, else 0."""
+def around_peak(map_SS: torch.Tensor) -> torch.Tensor:
+    """1 in the connected part around a map's highest place that is not much lower, else 0; `(S, S)`
+    as the map is."""
     high_SS = (map_SS >= _PART_OF_PEAK * map_SS.max()).cpu().numpy()
     labels_SS, _ = ndimage.label(high_SS, structure=np.ones((3, 3)))
     there_SS = labels_SS == labels_SS.flat[int(map_SS.argmax())]

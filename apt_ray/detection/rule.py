@@ -142,23 +142,30 @@ class ScoreRule:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps and scores from log-odds of patches and distances of places, `(B, M_l)` a layer.
 
-        Each kind of evidence is measured in standard deviations of its own; what is above the
-        ordinary is squared and averaged, so that a map is a root mean square of deviations, 1 being
-        `MOST_EVIDENCE` of every kind.
+        What is above the ordinary is squared and averaged, so that a map is a root mean square of
+        deviations, 1 being `MOST_EVIDENCE` of every kind.
         """
+        prompts_BF, layers_LBF = self.excesses(odds_BN, distances, scales)
+        weight = self.reference_weight
+        fused_BF = (1 - weight) * prompts_BF + weight * layers_LBF.mean(0)
+        maps_BSS, scores_B = self._score(fused_BF, self._finest(distances), interest_SS)
+        return maps_BSS.sqrt(), scores_B.sqrt()
+
+    def excesses(
+        self, odds_BN: torch.Tensor, distances: dict[int, torch.Tensor], scales: Scales
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is above the ordinary, squared, at the places of the finest grid: of the prompts
+        `(B, F)`, and of each layer `(L, B, F)`; 0..1.
+
+        Each kind of evidence is measured in standard deviations of its own.
+        """
+        finest = self._finest(distances)
         layers = [
-            (scales.layers[layer].excess(distance), _square(distance.shape[1]))
+            enlarge(scales.layers[layer].excess(distance), _square(distance.shape[1]), finest)
             for layer, distance in distances.items()
         ]
-        finest = max(self.grid, *(grid for _, grid in layers))
-        reference_BF = torch.stack([enlarge(excess, grid, finest) for excess, grid in layers]).mean(
-            0
-        )
         prompts_BF = enlarge(scales.prompts.excess(odds_BN), self.grid, finest)
-        weight = self.reference_weight
-        fused_BF = (1 - weight) * prompts_BF + weight * reference_BF
-        maps_BSS, scores_B = self._score(fused_BF, finest, interest_SS)
-        return maps_BSS.sqrt(), scores_B.sqrt()
+        return prompts_BF, torch.stack(layers)
 
     def highest_score(self, interest_SS: torch.Tensor) -> float:
         """The score of a map that is 1 all over `interest_SS`: less than 1 if that is too small for
@@ -168,6 +175,9 @@ class ScoreRule:
     def score_patches(self, p_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps and scores from one value in 0..1 of each patch, wherever that comes from."""
         return self._score(p_BN, _square(p_BN.shape[1]), None)
+
+    def _finest(self, distances: dict[int, torch.Tensor]) -> tuple[int, int]:
+        return max(self.grid, *(_square(distance.shape[1]) for distance in distances.values()))
 
     def _score(
         self, p_BF: torch.Tensor, grid: tuple[int, int], interest_SS: torch.Tensor | None

@@ -117,6 +117,15 @@ def look_at(
     Raises:
         DataError: the mask cannot be read, or a box lies outside.
     """
+    score, map_SS = map_of(detector, features, defect, size)
+    return score, look(features, map_SS[None])[0].cpu()
+
+
+def map_of(
+    detector: Detector, features: ImageFeatures, defect: Defect, size: tuple[int, int]
+) -> tuple[float, torch.Tensor]:
+    """The anomaly score of a defect's image, and its map `(S, S)`, 0 where somebody said that the
+    defect is not; arguments and errors are those of `look_at`."""
     maps_1SS, scores_1 = detector.score(features)
     where_HW = _where(defect, size)
     if where_HW is not None:
@@ -124,7 +133,7 @@ def look_at(
         inside_SS = torch.from_numpy(cover(where_HW, (rows, columns))).to(maps_1SS.device)
         # A defect that the map does not see is still nowhere else.
         maps_1SS = (maps_1SS + _FAINTEST) * inside_SS
-    return float(scores_1), look(features, maps_1SS)[0].cpu()
+    return float(scores_1), maps_1SS[0]
 
 
 def _where(defect: Defect, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -205,11 +206,35 @@ def resample(scores: ImageScores, *, resamples: int = 1000, seed: int = 0) -> di
     Good and defective images are drawn separately. Scores of the same test images and `seed` meet
     the same resamples, so their differences are paired. Pixel AUROC is left out without masks.
     """
-    weight_RI = _resamples(scores.is_anomalous_I, resamples, seed)
-    values = {"image_auroc": _image_aurocs(scores, weight_RI)}
+    weight_RI = draw_weights(scores.is_anomalous_I, resamples=resamples, seed=seed)
+    values = {"image_auroc": image_aurocs(scores.score_I, scores.is_anomalous_I, weight_RI)}
     if scores.normal_IH is not None:
         values["pixel_auroc"] = _pixel_aurocs(scores, weight_RI)
     return values
+
+
+def draw_weights(strata_I: NDArray[Any], *, resamples: int = 1000, seed: int = 0) -> Floats:
+    """(1 + R, I): how often each image is drawn, those of each stratum from among themselves; the
+    first row draws every image once."""
+    rng = np.random.default_rng(seed)
+    weight_RI = np.ones((1 + resamples, len(strata_I)))
+    for stratum in np.unique(strata_I):
+        members = np.flatnonzero(strata_I == stratum)
+        even = np.full(len(members), 1 / len(members))
+        weight_RI[1:, members] = rng.multinomial(len(members), even, size=resamples)
+    return weight_RI
+
+
+def image_aurocs(score_I: Floats, is_anomalous_I: NDArray[np.bool_], weight_RI: Floats) -> Floats:
+    """Image AUROC `(1 + R,)` on each of the resamples of `draw_weights`."""
+    # Every distinct score is a bin of its own.
+    levels, place_I = np.unique(score_I, return_inverse=True)
+    one_hot_IH = np.zeros((len(place_I), len(levels)))
+    one_hot_IH[np.arange(len(place_I)), place_I] = 1
+    is_anomalous_I1 = is_anomalous_I[:, None]
+    return auroc_of_counts(
+        weight_RI @ (one_hot_IH * ~is_anomalous_I1), weight_RI @ (one_hot_IH * is_anomalous_I1)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,28 +346,6 @@ def format_differences(differences: Sequence[Difference]) -> str:
         for d in differences
     ]
     return markdown(header, rows)
-
-
-def _resamples(is_anomalous_I: NDArray[np.bool_], resamples: int, seed: int) -> Floats:
-    """(1 + R, I): how often each image is drawn; the first row draws every image once."""
-    rng = np.random.default_rng(seed)
-    weight_RI = np.ones((1 + resamples, len(is_anomalous_I)))
-    for kind in (False, True):
-        members = np.flatnonzero(is_anomalous_I == kind)
-        even = np.full(len(members), 1 / len(members))
-        weight_RI[1:, members] = rng.multinomial(len(members), even, size=resamples)
-    return weight_RI
-
-
-def _image_aurocs(scores: ImageScores, weight_RI: Floats) -> Floats:
-    # Every distinct score is a bin of its own.
-    levels, place_I = np.unique(scores.score_I, return_inverse=True)
-    one_hot_IH = np.zeros((len(place_I), len(levels)))
-    one_hot_IH[np.arange(len(place_I)), place_I] = 1
-    is_anomalous_I1 = scores.is_anomalous_I[:, None]
-    return auroc_of_counts(
-        weight_RI @ (one_hot_IH * ~is_anomalous_I1), weight_RI @ (one_hot_IH * is_anomalous_I1)
-    )
 
 
 def _pixel_aurocs(scores: ImageScores, weight_RI: Floats) -> Floats:
