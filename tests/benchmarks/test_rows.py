@@ -8,7 +8,7 @@ from benchmarks.rows import compared, write_rows
 
 FOLDER = Path(benchmarks.__file__).parent
 # They keep what is finished, to go on there, report on files, or on each minute.
-OWN_FORM = {"ledger.py", "fuzz.py", "search_worth.py", "soak.py"}
+OWN_FORM = {"ledger.py", "fuzz.py", "metric_head.py", "search_worth.py", "soak.py"}
 
 
 def test_the_ratio_says_how_many_times_better(
