@@ -461,8 +461,10 @@ def samples_of(store: FeedbackStore, category: str) -> list[SampleReport]:
 async def _when_kept(history: HistoryService, category: str, wanted: Wanted) -> list[Picked]:
     """What is wanted, if it is kept within a moment: the history writes after the answer."""
     until = time.monotonic() + _KEPT_WITHIN_S
-    while not (found := await history.pick(category, wanted)) and time.monotonic() < until:
+    found: list[Picked] = []
+    while not found and time.monotonic() < until:
         await asyncio.sleep(_KEPT_WITHIN_S / 20)
+        found = await history.pick(category, wanted)
     return found
 
 
