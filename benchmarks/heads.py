@@ -105,6 +105,10 @@ class Moments:
         return mean_D, square_DD - mean_D[:, None] * mean_D
 
 
+Measure = Callable[[Sequence[int]], Callable[[torch.Tensor], torch.Tensor]]
+"""Sources that teach -> features of places `(..., D)` -> a value for each place `(...)`."""
+
+
 class Good:
     """Good images, each in front of a memory that was made without its own source.
 
@@ -130,6 +134,16 @@ class Good:
                 for source in range(self.sources)
             ]
         return self._moments[feature]
+
+    def crossed(self, feature: Feature, measure: Measure) -> torch.Tensor:
+        """`(B, F)` places of each image, measured by what the other sources alone have taught."""
+        tokens_BFD = getattr(self.seen, feature)
+        measured_BF = torch.empty(tokens_BFD.shape[:2])
+        for source in range(self.sources):
+            is_own_B = self.source_B == source
+            by_others = measure([other for other in range(self.sources) if other != source])
+            measured_BF[is_own_B] = by_others(tokens_BFD[is_own_B])
+        return measured_BF
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -334,13 +348,8 @@ def discriminant(
             middle_N = mean_D @ towards_DN
             return lambda tokens: (tokens @ towards_DN - middle_N).amax(-1)
 
-        everything = list(range(known.sources))
-        learned = measure(everything)
-        measured_BF = learned(tokens_BFD)
-        for source in everything if crossed else ():
-            is_own_B = known.source_B == source
-            others = measure([other for other in everything if other != source])
-            measured_BF[is_own_B] = others(tokens_BFD[is_own_B])
+        learned = measure(range(known.sources))
+        measured_BF = known.crossed(feature, measure) if crossed else learned(tokens_BFD)
         excess = _excess(measured_BF, highest=highest)
         return Head(
             excess=lambda seen: excess(learned(getattr(seen, feature))),
@@ -377,21 +386,17 @@ def unusual(*, good: str = "altered") -> Learn:
     @lru_cache(maxsize=1)
     def of_scene(scene: Scene) -> Head:
         known = scene.goods[good]
-        tokens_BFD, moments = known.seen.left_over_BFD, known.moments("left_over_BFD")
+        moments = known.moments("left_over_BFD")
 
         def measure(sources: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
             mean_D, covariance_DD = Moments.joined([moments[source] for source in sources])
             whitening_DD = torch.linalg.inv(torch.linalg.cholesky(_shrunk(covariance_DD))).T
             return lambda tokens: ((tokens - mean_D) @ whitening_DD).norm(dim=-1)
 
-        everything = list(range(known.sources))
-        measured_BF = torch.empty(tokens_BFD.shape[:2])
-        for source in everything:
-            is_own_B = known.source_B == source
-            others = measure([other for other in everything if other != source])
-            measured_BF[is_own_B] = others(tokens_BFD[is_own_B])
+        measured_BF = known.crossed("left_over_BFD", measure)
         excess = _excess(measured_BF, highest=True)
-        of_tested_BF = excess(measure(everything)(scene.tested.left_over_BFD))
+        learned = measure(range(known.sources))
+        of_tested_BF = excess(learned(scene.tested.left_over_BFD))
         return Head(excess=lambda _tested: of_tested_BF, good=known, of_good_BF=excess(measured_BF))
 
     return lambda scene, _confirmed: of_scene(scene)
