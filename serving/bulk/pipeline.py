@@ -234,7 +234,8 @@ def inspect_all(
         verdicts={category: Verdicts.of(version) for category, version in versions.items()},
         output=output,
         overlays=overlays,
-        attempts=ray.remote(num_cpus=0, max_restarts=-1)(Attempts).remote(),
+        # Its node may be lost as any other: who asks meanwhile waits for it, and it counts anew.
+        attempts=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote(),
     )
     pixels = max(size for _, _, size in blocks) ** 2 * 3 * resources.block_images
     _settle_context(resources, pixels)
@@ -347,8 +348,12 @@ def _row(block: tuple[int, int, int]) -> pa.Table:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what Ray says, which is the error itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The last line of what Ray says of the first error, which is the error itself.
+
+    Ray Data raises another because of it, whose last line speaks of its own settings.
+    """
+    first, _, _ = str(error).partition("\nThe above exception was the direct cause")
+    lines = [line.strip() for line in first.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
