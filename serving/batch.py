@@ -98,6 +98,7 @@ def _inspect(options: argparse.Namespace) -> int:
             gpus=options.gpus_per_actor,
             batch_size=options.batch_size,
             block_images=options.block_images,
+            runtime=options.runtime,
         )
         resources = asked.of_cluster()
         _say(
@@ -286,6 +287,13 @@ def _parser() -> argparse.ArgumentParser:
         type=number(float),
         metavar="N",
         help="GPUs of an actor (1 where the cluster has some, else 0)",
+    )
+    cluster.add_argument(
+        "--runtime",
+        choices=("auto", "torch", "openvino"),
+        default="auto",
+        help="what encodes images on CPUs, as in a fleet file (%(default)s: OpenVINO where it gives"
+        " the same features)",
     )
     cluster.add_argument(
         "--batch-size",

@@ -32,6 +32,9 @@ Origin = Annotated[str, StringConstraints(to_lower=True, pattern=r"^https?://[A-
 ThresholdSource = Literal["prompt set", "fleet file", "operator"]
 """Who says what a threshold is; the later ones stand above the earlier."""
 
+Runtime = Literal["auto", "torch", "openvino"]
+"""What encodes images on CPUs."""
+
 _WEB_ADDRESS = r"^https?://[^\s\"'<>]+$"
 
 
@@ -57,7 +60,7 @@ class Batching(Settings):
 
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=8, ge=1)
-    runtime: Literal["auto", "torch", "openvino"] = Field(
+    runtime: Runtime = Field(
         default="auto",
         description="What encodes images on CPUs; auto is openvino where it gives the same"
         " features, and torch elsewhere.",

@@ -31,6 +31,7 @@ from serving.bulk.stages import (
     read_tallies,
 )
 from serving.bulk.versions import Version
+from serving.settings import Runtime
 
 # Of a processor that a thread of the model is given; the rest is for the decoders beside it.
 _MODEL_SHARE = 0.75
@@ -51,6 +52,7 @@ class Resources:
         decoders, writers: processes of the stages before and behind the model.
         batch_size: images of one forward pass.
         block_images: images of a block, at most.
+        runtime: that encodes images on CPUs.
     """
 
     actors: int
@@ -60,6 +62,7 @@ class Resources:
     writers: int
     batch_size: int
     block_images: int
+    runtime: Runtime = "auto"
 
     @property
     def actor_cpus(self) -> float:
@@ -79,6 +82,7 @@ class Asked:
     gpus: float | None = None
     batch_size: int | None = None
     block_images: int = 256
+    runtime: Runtime = "auto"
 
     def of_cluster(self) -> Resources:
         """What is taken of the cluster that this process is connected to.
@@ -116,6 +120,7 @@ class Asked:
             writers=max(1, decoders // 4),
             batch_size=self.batch_size or (64 if gpus else 8),
             block_images=self.block_images,
+            runtime=self.runtime,
         )
 
 
@@ -259,6 +264,7 @@ def inspect_all(
                 "batch_size": resources.batch_size,
                 "threads": resources.threads,
                 "device": "cuda" if resources.gpus else "cpu",
+                "runtime": resources.runtime,
             },
             compute=ActorPoolStrategy(size=resources.actors),
             num_cpus=resources.actor_cpus,

@@ -35,6 +35,8 @@ from apt_ray.levels import Reading
 from serving.bulk.inputs import Input, digest, from_table, readable
 from serving.bulk.results import Output, Tally, regions_of, tally_rows, to_rows
 from serving.bulk.versions import Version, detector_of
+from serving.runtime import choose_runtime
+from serving.settings import Runtime
 
 Overlays = Literal["rejects", "all", "none"]
 
@@ -179,6 +181,7 @@ class Model:
         batch_size: images of one forward pass.
         threads: that compute.
         device: of torch.
+        runtime: that encodes images.
     """
 
     def __init__(
@@ -189,6 +192,7 @@ class Model:
         batch_size: int,
         threads: int,
         device: str,
+        runtime: Runtime,
     ) -> None:
         self._batch = batch
         self._batch_size, self._threads = batch_size, threads
@@ -198,9 +202,9 @@ class Model:
         for category, version in ray.get(versions).items():
             prompt_set = version.prompt_set
             if prompt_set.fingerprint not in backbones:
-                backbones[prompt_set.fingerprint] = load_backbone(
-                    prompt_set.backbone, device=device
-                )
+                backbone = load_backbone(prompt_set.backbone, device=device)
+                choose_runtime(backbone, runtime, threads=threads)
+                backbones[prompt_set.fingerprint] = backbone
             self._detectors[category] = detector_of(version, backbones[prompt_set.fingerprint])
 
     @torch.inference_mode()

@@ -25,8 +25,7 @@ from apt_ray.config import BackboneSpec
 from apt_ray.detection.detector import Inspection, Region
 from apt_ray.detection.drift import Appearance, appearance_of
 from apt_ray.detection.prompt_set import PromptSet
-from apt_ray.errors import ExportError, ImageError, MissingDependencyError
-from apt_ray.export.compiled import compile_encoders
+from apt_ray.errors import ImageError
 from apt_ray.features.clip import FrozenCLIP, load_backbone
 from apt_ray.features.protocol import Backbone, ImageFeatures
 from apt_ray.images import ImageLimits, decode_image, draw_overlay, encode_png
@@ -47,7 +46,6 @@ from serving.controller.activity import Counts
 from serving.controller.drift import DriftReport, DriftReset
 from serving.controller.orders import Order, StoredVersion
 from serving.controller.shadow import ShadowOrder, ShadowReport
-from serving.logs import logger
 from serving.replica.admission import Admission
 from serving.replica.batching import Batcher
 from serving.replica.beside import Beside
@@ -59,6 +57,7 @@ from serving.replica.meter import Meter
 from serving.replica.pictures import bounded, gray_png
 from serving.replica.served import ServedCategory, build, self_test
 from serving.replica.shadow import Answered, Shadow
+from serving.runtime import choose_runtime
 from serving.settings import Batching
 
 # Decoding is memory-bound: more threads than this gain nothing and multiply the pixels in flight.
@@ -527,13 +526,7 @@ class Inspector:
 
     def _loaded(self, spec: BackboneSpec) -> FrozenCLIP:
         backbone = self._load(spec, device=self._device)
-        if self._device == "cpu" and self._batching.runtime != "torch":
-            try:
-                compile_encoders(backbone, threads=self._batching.threads)
-            except (ExportError, MissingDependencyError) as error:
-                if self._batching.runtime == "openvino":
-                    raise
-                logger.warning("PyTorch encodes images: %s", error)
+        choose_runtime(backbone, self._batching.runtime, threads=self._batching.threads)
         return backbone
 
 

@@ -187,7 +187,14 @@ def test_what_kills_its_process_again_and_again_is_given_up(
         assert not Decoder(batch)(block)["given_up"][0].as_py()
     decoded = Decoder(batch)(block)
     assert decoded["given_up"][0].as_py()
-    model = Model(batch=batch, versions=ray.put(versions), batch_size=4, threads=1, device="cpu")
+    model = Model(
+        batch=batch,
+        versions=ray.put(versions),
+        batch_size=4,
+        threads=1,
+        device="cpu",
+        runtime="torch",
+    )
     done = Writer(batch)(model(decoded))
     assert done["given_up"][0].as_py()
     assert not (tmp_path / "out").exists()
