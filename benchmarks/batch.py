@@ -1,9 +1,10 @@
 """A batch beside the bare model: `python -m benchmarks.batch [--json FILE]`.
 
-The bare model is the detector in one process, files in, with as many threads as the batch's actor:
-it reads, decodes and inspects in turn. The batch is `serving.bulk` on a Ray of its own; the time
-that its processes take to start does not count, for both inspect a while before the clock runs.
-Both take turns, so that whatever else the machine does hits both.
+The bare model is the detector in one process, files in, with as many threads as the batch's actor
+and the same runtime (`--runtime`): it reads, decodes and inspects in turn. The batch is
+`serving.bulk` on a Ray of its own; the time that its processes take to start does not count, for
+both inspect a while before the clock runs. Both take turns, so that whatever else the machine does
+hits both.
 
 `--memory N` inspects N generated images instead, with random weights of a small architecture, for
 what is decided of them does not matter here: it adds up the proportional set sizes of all processes
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--block-images", type=int, default=64)
+    parser.add_argument("--runtime", choices=("auto", "torch", "openvino"), default="auto")
     parser.add_argument("--memory", type=int, metavar="N", help="inspect N images, watch memory")
     parser.add_argument("--plot", type=Path, default=_PLOT, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -72,6 +74,7 @@ def _throughput(options: argparse.Namespace, folder: Path) -> None:
     from serving.bulk.pipeline import Resources, inspect_all
     from serving.bulk.results import Output
     from serving.bulk.versions import versions_of
+    from serving.runtime import choose_runtime
 
     prompt_set = _prepare(folder, BackboneSpec())
     pictures = sorted((folder / "samples" / _CATEGORY).rglob("*.png"))
@@ -80,7 +83,9 @@ def _throughput(options: argparse.Namespace, folder: Path) -> None:
     for number, path in enumerate(paths):
         shutil.copy(pictures[number % len(pictures)], path)
     torch.set_num_threads(options.threads)
-    detector = Detector(load_backbone(prompt_set.backbone), prompt_set)
+    backbone = load_backbone(prompt_set.backbone)
+    choose_runtime(backbone, options.runtime, threads=options.threads)
+    detector = Detector(backbone, prompt_set)
     versions = versions_of(
         [_CATEGORY], registry=None, prompt_set=folder / f"{_CATEGORY}.safetensors"
     )
@@ -96,6 +101,7 @@ def _throughput(options: argparse.Namespace, folder: Path) -> None:
         writers=1,
         batch_size=options.batch,
         block_images=options.block_images,
+        runtime=options.runtime,
     )
     alone: list[float] = []
     batch: list[float] = []
@@ -111,7 +117,10 @@ def _throughput(options: argparse.Namespace, folder: Path) -> None:
         if turn:  # the first warms both up
             alone.append(bare)
             batch.append(rate)
-    print(f"\n{options.threads} threads, batches of {options.batch}, {options.images} images\n")
+    print(
+        f"\n{options.runtime}, {options.threads} threads, batches of {options.batch},"
+        f" {options.images} images\n"
+    )
     row = compared(
         "a batch against the bare model",
         statistics.mean(batch),
