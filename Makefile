@@ -23,9 +23,11 @@ up: $(READY) ## The same, and leave the servers up; prints their addresses
 down: $(READY) ## Stop the servers of `make up`
 	@$(BIN)/python -m apt_ray.devtools.demo down
 
-# Two workers share the cores with the servers that they start: threads that wait must sleep.
+# Two workers share the cores with the servers that they start: threads that wait must sleep. The
+# order of files is that of tests/conftest.py.
 test: $(READY) ## Run the tests (PYTEST_ARGS="-k name" and the like)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

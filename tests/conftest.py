@@ -23,10 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that read the built-in backbone, so that a quick run can pass them over."""
+    """Mark the tests that read the built-in backbone, so that a quick run can pass them over.
+
+    Files whose tests may take longest come first, or a worker would begin with one when the others
+    are done.
+    """
+    longest: dict[Path, float] = {}
     for item in items:
         if "backbone" in getattr(item, "fixturenames", ()):
             item.add_marker("backbone")
+        if (limit := item.get_closest_marker("timeout")) and not item.get_closest_marker("slow"):
+            longest[item.path] = max(limit.args[0], longest.get(item.path, 0))
+    items.sort(key=lambda item: -longest.get(item.path, 0))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -235,7 +235,7 @@ def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(
     mlflow.wait_until_ready("/health")
     running.start(
         *(*KILLABLE, *SHARED, "--data", sample_data, "--categories", "washer"),
-        *("--trials", "6", "--live-trials", "2"),
+        *("--trials", "4", "--live-trials", "2"),
         mlflow=mlflow.url,
     )
     running.wait_for(lambda: running.reports("washer") >= 1)
@@ -247,7 +247,7 @@ def test_nothing_is_lost_when_engine_trial_and_mlflow_are_killed(
     mlflow.wait_until_ended()
     with launch_mlflow(tmp_path / "mlflow", port=port):
         running.wait()
-        assert_every_trial_once(running, mlflow.url, "washer", 6)
+        assert_every_trial_once(running, mlflow.url, "washer", 4)
 
 
 @pytest.mark.slow
