@@ -22,6 +22,9 @@ from apt_ray.images import read_image
 from tests.registry.registering import make_prompt_set
 from tests.serving.fleets import Deployed, Load, ray_workers
 
+# A job that is submitted answers once its process has begun, and other tests run meanwhile.
+_ASKING: dict[str, Any] = {"trust_env": False, "timeout": 60}
+
 TAIL = {
     "pools": {"tail": {}},
     "defaults": {"max_wait_s": 20, "autoscaling": {"max_replicas": 1}},
@@ -77,7 +80,7 @@ def test_a_fleet_on_a_real_cluster(
         ("blister", picture[:30], 400),
         ("washer", picture[:30], 400),
     ):
-        response = httpx.post(f"{deployed.url}/v1/{name}/inspect", content=content, trust_env=False)
+        response = httpx.post(f"{deployed.url}/v1/{name}/inspect", content=content, **_ASKING)
         assert response.status_code == status
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["remedy"]
@@ -89,13 +92,13 @@ def test_a_fleet_on_a_real_cluster(
                 f"{deployed.url}/v1/blister/inspect",
                 content=picture,
                 headers=[(name, value)],
-                trust_env=False,
+                **_ASKING,
             )
             assert answer.status_code == 200, (name, value)
             if name == b"X-Request-ID":
                 assert answer.headers["x-request-id"] == answer.json()["request_id"]
                 assert (answer.json()["request_id"] == "0.001") is (value == b"0.001")
-    head = httpx.head(f"{deployed.url}/healthz", trust_env=False)
+    head = httpx.head(f"{deployed.url}/healthz", **_ASKING)
     assert (head.status_code, head.content) == (200, b"")
     _check_proxy(deployed)
 
@@ -151,7 +154,7 @@ def test_a_fleet_on_a_real_cluster(
 
     # A search is a job on the same Ray, which finds Ray, the registry and its own code.
     wanted = {"category": "washer", "data": str(deployed.folder / "nowhere"), "trials": 1}
-    started = httpx.post(f"{deployed.url}/fleet/searches", json=wanted, trust_env=False)
+    started = httpx.post(f"{deployed.url}/fleet/searches", json=wanted, **_ASKING)
     assert started.status_code == 202, started.text
     address = f"/fleet/searches/{started.json()['id']}"
     deadline = time.monotonic() + 120
@@ -203,7 +206,7 @@ def test_a_fleet_on_a_real_cluster(
     assert done.returncode == 0, done.stderr
     assert "stopped 3 applications" in done.stdout
     with pytest.raises(httpx.ConnectError):
-        httpx.get(deployed.url, trust_env=False)
+        httpx.get(deployed.url, **_ASKING)
 
 
 def _say(deployed: Deployed, category: str, answer: dict[str, Any]) -> None:
@@ -212,14 +215,14 @@ def _say(deployed: Deployed, category: str, answer: dict[str, Any]) -> None:
     said = {"request_id": answer["request_id"], "label": label}
     place = f"{deployed.url}/v1/{category}/feedback"
     deadline = time.monotonic() + 20
-    while (given := httpx.post(place, json=said, trust_env=False)).status_code == 404:
+    while (given := httpx.post(place, json=said, **_ASKING)).status_code == 404:
         assert time.monotonic() < deadline  # the history writes behind the answers
     assert given.status_code == 200, given.text
     assert deployed.get(f"/v1/{category}/feedback")["feedback"] == [given.json()]
     begun = httpx.post(
         f"{deployed.url}/fleet/categories/{category}/accept-feedback",
         json={"reason": "tried", "dry_run": True},
-        trust_env=False,
+        **_ASKING,
     )
     assert begun.status_code == 202, begun.text
     while (told := deployed.get(f"/fleet/operations/{begun.json()['id']}"))["state"] == "running":
@@ -244,14 +247,14 @@ def _check_proxy(deployed: Deployed) -> None:
 def _check_moves(deployed: Deployed) -> None:
     """Operators decide on versions over HTTP; a promotion runs in a task of its own."""
     address = f"{deployed.url}/fleet/categories/washer"
-    listed = httpx.get(f"{address}/versions", trust_env=False).json()["versions"]
+    listed = httpx.get(f"{address}/versions", **_ASKING).json()["versions"]
     assert [each["version"] for each in listed] == [2, 1]
     asked: dict[str, object] = {"reason": "it was tried in the morning", "required_images": 10_000}
-    refused = httpx.post(f"{address}/promote", json=asked, trust_env=False)
+    refused = httpx.post(f"{address}/promote", json=asked, **_ASKING)
     assert (refused.status_code, refused.json()["title"]) == (409, "Not tried enough")
     assert "version 2 of washer agrees with version 1" in refused.json()["detail"]
     asked["required_images"] = 1
-    begun = httpx.post(f"{address}/promote", json=asked, trust_env=False)
+    begun = httpx.post(f"{address}/promote", json=asked, **_ASKING)
     assert begun.status_code == 202, begun.text
     deadline = time.monotonic() + 120
     while (operation := deployed.get(begun.headers["location"]))["state"] == "running":
@@ -264,7 +267,7 @@ def _check_moves(deployed: Deployed) -> None:
 def _check_history_and_threshold(deployed: Deployed, picture: bytes) -> None:
     """Both pools keep what they inspect, and follow an operator, by whatever way they are asked."""
     because = {"reason": "dust on the lens"}
-    with httpx.Client(base_url=deployed.url, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=deployed.url, **_ASKING) as client:
 
         def follows(category: str, source: str) -> float:
             deadline = time.monotonic() + 60
@@ -301,7 +304,7 @@ def _check_history_and_threshold(deployed: Deployed, picture: bytes) -> None:
 def _check_shadow(deployed: Deployed, other: PromptSet, picture: bytes) -> None:
     """Candidates are tried behind the answers, in both pools; one that differs is told."""
     deployed.register(other, "blister")
-    with httpx.Client(base_url=deployed.url, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=deployed.url, **_ASKING) as client:
         for name, champion, candidate, agreement in (("washer", 1, 2, 1.0), ("blister", 2, 3, 0.0)):
             deadline = time.monotonic() + 60
             found: dict[str, Any] = {}

@@ -32,7 +32,7 @@ class _Stack:
 def replicas_by_node(nodes: Nodes) -> dict[str, int]:
     """Node -> how many replicas of the pool run there."""
     url = f"http://{nodes.cluster.webui_url}/api/serve/applications/"
-    details: dict[str, Any] = httpx.get(url, trust_env=False).json()
+    details: dict[str, Any] = httpx.get(url, trust_env=False, timeout=60).json()
     found: dict[str, int] = {}
     for replica in details["applications"]["pool-washer"]["deployments"]["Pool"]["replicas"]:
         if replica["state"] == "RUNNING":
