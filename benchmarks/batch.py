@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -39,6 +40,7 @@ from apt_ray.images import read_image
 from apt_ray.prompts.fit import fit
 from benchmarks.common import random_weights
 from benchmarks.rows import compared, write_rows
+from serving.settings import Runtime
 
 _CATEGORY = "washer"
 _POOL = 200
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--block-images", type=int, default=64)
-    parser.add_argument("--runtime", choices=("auto", "torch", "openvino"), default="auto")
+    parser.add_argument("--runtime", choices=get_args(Runtime), default="auto")
     parser.add_argument("--memory", type=int, metavar="N", help="inspect N images, watch memory")
     parser.add_argument("--plot", type=Path, default=_PLOT, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")

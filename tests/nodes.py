@@ -1,13 +1,14 @@
 """A Ray cluster of several nodes on this machine, which share no folder of their own."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
+
+from tests.processes import processes_below
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,9 @@ class Nodes:
     def worker_of(self, actor: str) -> str | None:
         """The worker on which an actor of this class runs; None if that is the head."""
         for node_id, node in self.workers.items():
-            for started in node.all_processes["raylet"]:
-                for process in psutil.Process(started.process.pid).children(recursive=True):
-                    with suppress(psutil.NoSuchProcess):
-                        if process.cmdline()[:1] == [f"ray::{actor}"]:
-                            return node_id
+            (raylet,) = node.all_processes["raylet"]
+            if processes_below(raylet.process.pid, f"ray::{actor}"):
+                return node_id
         return None
 
     def lose(self, node_id: str) -> None:

@@ -62,7 +62,7 @@ class Resources:
     writers: int
     batch_size: int
     block_images: int
-    runtime: Runtime = "auto"
+    runtime: Runtime
 
     @property
     def actor_cpus(self) -> float:

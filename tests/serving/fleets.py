@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import Request
@@ -20,17 +19,13 @@ from mlflow import MlflowClient
 from apt_ray.detection.prompt_set import PromptSet
 from apt_ray.devtools.local_stack import LocalStack, command_environment, fetch
 from apt_ray.registry import Registry, open_registry
+from tests.processes import processes_below
 
 
 def ray_workers(stack: LocalStack, title: str) -> list[psutil.Process]:
     """The processes of a stack's Ray whose command line contains `title`."""
     (ray,) = (server for server in stack.servers if server.name == "Ray")
-    found = []
-    for process in psutil.Process(ray.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # it may end just now
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return processes_below(ray.pid, title)
 
 
 @dataclasses.dataclass(frozen=True)

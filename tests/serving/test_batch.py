@@ -32,11 +32,21 @@ from serving.bulk.results import Output
 from serving.bulk.stages import TO_DO, Attempts, Batch, Decoder, Model, Verdicts, Writer
 from serving.bulk.versions import Version, versions_of
 from tests import servers
+from tests.processes import processes_below
 from tests.registry.fake import FakeRegistry
 from tests.serving.bulk.test_inputs import write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = Resources(actors=1, threads=1, gpus=0, decoders=2, writers=1, batch_size=4, block_images=4)
+SMALL = Resources(
+    actors=1,
+    threads=1,
+    gpus=0,
+    decoders=2,
+    writers=1,
+    batch_size=4,
+    block_images=4,
+    runtime="auto",
+)
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -295,10 +305,9 @@ def test_a_killed_actor_costs_only_its_block(
 
     def kill() -> None:
         wait_until(lambda: len(list(output.glob("inspections/*.parquet"))) >= 2)
-        for process in psutil.Process().children(recursive=True):
-            if "MapWorker(MapBatches(Model))" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
+        for process in processes_below(os.getpid(), "MapWorker(MapBatches(Model))"):
+            process.kill()
+            killed.append(process.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
